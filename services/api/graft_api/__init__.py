@@ -1,0 +1,1 @@
+"""The HTTP face: parses, admits, answers; decides nothing about training."""

@@ -1,0 +1,201 @@
+"""All that the supervisor and its child process share: a request in, one JSON event a line out, and exit codes.
+
+The child (`python -m graft_worker.preparing WORKDIR` or `python -m graft_worker.training WORKDIR`) reads
+`WORKDIR/request.json`, writes only under WORKDIR, prints events on standard output and everything else on standard error.
+
+    WORKDIR/
+      request.json        PrepareRequest or TrainRequest
+      deadline            8 bytes: the lease's deadline on CLOCK_BOOTTIME, a little-endian double; rewritten in place
+      checkpoints/        step-<n>/ written by the trainer: temp folder, fsync, rename, then the `checkpoint` event
+      adapter/            the finished PEFT folder
+      prepared/           what preparing leaves: train.safetensors, validation.safetensors, report.json
+
+A prepared split is one safetensors file of three flat tensors: `input_ids` int32 [tokens], `loss_mask` uint8 [tokens]
+(1 where the token is learnt), `offsets` int64 [rows + 1].
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import sys
+from enum import IntEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from graft_shared.jobs import FailureReason, Phase
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+REQUEST_NAME = "request.json"
+DEADLINE_NAME = "deadline"
+
+
+class ExitCode(IntEnum):
+    """How the child left."""
+
+    DONE = 0
+    CRASHED = 1
+    USER_ERROR = 64  # EX_USAGE: trying again cannot help
+    STOPPED = 75  # EX_TEMPFAIL: told to stop, or the lease's deadline has passed
+    CUDA_OUT_OF_MEMORY = 77
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PrepareRequest(_Message):
+    """Turn raw rows into tokens. Paths are absolute and on this machine."""
+
+    job_id: str
+    spec: dict[str, Any]
+    tokenizer_path: str
+    max_positions: int
+    train_file: str
+    validation_file: str | None
+
+
+class TrainRequest(_Message):
+    """Train one adapter. Paths are absolute and on this machine."""
+
+    job_id: str
+    epoch: int
+    spec: dict[str, Any]
+    plan: dict[str, Any]
+    target_modules: list[str]
+    base_path: str
+    base_model: str
+    base_revision: str
+    train_file: str
+    validation_file: str | None
+    checkpoint_path: str | None
+
+
+class PhaseEvent(_Message):
+    """The child is busy with something else now."""
+
+    event: Literal["phase"] = "phase"
+    phase: Phase
+
+
+class ProgressEvent(_Message):
+    """One optimizer step is done. `loss` is the mean over the update's learnt tokens, in nats."""
+
+    event: Literal["progress"] = "progress"
+    step: int
+    total_steps: int
+    epoch: float
+    tokens_seen: int
+    tokens_per_second: float
+    loss: float
+    grad_norm: float
+    learning_rate: float
+
+
+class EvaluationEvent(_Message):
+    """The held-out loss after `step` optimizer steps, in nats per learnt token."""
+
+    event: Literal["evaluation"] = "evaluation"
+    step: int
+    eval_loss: float
+
+
+class CheckpointEvent(_Message):
+    """A complete checkpoint folder lies at `path`."""
+
+    event: Literal["checkpoint"] = "checkpoint"
+    step: int
+    path: str
+
+
+class WarningEvent(_Message):
+    """Something the user should know, that stops nothing."""
+
+    event: Literal["warning"] = "warning"
+    code: str
+    message: str
+
+
+class FailureEvent(_Message):
+    """Why the child is about to leave without its result."""
+
+    event: Literal["failure"] = "failure"
+    reason: FailureReason
+    message: str
+    param: str | None = None
+    facts: dict[str, Any] = Field(default_factory=dict)
+
+
+class PreparedEvent(_Message):
+    """The prepared files lie in `prepared/`; `report` is what the user may see."""
+
+    event: Literal["prepared"] = "prepared"
+    report: dict[str, Any]
+
+
+class TrainedEvent(_Message):
+    """The adapter lies in `adapter/` and has passed its proof."""
+
+    event: Literal["trained"] = "trained"
+    proof: dict[str, Any]
+    metrics: dict[str, Any]
+    memory: dict[str, Any]
+    versions: dict[str, str]
+
+
+Event = Annotated[
+    PhaseEvent
+    | ProgressEvent
+    | EvaluationEvent
+    | CheckpointEvent
+    | WarningEvent
+    | FailureEvent
+    | PreparedEvent
+    | TrainedEvent,
+    Field(discriminator="event"),
+]
+_EVENT: TypeAdapter[Event] = TypeAdapter(Event)
+
+
+def parse_event(line: str) -> Event:
+    """Read one line of the child's output; raises ValueError for anything that is not an event."""
+    return _EVENT.validate_json(line)
+
+
+class EventWriter:
+    """The child's mouth: takes standard output for events alone and sends stray prints to standard error."""
+
+    def __init__(self) -> None:
+        self._stream = os.fdopen(os.dup(1), "w", buffering=1)
+        os.dup2(2, 1)
+        sys.stdout = sys.stderr
+
+    def emit(self, event: _Message) -> None:
+        """Write one event as one line."""
+        self._stream.write(event.model_dump_json() + "\n")
+
+
+def write_deadline(workdir: Path, deadline: float) -> None:
+    """Tell the child until when (CLOCK_BOOTTIME, seconds) it may change anything."""
+    fd = os.open(workdir / DEADLINE_NAME, os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        os.pwrite(fd, struct.pack("<d", deadline), 0)
+    finally:
+        os.close(fd)
+
+
+def read_deadline(workdir: Path) -> float:
+    """Return the deadline last written, on CLOCK_BOOTTIME."""
+    fd = os.open(workdir / DEADLINE_NAME, os.O_RDONLY)
+    try:
+        (deadline,) = struct.unpack("<d", os.pread(fd, 8, 0))
+    finally:
+        os.close(fd)
+    return float(deadline)
+
+
+def read_request(workdir: Path) -> dict[str, Any]:
+    """Return the raw request of this folder."""
+    request: dict[str, Any] = json.loads((workdir / REQUEST_NAME).read_text())
+    return request

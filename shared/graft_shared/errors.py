@@ -1,0 +1,167 @@
+"""Every error a caller of Graft can meet, as one small tree.
+
+GraftError
+├── BadRequest                     the request cannot be read
+│   ├── MalformedBody
+│   └── UnknownParameter
+├── Refused                        the request is read and refused by its meaning
+│   ├── InvalidParameter
+│   ├── UnknownBaseModel
+│   ├── GatedBaseModel
+│   ├── UnsupportedBaseModel
+│   ├── InvalidTrainingFile
+│   ├── NoTrainableTokens
+│   ├── FileTooLarge
+│   ├── VramCapacityExceeded
+│   └── IdempotencyConflict
+├── NotFound
+│   ├── JobNotFound
+│   ├── FileNotFound
+│   ├── BaseModelNotFound
+│   └── ObjectNotFound
+├── Conflict                       right in itself, too late or too early
+│   ├── IdempotencyInFlight
+│   ├── JobFinished
+│   └── AdapterNotReady
+├── LeaseLost                      another epoch owns the job now
+├── ArtifactCorrupt                bytes read back differ from bytes written
+└── NeighbourUnavailable           worth trying again
+    ├── StoreUnavailable
+    ├── BucketUnavailable
+    └── BaseModelUnavailable
+
+The class name gives the stable `code`, the docstring the default message (a format string over the facts).
+Facts travel to the answer and to the logs. HTTP status codes stand in `graft_api.errors` and nowhere else.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+
+class GraftError(Exception):
+    """Something went wrong."""
+
+    def __init__(self, message: str | None = None, *, param: str | None = None, **facts: Any) -> None:
+        self.param = param
+        self.facts = facts
+        self.message = message or (type(self).__doc__ or "").strip().format(param=param, **facts)
+        super().__init__(self.message)
+
+    @property
+    def code(self) -> str:
+        """The stable word for this error: the class name in snake case."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
+
+
+class BadRequest(GraftError):
+    """The request cannot be read."""
+
+
+class MalformedBody(BadRequest):
+    """The body is not valid JSON: {reason}."""
+
+
+class UnknownParameter(BadRequest):
+    """Unknown parameter '{param}'. {hint}"""
+
+
+class Refused(GraftError):
+    """The request was read and refused."""
+
+
+class InvalidParameter(Refused):
+    """'{param}' is not valid: {reason}."""
+
+
+class UnknownBaseModel(Refused):
+    """Unknown base model '{base_model}'. {hint}"""
+
+
+class GatedBaseModel(Refused):
+    """'{base_model}' is gated on the hub: accept its terms and give the operator's token access to it."""
+
+
+class UnsupportedBaseModel(Refused):
+    """'{base_model}' cannot be trained here: {reason}."""
+
+
+class InvalidTrainingFile(Refused):
+    """Line {line}: {reason}."""
+
+
+class NoTrainableTokens(Refused):
+    """No row leaves a token to learn from: {reason}."""
+
+
+class FileTooLarge(Refused):
+    """The file is larger than the limit of {limit_bytes} bytes. Split it, or ask the operator to raise GRAFT_MAX_FILE_BYTES."""
+
+
+class VramCapacityExceeded(Refused):
+    """No GPU class of this service holds the job."""
+
+
+class IdempotencyConflict(Refused):
+    """This Idempotency-Key was used with another body. Use a new key for a new job."""
+
+
+class NotFound(GraftError):
+    """There is no such thing."""
+
+
+class JobNotFound(NotFound):
+    """There is no job '{job_id}'."""
+
+
+class FileNotFound(NotFound):
+    """There is no file '{file_id}'."""
+
+
+class BaseModelNotFound(NotFound):
+    """There is no base model '{base_model}' in the catalogue. GET /models lists them."""
+
+
+class ObjectNotFound(NotFound):
+    """There is no object '{key}' in the bucket."""
+
+
+class Conflict(GraftError):
+    """The request does not fit the present state."""
+
+
+class IdempotencyInFlight(Conflict):
+    """A request with this Idempotency-Key is still being handled. Ask again in a moment."""
+
+
+class JobFinished(Conflict):
+    """The job '{job_id}' has already ended as '{status}'."""
+
+
+class AdapterNotReady(Conflict):
+    """The job '{job_id}' is '{status}': its adapter exists once it has succeeded."""
+
+
+class LeaseLost(GraftError):
+    """Epoch {epoch} of job '{job_id}' no longer holds the lease."""
+
+
+class ArtifactCorrupt(GraftError):
+    """'{key}' reads back with other bytes than were written: expected sha256 {expected}, found {found}."""
+
+
+class NeighbourUnavailable(GraftError):
+    """Something this service depends on does not answer."""
+
+
+class StoreUnavailable(NeighbourUnavailable):
+    """The database does not answer: {reason}."""
+
+
+class BucketUnavailable(NeighbourUnavailable):
+    """The object store does not answer: {reason}."""
+
+
+class BaseModelUnavailable(NeighbourUnavailable):
+    """The hub does not answer for '{base_model}': {reason}."""

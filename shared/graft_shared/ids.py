@@ -1,0 +1,34 @@
+"""Names of things: random, typed by their prefix, safe in paths and URLs."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import string
+
+_ALPHABET = string.ascii_letters + string.digits
+_LENGTH = 24  # 62**24 is about 143 bits: no two services ever draw the same id
+
+
+def new_job_id() -> str:
+    """Return a fresh job id, e.g. `ftjob-4fT…`, in the shape OpenAI's clients expect."""
+    return "ftjob-" + _random()
+
+
+def new_file_id() -> str:
+    """Return a fresh file id, e.g. `file-9aQ…`."""
+    return "file-" + _random()
+
+
+def new_request_id() -> str:
+    """Return a fresh id for one HTTP request."""
+    return "req-" + _random()
+
+
+def is_id(text: str, prefix: str) -> bool:
+    """Tell whether `text` has the shape of an id with that prefix; says nothing about its existence."""
+    return re.fullmatch(rf"{prefix}-[A-Za-z0-9]{{{_LENGTH}}}", text) is not None
+
+
+def _random() -> str:
+    return "".join(secrets.choice(_ALPHABET) for _ in range(_LENGTH))

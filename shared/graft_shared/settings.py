@@ -1,0 +1,81 @@
+"""Settings that API, workers and reconciler share: `GRAFT_*` in the environment, defaults for one machine."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field, SecretStr
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+def _split_list(text: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Read `a,b` from the environment as ("a", "b")."""
+    return tuple(part.strip() for part in text.split(",") if part.strip()) if isinstance(text, str) else text
+
+
+CommaList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_list)]
+
+
+class SharedSettings(BaseSettings):
+    """Where the neighbours are, and the few numbers that everybody must agree on."""
+
+    model_config = SettingsConfigDict(env_prefix="GRAFT_", extra="ignore", frozen=True)
+
+    state_dir: Path = Path(".graft")
+    """Everything the embedded service keeps: database, bucket, registered bases, work folders."""
+
+    database_url: str | None = None
+    """SQLAlchemy URL; `postgresql+psycopg://…`, or SQLite under `state_dir` by default."""
+
+    broker_url: str = "redis://127.0.0.1:6379/0"
+    """The Redis that carries doorbells."""
+
+    s3_bucket: str | None = None
+    """Name of the bucket; without it a directory under `state_dir` serves as bucket."""
+    s3_endpoint_url: str | None = None
+    s3_public_endpoint_url: str | None = None
+    """The endpoint that users reach: presigned links point there."""
+    s3_region: str = "us-east-1"
+    s3_access_key_id: str | None = None
+    s3_secret_access_key: SecretStr | None = None
+
+    models_dir: Path | None = None
+    """Registered base models: `<models_dir>/<base_model id>/config.json` makes that id known without a hub."""
+    catalogue_path: Path | None = None
+    capacity_path: Path | None = None
+    hub_allowed: CommaList = ()
+    """Hub ids outside the catalogue that jobs may name, as shell patterns (`my-org/*`), separated by commas."""
+    hub_token: SecretStr | None = None
+    dataset_buckets: CommaList = ()
+    """Buckets that `s3://` datasets may come from, separated by commas."""
+
+    max_file_bytes: int = Field(default=2 * 1024**3, ge=1)
+    log_json: bool = True
+
+    lease_seconds: float = Field(default=60.0, gt=0)
+    heartbeat_seconds: float = Field(default=15.0, gt=0)
+    bell_again_seconds: float = Field(default=30.0, gt=0)
+    """A queued job whose bell is older than this gets another."""
+    reconcile_seconds: float = Field(default=5.0, gt=0)
+
+    @property
+    def database(self) -> str:
+        """The database URL in force."""
+        return self.database_url or f"sqlite:///{(self.state_dir / 'graft.db').absolute()}"
+
+    @property
+    def bucket_dir(self) -> Path:
+        """The directory that serves as bucket when no S3 bucket is set."""
+        return (self.state_dir / "bucket").absolute()
+
+    @property
+    def registered_models_dir(self) -> Path:
+        """The folder of registered base models in force."""
+        return (self.models_dir or self.state_dir / "models").absolute()
+
+    @property
+    def lease(self) -> timedelta:
+        """How long a claim or a renewal holds."""
+        return timedelta(seconds=self.lease_seconds)
