@@ -20,7 +20,6 @@ GraftError
 │   ├── BaseModelNotFound
 │   └── ObjectNotFound
 ├── Conflict                       right in itself, too late or too early
-│   ├── IdempotencyInFlight
 │   ├── JobFinished
 │   └── AdapterNotReady
 ├── LeaseLost                      another epoch owns the job now
@@ -96,7 +95,7 @@ class NoTrainableTokens(Refused):
 
 
 class FileTooLarge(Refused):
-    """The file is larger than the limit of {limit_bytes} bytes. Split it, or ask the operator to raise GRAFT_MAX_FILE_BYTES."""
+    """The file is larger than {limit_bytes} bytes. Split it, or ask the operator to raise GRAFT_MAX_FILE_BYTES."""
 
 
 class VramCapacityExceeded(Refused):
@@ -129,10 +128,6 @@ class ObjectNotFound(NotFound):
 
 class Conflict(GraftError):
     """The request does not fit the present state."""
-
-
-class IdempotencyInFlight(Conflict):
-    """A request with this Idempotency-Key is still being handled. Ask again in a moment."""
 
 
 class JobFinished(Conflict):

@@ -16,7 +16,9 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-MAX_RUNS_WITHOUT_PROGRESS = 5  # lost or drained runs in a row that brought no new checkpoint, before a job counts as poison
+MAX_RUNS_WITHOUT_PROGRESS = (
+    5  # lost or drained runs in a row that brought no new checkpoint, before a job counts as poison
+)
 
 
 class JobState(StrEnum):
@@ -125,7 +127,9 @@ REMEDIES: dict[FailureReason, Remedy] = {
         retry=Retry.NEVER, fault=Fault.USER, advice="Choose a base model that GET /models lists."
     ),
     FailureReason.GATED_BASE_MODEL: Remedy(
-        retry=Retry.NEVER, fault=Fault.SERVER, advice="Ask the operator to give the service's token access to the base model."
+        retry=Retry.NEVER,
+        fault=Fault.SERVER,
+        advice="Ask the operator to give the service's token access to the base model.",
     ),
     FailureReason.LOSS_NOT_FINITE: Remedy(
         retry=Retry.NEVER, fault=Fault.USER, advice="Lower 'learning_rate', or compute in bfloat16."
@@ -149,19 +153,27 @@ REMEDIES: dict[FailureReason, Remedy] = {
         retry=Retry.CHARGED, fault=Fault.SERVER, advice="Ask the operator to check the object store."
     ),
     FailureReason.ADAPTER_NOT_PROVEN: Remedy(
-        retry=Retry.CHARGED, fault=Fault.SERVER, advice="The trained adapter did not pass its proof; see the job's events."
+        retry=Retry.CHARGED,
+        fault=Fault.SERVER,
+        advice="The trained adapter did not pass its proof; see the job's events.",
     ),
     FailureReason.MAX_DURATION_EXCEEDED: Remedy(
         retry=Retry.NEVER, fault=Fault.USER, advice="Raise 'max_duration_seconds' or train fewer steps."
     ),
     FailureReason.CRASH: Remedy(
-        retry=Retry.CHARGED, fault=Fault.SERVER, advice="See the job's events; the operator finds more in the worker's log."
+        retry=Retry.CHARGED,
+        fault=Fault.SERVER,
+        advice="See the job's events; the operator finds more in the worker's log.",
     ),
     FailureReason.WORKER_LOST: Remedy(
-        retry=Retry.FREE, fault=Fault.SERVER, advice="Workers were lost again and again before a new checkpoint was reached."
+        retry=Retry.FREE,
+        fault=Fault.SERVER,
+        advice="Workers were lost again and again before a new checkpoint was reached.",
     ),
     FailureReason.DRAINED: Remedy(
-        retry=Retry.FREE, fault=Fault.SERVER, advice="Workers were stopped again and again before a new checkpoint was reached."
+        retry=Retry.FREE,
+        fault=Fault.SERVER,
+        advice="Workers were stopped again and again before a new checkpoint was reached.",
     ),
 }
 

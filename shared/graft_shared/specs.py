@@ -1,8 +1,8 @@
 """JobSpec: what a user asks for, in Hugging Face's names; frozen, and closed to unknown keys.
 
-Names follow `transformers.BitsAndBytesConfig`, `peft.LoraConfig` and `trl.SFTConfig`. Common aliases of those libraries are
-accepted and echoed under one name (`_ALIASES`). What is `"auto"` here is decided by the planner or by the GPU, and the
-decision is shown in the job's `plan`.
+Names follow `transformers.BitsAndBytesConfig`, `peft.LoraConfig` and `trl.SFTConfig`. Common aliases of those libraries
+are accepted and echoed under one name (`_ALIASES`). What is `"auto"` here is decided by the planner or by the GPU, and
+the decision is shown in the job's `plan`.
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ class Lora(_Part):
     r: Annotated[int, Field(ge=1, le=512)] = 16
     lora_alpha: Annotated[float, Field(gt=0, le=4096)] = 32
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    target_modules: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")], ...] | Literal["auto", "all-linear"] = "auto"
+    target_modules: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")], ...] | Literal["auto", "all-linear"] = (
+        "auto"
+    )
     bias: Literal["none"] = "none"
     use_rslora: bool = False
 
@@ -230,7 +232,11 @@ _ALIASES: dict[tuple[str, str], str] = {
     ("lora", "dropout"): "lora_dropout",
 }
 # Values that mean the same optimizer in `transformers`.
-_OPTIM_ALIASES = {"paged_adamw": "paged_adamw_32bit", "adamw_bnb_8bit": "adamw_8bit", "adamw_torch_fused": "adamw_torch"}
+_OPTIM_ALIASES = {
+    "paged_adamw": "paged_adamw_32bit",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "adamw_torch_fused": "adamw_torch",
+}
 
 
 def rename_aliases(body: dict[str, Any]) -> dict[str, Any]:

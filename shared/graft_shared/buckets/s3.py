@@ -1,0 +1,149 @@
+"""Any S3-compatible store as bucket, by endpoint and keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from graft_shared.artifacts import sha256_of
+from graft_shared.buckets.base import hash_file
+from graft_shared.errors import BucketUnavailable, ObjectNotFound
+from graft_shared.jobs import StoredObject
+
+# Stores other than AWS reject or ignore the newer checksum headers; our own sha256 stands in row and manifest.
+_CONFIG = Config(
+    request_checksum_calculation="when_required",
+    response_checksum_validation="when_required",
+    signature_version="s3v4",
+    s3={"addressing_style": "path"},
+    connect_timeout=5,
+    read_timeout=60,
+    retries={"max_attempts": 4, "mode": "standard"},
+)
+
+
+class S3Bucket:
+    """Objects in one bucket of an S3-compatible store."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        endpoint_url: str | None,
+        public_endpoint_url: str | None = None,
+        region: str,
+        access_key_id: str | None,
+        secret_access_key: str | None,
+    ) -> None:
+        self._name = name
+
+        def client(endpoint: str | None) -> Any:
+            return boto3.client(
+                "s3",
+                endpoint_url=endpoint,
+                region_name=region,
+                aws_access_key_id=access_key_id,
+                aws_secret_access_key=secret_access_key,
+                config=_CONFIG,
+            )
+
+        self._client = client(endpoint_url)
+        self._public = client(public_endpoint_url) if public_endpoint_url else self._client
+
+    def put_file(self, key: str, path: Path) -> StoredObject:
+        """Upload a file, in parts where it is large."""
+        size, sha256 = hash_file(path)
+        with _translated(key):
+            self._client.upload_file(str(path), self._name, key, ExtraArgs={"Metadata": {"sha256": sha256}})
+        return StoredObject(key=key, size=size, sha256=sha256)
+
+    def put_bytes(self, key: str, data: bytes) -> StoredObject:
+        """Upload a few bytes."""
+        sha256 = sha256_of(data)
+        with _translated(key):
+            self._client.put_object(Bucket=self._name, Key=key, Body=data, Metadata={"sha256": sha256})
+        return StoredObject(key=key, size=len(data), sha256=sha256)
+
+    def open(self, key: str) -> BinaryIO:
+        """Open an object for reading, as a stream."""
+        with _translated(key):
+            body = self._client.get_object(Bucket=self._name, Key=key)["Body"]
+        return cast(BinaryIO, _TranslatedStream(body, key))
+
+    def size(self, key: str) -> int:
+        """The size of an object in bytes."""
+        with _translated(key):
+            return int(self._client.head_object(Bucket=self._name, Key=key)["ContentLength"])
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """All keys that begin with `prefix`, in order."""
+        with _translated(prefix):
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._name, Prefix=prefix)
+            for page in pages:
+                yield from (item["Key"] for item in page.get("Contents", []))
+
+    def delete(self, key: str) -> None:
+        """Remove an object."""
+        with _translated(key):
+            self._client.delete_object(Bucket=self._name, Key=key)
+
+    def presign(self, key: str, *, expires: timedelta, base_url: str) -> str:
+        """A presigned link on the public endpoint; the API's own address is not needed."""
+        target = {"Bucket": self._name, "Key": key}
+        return str(
+            self._public.generate_presigned_url("get_object", Params=target, ExpiresIn=int(expires.total_seconds()))
+        )
+
+    def ping(self) -> None:
+        """Look at the bucket; create it when it is missing."""
+        try:
+            with _translated(self._name):
+                self._client.head_bucket(Bucket=self._name)
+        except ObjectNotFound:
+            with _translated(self._name):
+                self._client.create_bucket(Bucket=self._name)
+
+    def uri(self, key: str) -> str:
+        """`s3://bucket/key`."""
+        return f"s3://{self._name}/{key}"
+
+
+class _TranslatedStream:
+    """A streaming body whose network errors leave as BucketUnavailable."""
+
+    def __init__(self, body: Any, key: str) -> None:
+        self._body = body
+        self._key = key
+
+    def read(self, size: int | None = None) -> bytes:
+        with _translated(self._key):
+            return bytes(self._body.read(size))
+
+    def __enter__(self) -> _TranslatedStream:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._body.close()
+
+
+@contextmanager
+def _translated(key: str) -> Iterator[None]:
+    try:
+        yield
+    except ClientError as error:
+        code = error.response.get("Error", {}).get("Code", "")
+        if code in ("404", "NoSuchKey", "NoSuchBucket", "NotFound"):
+            raise ObjectNotFound(key=key) from error
+        raise BucketUnavailable(reason=str(error)) from error
+    except (BotoCoreError, boto3.exceptions.Boto3Error, OSError) as error:
+        raise BucketUnavailable(reason=str(error)) from error

@@ -1,0 +1,71 @@
+"""The doorbell: a Celery message that holds a job id, sent to the queue of a GPU class. It wakes; it decides nothing."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Protocol
+
+from celery import Celery
+from kombu.exceptions import OperationalError
+
+from graft_shared.jobs import Stage
+from graft_shared.logs import log_event
+
+RING_TASK = "graft.ring"
+PREPARE_QUEUE = "cpu"  # CPU workers prepare data; the class `cpu` is trained by the same workers
+
+# Redis answers within milliseconds; a black hole must not hold up a POST.
+BROKER_TRANSPORT_OPTIONS: dict[str, Any] = {
+    "socket_timeout": 10,
+    "socket_connect_timeout": 5,
+    "socket_keepalive": True,
+    "health_check_interval": 25,
+}
+
+logger = logging.getLogger(__name__)
+
+
+class Doorbell(Protocol):
+    """Whatever can wake a worker."""
+
+    def ring(self, job_id: str, queue: str) -> bool:
+        """Wake a worker of this queue; tell whether the message left. Never raises: a lost bell is rung again."""
+
+    def ping(self) -> bool:
+        """Tell whether the broker answers."""
+
+
+def queue_for(stage: Stage, gpu_class: str) -> str:
+    """The queue that the next claim of a job is rung on."""
+    return PREPARE_QUEUE if stage is Stage.PREPARE else gpu_class
+
+
+class CeleryDoorbell:
+    """Rings through Celery's broker."""
+
+    def __init__(self, broker_url: str) -> None:
+        self._app = Celery("graft-doorbell", broker=broker_url, set_as_current=False)
+        self._app.conf.update(
+            task_serializer="json",
+            task_ignore_result=True,
+            broker_transport_options=BROKER_TRANSPORT_OPTIONS,
+            broker_connection_timeout=5,
+        )
+
+    def ring(self, job_id: str, queue: str) -> bool:
+        """Send one message, without retries."""
+        try:
+            self._app.send_task(RING_TASK, args=[job_id], queue=queue, retry=False, ignore_result=True)
+        except (OperationalError, OSError) as error:
+            log_event(logger, "bell_lost", level=logging.WARNING, job_id=job_id, queue=queue, reason=str(error))
+            return False
+        return True
+
+    def ping(self) -> bool:
+        """Open a connection and close it again."""
+        try:
+            with self._app.connection_for_write() as connection:
+                connection.ensure_connection(max_retries=1, timeout=2)
+        except (OperationalError, OSError):
+            return False
+        return True

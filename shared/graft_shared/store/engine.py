@@ -1,0 +1,129 @@
+"""One database, SQLite or PostgreSQL: how it is opened, its clock, and its transactions."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Double, create_engine, event, make_url, select, text
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import InterfaceError, OperationalError, TimeoutError
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import GenericFunction
+
+from graft_shared.errors import StoreUnavailable
+
+BUSY_TIMEOUT_SECONDS = 30  # a SQLite writer waits this long for another; our transactions take milliseconds
+
+
+class now(GenericFunction[float]):  # noqa: N801 (reads as SQL)
+    """The database's clock: Unix seconds, at the moment of evaluation."""
+
+    type = Double()
+    inherit_cache = True
+    name = "graft_now"
+
+
+@compiles(now, "sqlite")
+def _now_sqlite(element: now, compiler: Any, **kw: Any) -> str:
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+@compiles(now, "postgresql")
+def _now_postgresql(element: now, compiler: Any, **kw: Any) -> str:
+    return "(extract(epoch from clock_timestamp())::double precision)"
+
+
+@dataclass(frozen=True)
+class Database:
+    """An opened database. Every foreign exception leaves as StoreUnavailable."""
+
+    engine: Engine
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """One transaction that may write; on SQLite it takes the write lock at its start."""
+        with _translated(), self.engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """One consistent look; on SQLite it does not stand in a writer's way."""
+        with _translated(), self.engine.connect().execution_options(graft_read_only=True) as connection:
+            yield connection
+
+    def ping(self) -> None:
+        """Raise StoreUnavailable unless the database answers and holds our tables."""
+        with self.reading() as connection:
+            connection.execute(text("select count(*) from jobs where 1 = 0"))
+
+    def now(self) -> datetime:
+        """The database's clock, UTC."""
+        with self.reading() as connection:
+            return as_datetime(connection.execute(select(now())).scalar_one())
+
+    def close(self) -> None:
+        """Give all connections back."""
+        self.engine.dispose()
+
+
+def open_database(url: str) -> Database:
+    """Open a database by its SQLAlchemy URL; connects lazily.
+
+    Raises:
+        ValueError: The URL is neither SQLite nor PostgreSQL.
+    """
+    parsed = make_url(re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", url))
+    backend = parsed.get_backend_name()
+    if backend == "sqlite":
+        if parsed.database:
+            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+        engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_SECONDS})
+        event.listen(engine, "connect", _configure_sqlite)
+        event.listen(engine, "begin", _begin_sqlite)
+    elif backend == "postgresql":
+        engine = create_engine(parsed, pool_pre_ping=True, connect_args={"connect_timeout": 5})
+    else:
+        raise ValueError(f"GRAFT_DATABASE_URL names {backend!r}: use postgresql+psycopg://… or sqlite:///…")
+    return Database(engine)
+
+
+def journal_mode(version: tuple[int, int, int] = sqlite3.sqlite_version_info) -> str:
+    """The safe journal mode for a SQLite version.
+
+    From 3.7.0 to 3.51.2 two connections can lose committed writes in WAL mode; fixed in 3.51.3, and in 3.50.7 and
+    3.44.6 on their branches (SQLite's release notes).
+    """
+    fixed = version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51, 0) or (3, 44, 6) <= version < (3, 45, 0)
+    return "WAL" if fixed else "DELETE"
+
+
+def as_datetime(seconds: float) -> datetime:
+    """A stored time as an aware UTC datetime."""
+    return datetime.fromtimestamp(seconds, tz=UTC)
+
+
+def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:
+    connection.isolation_level = None  # we say BEGIN ourselves
+    for pragma in (f"journal_mode={journal_mode()}", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    read_only = connection.get_execution_options().get("graft_read_only", False)
+    connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except (OperationalError, InterfaceError, TimeoutError) as error:
+        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        raise StoreUnavailable(reason=reason) from error

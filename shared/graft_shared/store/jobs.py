@@ -1,0 +1,249 @@
+"""The tenants' door to jobs: submit, read, list, cancel. Every query takes the tenant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import ColumnElement, and_, func, insert, or_, select, true
+from sqlalchemy.engine import Connection, RowMapping
+from sqlalchemy.exc import IntegrityError
+
+from graft_shared.errors import IdempotencyConflict, JobFinished, JobNotFound
+from graft_shared.jobs import TERMINAL_STATES, Job, JobEvent, JobState, JobStatus, Stage
+from graft_shared.store.engine import Database, now
+from graft_shared.store.rows import add_event, compare_and_set, event_from, job_from
+from graft_shared.store.tables import job_events, jobs
+
+PRIORITY_RANKS = {"low": 0, "normal": 1, "high": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewJob:
+    """What admission decided, ready to be committed."""
+
+    id: str
+    tenant: str
+    spec: dict[str, Any]
+    plan: dict[str, Any]
+    placement: dict[str, Any]
+    gpu_class: str
+    request_sha256: str
+    idempotency_key: str | None = None
+    warnings: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobQuery:
+    """Which jobs to list, newest first; `after` is the id of the last job of the page before."""
+
+    status: JobStatus | None = None
+    base_model: str | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    created_after: datetime | None = None
+    created_before: datetime | None = None
+    after: str | None = None
+    limit: int = 20
+
+
+class Jobs:
+    """Jobs as their tenants see them."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def submit(self, new: NewJob) -> tuple[Job, bool]:
+        """Commit a job; return it, and whether it is new. From here on it cannot be lost.
+
+        Raises:
+            IdempotencyConflict: The key was used with another body.
+        """
+        try:
+            with self._database.writing() as connection:
+                _insert_job(connection, new)
+                add_event(
+                    connection, new.id, 0, "submitted", "The job was accepted.", data={"gpu_class": new.gpu_class}
+                )
+                return job_from(_row(connection, new.tenant, new.id)), True
+        except IntegrityError:
+            if new.idempotency_key is None:
+                raise
+            earlier = self.find_by_key(new.tenant, new.idempotency_key, new.request_sha256)
+            if earlier is None:
+                raise
+            return earlier, False
+
+    def find_by_key(self, tenant: str, idempotency_key: str, request_sha256: str) -> Job | None:
+        """Return the job that this key made before, if any.
+
+        Raises:
+            IdempotencyConflict: The key was used with another body.
+        """
+        with self._database.reading() as connection:
+            query = select(jobs).where(jobs.c.tenant == tenant, jobs.c.idempotency_key == idempotency_key)
+            row = connection.execute(query).mappings().one_or_none()
+        if row is None:
+            return None
+        if row["request_sha256"] != request_sha256:
+            raise IdempotencyConflict(job_id=row["id"])
+        return job_from(row)
+
+    def get(self, tenant: str, job_id: str) -> Job:
+        """Return one job.
+
+        Raises:
+            JobNotFound: No such job, or another tenant's.
+        """
+        with self._database.reading() as connection:
+            return job_from(_row(connection, tenant, job_id))
+
+    def list(self, tenant: str, query: JobQuery) -> tuple[list[Job], bool]:
+        """Return one page of jobs, newest first, and whether there are more.
+
+        Raises:
+            JobNotFound: `query.after` is no job of this tenant.
+        """
+        with self._database.reading() as connection:
+            wanted = select(jobs).where(jobs.c.tenant == tenant, *_conditions(query))
+            if query.after is not None:
+                last = _row(connection, tenant, query.after)
+                older = jobs.c.created_at < last["created_at"]
+                same_moment = and_(jobs.c.created_at == last["created_at"], jobs.c.id < last["id"])
+                wanted = wanted.where(or_(older, same_moment))
+            wanted = wanted.order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(query.limit + 1)
+            page = connection.execute(wanted).mappings().all()
+        return [job_from(row) for row in page[: query.limit]], len(page) > query.limit
+
+    def events(self, tenant: str, job_id: str, *, after: int = 0, limit: int = 100) -> tuple[Sequence[JobEvent], bool]:
+        """Return a page of the job's history, oldest first, and whether there is more.
+
+        Raises:
+            JobNotFound: No such job, or another tenant's.
+        """
+        with self._database.reading() as connection:
+            _row(connection, tenant, job_id)
+            query = (
+                select(job_events)
+                .where(job_events.c.job_id == job_id, job_events.c.id > after)
+                .order_by(job_events.c.id)
+                .limit(limit + 1)
+            )
+            page = connection.execute(query).mappings().all()
+        return [event_from(row) for row in page[:limit]], len(page) > limit
+
+    def cancel(self, tenant: str, job_id: str) -> Job:
+        """Cancel a queued job at once; ask the worker of a running one to stop. Asking twice is asking once.
+
+        Raises:
+            JobNotFound: No such job, or another tenant's.
+            JobFinished: It has ended already, and not by a cancel.
+        """
+        with self._database.writing() as connection:
+            row = _row(connection, tenant, job_id, lock=True)
+            state = JobState(row["state"])
+            if state is JobState.CANCELLED or (state is JobState.RUNNING and row["cancel_requested"]):
+                return job_from(row)
+            if state in TERMINAL_STATES:
+                raise JobFinished(job_id=job_id, status=state.value)
+            if state is JobState.QUEUED:
+                ended = {"state": JobState.CANCELLED.value, "finished_at": now(), "phase": None}
+                compare_and_set(connection, job_id, row["epoch"], state, cancel_requested=True, **ended)
+                add_event(connection, job_id, row["epoch"], "cancelled", "The job was cancelled before it ran.")
+            else:
+                compare_and_set(connection, job_id, row["epoch"], state, cancel_requested=True)
+                add_event(connection, job_id, row["epoch"], "cancel_requested", "The worker was asked to stop.")
+            return job_from(_row(connection, tenant, job_id))
+
+    def queue_position(self, job: Job) -> int | None:
+        """This job's place among the queued jobs of its stage and class, from 1; None if it is not queued."""
+        if job.state is not JobState.QUEUED:
+            return None
+        rank = PRIORITY_RANKS[job.spec["priority"]]
+        this = jobs.alias()
+        moment = select(this.c.created_at).where(this.c.id == job.id).scalar_subquery()
+        ahead = or_(jobs.c.priority > rank, and_(jobs.c.priority == rank, jobs.c.created_at < moment))
+        same_queue = jobs.c.gpu_class == job.gpu_class if job.stage is Stage.TRAIN else true()
+        query = select(func.count()).where(
+            jobs.c.state == JobState.QUEUED.value, jobs.c.stage == job.stage.value, same_queue, ahead
+        )
+        with self._database.reading() as connection:
+            return int(connection.execute(query).scalar_one()) + 1
+
+    def queue_lengths(self) -> dict[str, int]:
+        """Queued jobs by GPU class, over all tenants."""
+        query = (
+            select(jobs.c.gpu_class, func.count())
+            .where(jobs.c.state == JobState.QUEUED.value)
+            .group_by(jobs.c.gpu_class)
+        )
+        with self._database.reading() as connection:
+            return dict(connection.execute(query).tuples().all())
+
+
+def _insert_job(connection: Connection, new: NewJob) -> None:
+    connection.execute(
+        insert(jobs).values(
+            id=new.id,
+            tenant=new.tenant,
+            state=JobState.QUEUED.value,
+            stage=Stage.PREPARE.value,
+            epoch=0,
+            attempt=0,
+            max_attempts=new.spec["max_attempts"],
+            runs_without_progress=0,
+            priority=PRIORITY_RANKS[new.spec["priority"]],
+            gpu_class=new.gpu_class,
+            base_model=new.spec["base_model"],
+            idempotency_key=new.idempotency_key,
+            request_sha256=new.request_sha256,
+            spec=new.spec,
+            plan=new.plan,
+            placement=new.placement,
+            metadata=new.spec["metadata"],
+            cancel_requested=False,
+            progress={},
+            metrics={},
+            memory={},
+            warnings=new.warnings,
+            next_event=0,
+            created_at=now(),
+            queued_at=now(),
+            not_before=now(),
+        )
+    )
+
+
+def _row(connection: Connection, tenant: str, job_id: str, *, lock: bool = False) -> RowMapping:
+    query = select(jobs).where(jobs.c.tenant == tenant, jobs.c.id == job_id)
+    row = connection.execute(query.with_for_update() if lock else query).mappings().one_or_none()
+    if row is None:
+        raise JobNotFound(job_id=job_id)
+    return row
+
+
+def _conditions(query: JobQuery) -> list[ColumnElement[bool]]:
+    conditions: list[ColumnElement[bool]] = []
+    if query.status is not None:
+        conditions.append(_has_status(query.status))
+    if query.base_model is not None:
+        conditions.append(jobs.c.base_model == query.base_model)
+    if query.created_after is not None:
+        conditions.append(jobs.c.created_at > query.created_after.timestamp())
+    if query.created_before is not None:
+        conditions.append(jobs.c.created_at < query.created_before.timestamp())
+    conditions += [jobs.c.metadata[key].as_string() == value for key, value in query.metadata.items()]
+    return conditions
+
+
+def _has_status(status: JobStatus) -> ColumnElement[bool]:
+    """The same reading of state, stage and flags as `Job.status`, in SQL."""
+    alive = jobs.c.state.in_([JobState.QUEUED.value, JobState.RUNNING.value])
+    if status is JobStatus.CANCELLING:
+        return and_(alive, jobs.c.cancel_requested)
+    if status is JobStatus.VALIDATING_FILES:
+        return and_(alive, ~jobs.c.cancel_requested, jobs.c.stage == Stage.PREPARE.value)
+    if status in (JobStatus.QUEUED, JobStatus.RUNNING):
+        return and_(jobs.c.state == status.value, ~jobs.c.cancel_requested, jobs.c.stage == Stage.TRAIN.value)
+    return jobs.c.state == status.value

@@ -1,0 +1,354 @@
+"""The workers' door to jobs: claim, renew, record, settle. Every write but a claim is fenced by the epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import and_, case, func, literal, or_, select, update
+from sqlalchemy.engine import Connection, RowMapping
+
+from graft_shared.errors import LeaseLost
+from graft_shared.jobs import (
+    REMEDIES,
+    Checkpoint,
+    Failure,
+    FailureReason,
+    Job,
+    JobState,
+    Phase,
+    Retry,
+    Stage,
+    after_failure,
+)
+from graft_shared.store.engine import Database, now
+from graft_shared.store.rows import add_event, checkpoint_values, compare_and_set, job_from
+from graft_shared.store.tables import jobs
+
+RETRY_DELAY_SECONDS = 5.0  # before the second attempt; doubled for each further one, so that a neighbour can come back
+
+
+@dataclass(frozen=True, kw_only=True)
+class Orders:
+    """What the heartbeat's answer tells the worker to do."""
+
+    cancel: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class LostBell:
+    """A queued job whose doorbell is old or was never rung."""
+
+    job_id: str
+    stage: Stage
+    gpu_class: str
+
+
+class Leases:
+    """Jobs as workers and reconcilers see them, over all tenants."""
+
+    def __init__(self, database: Database, lease: timedelta) -> None:
+        self._database = database
+        self._lease = lease.total_seconds()
+
+    def claim(self, worker: str, *, stage: Stage, gpu_classes: Sequence[str]) -> Job | None:
+        """Take the best eligible queued job: a lease and a new epoch. None when there is nothing to do.
+
+        Best means: the worker's own class before smaller ones (`gpu_classes` in that order), higher priority, the
+        tenant with fewer running jobs, then the one served longest ago, then the oldest job. Preparing data needs no
+        GPU, so there classes do not count.
+        """
+        with self._database.writing() as connection:
+            best = connection.execute(_best_queued(stage, gpu_classes)).mappings().one_or_none()
+            if best is None:
+                return None
+            epoch = best["epoch"] + 1
+            row = compare_and_set(
+                connection,
+                best["id"],
+                best["epoch"],
+                JobState.QUEUED,
+                state=JobState.RUNNING.value,
+                epoch=epoch,
+                attempt=best["attempt"] + 1,
+                worker=worker,
+                phase=Phase.FETCHING.value,
+                claimed_at=now(),
+                started_at=best["started_at"] or now(),
+                lease_expires_at=now() + self._lease,
+            )
+            message = "Preparing the data began." if stage is Stage.PREPARE else "Training was taken up."
+            facts = {"worker": worker, "stage": stage.value, "attempt": row["attempt"]}
+            add_event(connection, row["id"], epoch, "claimed", message, data=facts)
+            return job_from(row)
+
+    def renew(self, job_id: str, epoch: int) -> Orders:
+        """Hold the lease for another full length from now, by the database's clock.
+
+        Raises:
+            LeaseLost: Another epoch owns the job, or it has ended.
+        """
+        with self._database.writing() as connection:
+            row = compare_and_set(connection, job_id, epoch, JobState.RUNNING, lease_expires_at=now() + self._lease)
+        return Orders(cancel=row["cancel_requested"])
+
+    def orders(self, job_id: str, epoch: int) -> Orders:
+        """Look, without renewing, whether the job is to be cancelled.
+
+        Raises:
+            LeaseLost: Another epoch owns the job, or it has ended.
+        """
+        query = select(jobs.c.cancel_requested).where(
+            jobs.c.id == job_id, jobs.c.epoch == epoch, jobs.c.state == JobState.RUNNING.value
+        )
+        with self._database.reading() as connection:
+            cancel = connection.execute(query).scalar_one_or_none()
+        if cancel is None:
+            raise LeaseLost(job_id=job_id, epoch=epoch)
+        return Orders(cancel=cancel)
+
+    def record_phase(self, job_id: str, epoch: int, phase: Phase) -> None:
+        """Say what the epoch is busy with."""
+        with self._database.writing() as connection:
+            compare_and_set(connection, job_id, epoch, JobState.RUNNING, phase=phase.value)
+            add_event(connection, job_id, epoch, "phase", f"Now {phase.value}.", data={"phase": phase.value})
+
+    def record_progress(
+        self, job_id: str, epoch: int, *, progress: dict[str, Any], metrics: dict[str, Any], steps: list[dict[str, Any]]
+    ) -> None:
+        """Show how far the epoch is; `steps` become `metrics` events, oldest first."""
+        with self._database.writing() as connection:
+            row = compare_and_set(connection, job_id, epoch, JobState.RUNNING, progress=progress)
+            compare_and_set(connection, job_id, epoch, JobState.RUNNING, metrics={**row["metrics"], **metrics})
+            for step in steps:
+                add_event(connection, job_id, epoch, "metrics", f"Step {step['step']}.", data=step)
+
+    def record_warning(self, job_id: str, epoch: int, code: str, message: str) -> None:
+        """Tell the user of something that stops nothing; the same warning is told once."""
+        warning = {"code": code, "message": message}
+        with self._database.writing() as connection:
+            row = compare_and_set(connection, job_id, epoch, JobState.RUNNING, epoch=epoch)
+            if warning not in row["warnings"]:
+                compare_and_set(connection, job_id, epoch, JobState.RUNNING, warnings=[*row["warnings"], warning])
+                add_event(connection, job_id, epoch, "warning", message, level="warning", data=warning)
+
+    def commit_checkpoint(self, job_id: str, epoch: int, checkpoint: Checkpoint) -> None:
+        """Make a checkpoint the one that a later epoch goes on from.
+
+        Raises:
+            LeaseLost: Another epoch owns the job, or it has ended.
+            ValueError: The checkpoint lies behind the one committed before.
+        """
+        with self._database.writing() as connection:
+            row = compare_and_set(
+                connection,
+                job_id,
+                epoch,
+                JobState.RUNNING,
+                runs_without_progress=0,
+                lease_expires_at=now() + self._lease,
+            )
+            last = job_from(row).checkpoint
+            if last is not None and checkpoint.step < last.step:
+                raise ValueError(f"checkpoint of step {checkpoint.step} is behind the committed step {last.step}")
+            compare_and_set(connection, job_id, epoch, JobState.RUNNING, checkpoint=checkpoint_values(checkpoint))
+            facts = {"step": checkpoint.step, "size": checkpoint.object.size, "sha256": checkpoint.object.sha256}
+            add_event(connection, job_id, epoch, "checkpoint", f"Step {checkpoint.step} was saved.", data=facts)
+
+    def hand_to_training(self, job_id: str, epoch: int, prepared: dict[str, Any]) -> Job:
+        """Give the prepared job back to the queue, for training; attempts are counted anew.
+
+        Raises:
+            LeaseLost: Another epoch owns the job, or it has ended.
+        """
+        with self._database.writing() as connection:
+            row = compare_and_set(
+                connection,
+                job_id,
+                epoch,
+                JobState.RUNNING,
+                **_given_back(),
+                stage=Stage.TRAIN.value,
+                prepared=prepared,
+                attempt=0,
+                runs_without_progress=0,
+            )
+            add_event(connection, job_id, epoch, "prepared", "The data is ready for training.", data=prepared["report"])
+            if row["cancel_requested"]:
+                row = _end(connection, row, JobState.CANCELLED, "The job was cancelled.")
+            return job_from(row)
+
+    def settle_success(
+        self, job_id: str, epoch: int, *, adapter: dict[str, Any], metrics: dict[str, Any], memory: dict[str, Any]
+    ) -> None:
+        """End the job as succeeded and point it at this epoch's adapter. First commit wins against a cancel's settle.
+
+        Raises:
+            LeaseLost: Another epoch owns the job, or it has ended.
+        """
+        with self._database.writing() as connection:
+            row = compare_and_set(
+                connection,
+                job_id,
+                epoch,
+                JobState.RUNNING,
+                state=JobState.SUCCEEDED.value,
+                adapter=adapter,
+                memory=memory,
+                finished_at=now(),
+                **_no_lease(),
+            )
+            compare_and_set(connection, job_id, epoch, JobState.SUCCEEDED, metrics={**row["metrics"], **metrics})
+            message = "The adapter was stored and proven."
+            add_event(connection, job_id, epoch, "succeeded", message, data={"adapter": adapter, "metrics": metrics})
+
+    def settle_failure(self, job_id: str, epoch: int, failure: Failure) -> Job:
+        """End this run; the job goes back to the queue, or ends, as `after_failure` decides.
+
+        Raises:
+            LeaseLost: Another epoch owns the job, or it has ended.
+        """
+        with self._database.writing() as connection:
+            row = compare_and_set(connection, job_id, epoch, JobState.RUNNING, **_no_lease())
+            return job_from(_after(connection, row, failure, epoch))
+
+    def settle_cancelled(self, job_id: str, epoch: int) -> Job:
+        """End the job as cancelled, once nothing of it runs any more.
+
+        Raises:
+            LeaseLost: Another epoch owns the job, or it has ended.
+        """
+        with self._database.writing() as connection:
+            row = compare_and_set(connection, job_id, epoch, JobState.RUNNING, **_no_lease())
+            return job_from(
+                _end(connection, row, JobState.CANCELLED, "The job was cancelled; its training has stopped.")
+            )
+
+    def read(self, job_id: str) -> Job | None:
+        """Return the row as it is: how a worker learns what became of a commit whose answer was lost."""
+        with self._database.reading() as connection:
+            row = connection.execute(select(jobs).where(jobs.c.id == job_id)).mappings().one_or_none()
+        return job_from(row) if row is not None else None
+
+    def release_of(self, worker: str) -> list[Job]:
+        """Give back the leases of an earlier life of this worker, at once."""
+        return self._fence(jobs.c.worker == worker, f"Worker {worker} was restarted.")
+
+    def release_expired(self) -> list[Job]:
+        """Give back every lease that has run out, by the database's clock."""
+        return self._fence(jobs.c.lease_expires_at < now(), "The worker was not heard of for a whole lease.")
+
+    def take_lost_bells(self, older_than: timedelta, limit: int) -> list[LostBell]:
+        """Return queued jobs whose bell is old, marked as rung now, so that of many reconcilers one rings."""
+        due = select(jobs.c.id).where(
+            jobs.c.state == JobState.QUEUED.value,
+            jobs.c.not_before <= now(),
+            or_(jobs.c.bell_rung_at.is_(None), jobs.c.bell_rung_at < now() - older_than.total_seconds()),
+        )
+        due = due.order_by(jobs.c.priority.desc(), jobs.c.queued_at).limit(limit).with_for_update(skip_locked=True)
+        with self._database.writing() as connection:
+            ids = connection.execute(due).scalars().all()
+            rung = update(jobs).where(jobs.c.id.in_(ids)).values(bell_rung_at=now()).returning(jobs)
+            rows = connection.execute(rung).mappings().all() if ids else []
+        return [LostBell(job_id=row["id"], stage=Stage(row["stage"]), gpu_class=row["gpu_class"]) for row in rows]
+
+    def mark_rung(self, job_id: str) -> None:
+        """Remember that this job's bell was rung just now."""
+        with self._database.writing() as connection:
+            connection.execute(update(jobs).where(jobs.c.id == job_id).values(bell_rung_at=now()))
+
+    def _fence(self, whose: Any, message: str) -> list[Job]:
+        failure = Failure(reason=FailureReason.WORKER_LOST, message=message)
+        fenced = []
+        with self._database.writing() as connection:
+            query = select(jobs.c.id, jobs.c.epoch).where(jobs.c.state == JobState.RUNNING.value, whose)
+            for job_id, epoch in connection.execute(query.with_for_update(skip_locked=True)).tuples().all():
+                row = compare_and_set(connection, job_id, epoch, JobState.RUNNING, epoch=epoch + 1, **_no_lease())
+                fenced.append(job_from(_after(connection, row, failure, epoch)))
+        return fenced
+
+
+def _best_queued(stage: Stage, gpu_classes: Collection[str]) -> Any:
+    others = jobs.alias("others")
+    running = (
+        select(func.count())
+        .where(others.c.tenant == jobs.c.tenant, others.c.state == JobState.RUNNING.value)
+        .scalar_subquery()
+    )
+    served = jobs.alias("served")
+    last_served = (
+        select(func.coalesce(func.max(served.c.claimed_at), 0.0))
+        .where(served.c.tenant == jobs.c.tenant)
+        .scalar_subquery()
+    )
+    eligible = and_(jobs.c.state == JobState.QUEUED.value, jobs.c.stage == stage.value, jobs.c.not_before <= now())
+    order = [jobs.c.priority.desc(), running, last_served, jobs.c.queued_at, jobs.c.id]
+    if stage is Stage.TRAIN:
+        eligible = and_(eligible, jobs.c.gpu_class.in_(gpu_classes))
+        ranks = {name: rank for rank, name in enumerate(gpu_classes)}
+        order.insert(0, case(ranks, value=jobs.c.gpu_class, else_=literal(len(ranks))))
+    return select(jobs).where(eligible).order_by(*order).limit(1).with_for_update(skip_locked=True, of=jobs)
+
+
+def _given_back() -> dict[str, Any]:
+    return {"state": JobState.QUEUED.value, "queued_at": now(), "bell_rung_at": None, **_no_lease()}
+
+
+def _no_lease() -> dict[str, Any]:
+    return {"worker": None, "lease_expires_at": None, "phase": None}
+
+
+def _after(connection: Connection, row: RowMapping, failure: Failure, failed_epoch: int) -> RowMapping:
+    """Carry out what `after_failure` decides for a running row whose lease has been taken off."""
+    decided = after_failure(
+        failure.reason,
+        attempt=row["attempt"],
+        max_attempts=row["max_attempts"],
+        runs_without_progress=row["runs_without_progress"],
+        cancel_requested=row["cancel_requested"],
+    )
+    counts = {"attempt": decided.attempt, "runs_without_progress": decided.runs_without_progress}
+    facts = {"reason": failure.reason.value, "attempt": row["attempt"], **failure.facts}
+    if decided.state is JobState.QUEUED:
+        charged = REMEDIES[failure.reason].retry is Retry.CHARGED
+        delay = RETRY_DELAY_SECONDS * 2 ** (row["attempt"] - 1) if charged else 0.0
+        row = compare_and_set(
+            connection, row["id"], row["epoch"], JobState.RUNNING, **_given_back(), **counts, not_before=now() + delay
+        )
+        add_event(connection, row["id"], failed_epoch, "requeued", failure.message, level="warning", data=facts)
+        return row
+    row = compare_and_set(connection, row["id"], row["epoch"], JobState.RUNNING, **counts)
+    if decided.state is JobState.CANCELLED:
+        return _end(connection, row, JobState.CANCELLED, "The job was cancelled.", data=facts)
+    return _end(connection, row, JobState.FAILED, failure.message, error=_error(failure), data=facts)
+
+
+def _end(
+    connection: Connection,
+    row: RowMapping,
+    state: JobState,
+    message: str,
+    *,
+    error: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
+) -> RowMapping:
+    """Move a row that holds no lease to its last state, with its one terminal event."""
+    present = JobState(row["state"])
+    values = {"state": state.value, "error": error, "finished_at": now()}
+    ended = compare_and_set(connection, row["id"], row["epoch"], present, **values)
+    level = "error" if state is JobState.FAILED else "info"
+    add_event(connection, row["id"], row["epoch"], state.value, message, level=level, data=data)
+    return ended
+
+
+def _error(failure: Failure) -> dict[str, Any]:
+    remedy = REMEDIES[failure.reason]
+    return {
+        "code": failure.reason.value,
+        "message": f"{failure.message.rstrip('. ')}. {remedy.advice}",
+        "category": remedy.fault.value,
+        "param": failure.param,
+        **({"facts": asdict(failure)["facts"]} if failure.facts else {}),
+    }

@@ -1,0 +1,117 @@
+"""Between rows and words: reading a Job from its row, and writing an event beside an edge."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from sqlalchemy import insert, update
+from sqlalchemy.engine import Connection, RowMapping
+
+from graft_shared.errors import LeaseLost
+from graft_shared.jobs import Checkpoint, Job, JobEvent, JobState, Phase, Stage, StoredObject
+from graft_shared.store.engine import as_datetime, now
+from graft_shared.store.tables import job_events, jobs
+
+
+def job_from(row: RowMapping) -> Job:
+    """Read one row of `jobs`."""
+    return Job(
+        id=row["id"],
+        tenant=row["tenant"],
+        state=JobState(row["state"]),
+        stage=Stage(row["stage"]),
+        epoch=row["epoch"],
+        attempt=row["attempt"],
+        runs_without_progress=row["runs_without_progress"],
+        spec=row["spec"],
+        plan=row["plan"],
+        placement=row["placement"],
+        gpu_class=row["gpu_class"],
+        phase=Phase(row["phase"]) if row["phase"] else None,
+        cancel_requested=row["cancel_requested"],
+        progress=row["progress"],
+        metrics=row["metrics"],
+        memory=row["memory"],
+        warnings=row["warnings"],
+        error=row["error"],
+        prepared=row["prepared"],
+        checkpoint=_checkpoint_from(row["checkpoint"]),
+        adapter=row["adapter"],
+        worker=row["worker"],
+        created_at=as_datetime(row["created_at"]),
+        started_at=as_datetime(row["started_at"]) if row["started_at"] else None,
+        finished_at=as_datetime(row["finished_at"]) if row["finished_at"] else None,
+        lease_expires_at=as_datetime(row["lease_expires_at"]) if row["lease_expires_at"] else None,
+    )
+
+
+def event_from(row: RowMapping) -> JobEvent:
+    """Read one row of `job_events`."""
+    return JobEvent(
+        id=row["id"],
+        job_id=row["job_id"],
+        epoch=row["epoch"],
+        type=row["type"],
+        level=row["level"],
+        message=row["message"],
+        data=row["data"],
+        created_at=as_datetime(row["created_at"]),
+    )
+
+
+def checkpoint_values(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A checkpoint as its column holds it."""
+    return asdict(checkpoint)
+
+
+def compare_and_set(connection: Connection, job_id: str, epoch: int, state: JobState, **values: Any) -> RowMapping:
+    """Change one row if it still has this state and epoch; return it as it is now.
+
+    Raises:
+        LeaseLost: The row has moved on.
+    """
+    changed = (
+        update(jobs)
+        .where(jobs.c.id == job_id, jobs.c.epoch == epoch, jobs.c.state == state.value)
+        .values(**values)
+        .returning(jobs)
+    )
+    row = connection.execute(changed).mappings().one_or_none()
+    if row is None:
+        raise LeaseLost(job_id=job_id, epoch=epoch)
+    return row
+
+
+def add_event(
+    connection: Connection,
+    job_id: str,
+    epoch: int,
+    type: str,
+    message: str,
+    *,
+    level: str = "info",
+    data: dict[str, Any] | None = None,
+) -> None:
+    """Append to the job's history, in the transaction of what it tells about; numbers are gapless within the job."""
+    number = connection.execute(
+        update(jobs).where(jobs.c.id == job_id).values(next_event=jobs.c.next_event + 1).returning(jobs.c.next_event)
+    ).scalar_one()
+    connection.execute(
+        insert(job_events).values(
+            job_id=job_id,
+            id=number,
+            epoch=epoch,
+            type=type,
+            level=level,
+            message=message,
+            data=data or {},
+            created_at=now(),
+        )
+    )
+
+
+def _checkpoint_from(value: dict[str, Any] | None) -> Checkpoint | None:
+    if value is None:
+        return None
+    return Checkpoint(step=value["step"], epoch=value["epoch"], object=StoredObject(**value["object"]))

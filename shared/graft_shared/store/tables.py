@@ -1,0 +1,115 @@
+"""The tables, once; the migrations build the same and a test compares the two.
+
+Every time is a double of Unix seconds by the database's own clock (`engine.now`), so that SQLite and PostgreSQL hold
+and compare the same thing.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+    }
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("tenant", String(64), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("stage", String(16), nullable=False),
+    Column("epoch", Integer, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("max_attempts", Integer, nullable=False),
+    Column("runs_without_progress", Integer, nullable=False),
+    Column("priority", Integer, nullable=False),
+    Column("gpu_class", String(32), nullable=False),
+    Column("base_model", String(200), nullable=False),
+    Column("idempotency_key", String(255)),
+    Column("request_sha256", String(64), nullable=False),
+    Column("spec", JSON, nullable=False),
+    Column("plan", JSON, nullable=False),
+    Column("placement", JSON, nullable=False),
+    Column("metadata", JSON, nullable=False),
+    Column("phase", String(16)),
+    Column("cancel_requested", Boolean, nullable=False),
+    Column("progress", JSON, nullable=False),
+    Column("metrics", JSON, nullable=False),
+    Column("memory", JSON, nullable=False),
+    Column("warnings", JSON, nullable=False),
+    Column("error", JSON),
+    Column("prepared", JSON),
+    Column("checkpoint", JSON),
+    Column("adapter", JSON),
+    Column("worker", String(128)),
+    Column("next_event", Integer, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("queued_at", Double, nullable=False),
+    Column("not_before", Double, nullable=False),
+    Column("bell_rung_at", Double),
+    Column("claimed_at", Double),
+    Column("lease_expires_at", Double),
+    Column("started_at", Double),
+    Column("finished_at", Double),
+    UniqueConstraint("tenant", "idempotency_key"),
+    Index(None, "state", "stage", "gpu_class"),
+    Index(None, "tenant", "created_at"),
+)
+
+job_events = Table(
+    "job_events",
+    metadata,
+    Column("job_id", String(64), ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("epoch", Integer, nullable=False),
+    Column("type", String(32), nullable=False),
+    Column("level", String(8), nullable=False),
+    Column("message", Text, nullable=False),
+    Column("data", JSON, nullable=False),
+    Column("created_at", Double, nullable=False),
+)
+
+files = Table(
+    "files",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("tenant", String(64), nullable=False),
+    Column("filename", String(255), nullable=False),
+    Column("key", String(512), nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("report", JSON, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Index(None, "tenant", "created_at"),
+)
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("name", String(128), primary_key=True),
+    Column("gpu_class", String(32), nullable=False),
+    Column("device", String(200), nullable=False),
+    Column("stages", JSON, nullable=False),
+    Column("started_at", Double, nullable=False),
+    Column("seen_at", Double, nullable=False),
+)
