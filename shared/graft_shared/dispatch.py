@@ -1,4 +1,4 @@
-"""The doorbell: a Celery message that holds a job id, sent to the queue of a GPU class. It wakes; it decides nothing."""
+"""The doorbell: a Celery message holding a job id, sent to the queue of a GPU class. It wakes; it decides nothing."""
 
 from __future__ import annotations
 

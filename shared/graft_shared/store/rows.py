@@ -65,7 +65,7 @@ def checkpoint_values(checkpoint: Checkpoint) -> dict[str, Any]:
     return asdict(checkpoint)
 
 
-def compare_and_set(connection: Connection, job_id: str, epoch: int, state: JobState, **values: Any) -> RowMapping:
+def compare_and_set(connection: Connection, job_id: str, epoch: int, state: JobState, /, **values: Any) -> RowMapping:
     """Change one row if it still has this state and epoch; return it as it is now.
 
     Raises:
