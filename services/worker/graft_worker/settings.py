@@ -1,0 +1,42 @@
+"""Settings of a worker: the shared ones, its device, and where it works."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+from graft_shared.settings import SharedSettings
+from pydantic import Field
+
+
+class WorkerSettings(SharedSettings):
+    """One worker drives one device."""
+
+    worker_name: str = Field(default_factory=socket.gethostname, pattern=r"^[A-Za-z0-9._-]{1,100}$")
+    """Must be unique among the workers of a fleet, and the same after a restart."""
+    worker_device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda:\d+)$")
+    """`auto` takes the first GPU, else the CPU."""
+
+    look_seconds: float = Field(default=10.0, gt=0)
+    """An idle worker looks for work this often without a bell, so that a dead broker costs latency, not progress."""
+    orders_seconds: float = Field(default=1.0, gt=0)
+    """How often a running job is asked whether it is to be cancelled."""
+    stop_grace_seconds: float = Field(default=30.0, gt=0)
+    """How long a trainer may take to save a checkpoint and leave, before it is killed."""
+    upload_patience_seconds: float = Field(default=300.0, gt=0)
+    """How long a bucket or database that is away is waited for, before a finished run counts as failed."""
+
+    @property
+    def work_dir(self) -> Path:
+        """Where running jobs have their folders."""
+        return (self.state_dir / "work").absolute()
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where base models and compiled kernels are kept between jobs."""
+        return (self.state_dir / "cache").absolute()
+
+    @property
+    def lock_dir(self) -> Path:
+        """Where the slots' locks lie."""
+        return (self.state_dir / "locks").absolute()

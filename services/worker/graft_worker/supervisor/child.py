@@ -1,0 +1,114 @@
+"""The child process of a run: a fresh interpreter in its own session, its events, and its end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from graft_shared.logs import log_event
+
+from graft_worker.device import Device
+from graft_worker.protocol import Event, parse_event
+
+LOG_NAME = "trainer.log"
+
+# What a child inherits: enough to find its interpreter, libraries and GPU; no token, no address of a neighbour.
+_INHERITED = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONPATH", "OMP_NUM_THREADS", "TZ", "VIRTUAL_ENV")
+_INHERITED_PREFIXES = ("CUDA_", "NVIDIA_", "TORCH", "PYTORCH_", "GRAFT_CRASH_", "GRAFT_MEMORY_")
+
+logger = logging.getLogger(__name__)
+
+
+class Child:
+    """One running `python -m <module> WORKDIR`."""
+
+    def __init__(self, module: str, workdir: Path, *, device: Device, cache_dir: Path) -> None:
+        self._events: queue.Queue[Event | None] = queue.Queue()
+        log = (workdir / LOG_NAME).open("ab")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, str(workdir)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            cwd=workdir,
+            env=child_environment(workdir, device=device, cache_dir=cache_dir),
+            start_new_session=True,
+        )
+        log.close()
+        self._reader = threading.Thread(target=self._read, name="child-events", daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        """The child's process id; also its process group."""
+        return self._process.pid
+
+    def events(self, timeout: float) -> Iterator[Event | None]:
+        """Yield events as they come, None whenever `timeout` seconds passed without one; ends when the child has."""
+        while True:
+            try:
+                event = self._events.get(timeout=timeout)
+            except queue.Empty:
+                yield None
+                continue
+            if event is None:
+                return
+            yield event
+
+    def terminate(self) -> None:
+        """Ask the child to save what it has and leave."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End the child and all that it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def wait(self) -> int:
+        """Return the exit code, or the negative signal number; leaves nothing of its group behind."""
+        code = self._process.wait()
+        self.kill()
+        self._reader.join()
+        return code
+
+    def _read(self) -> None:
+        stream = self._process.stdout
+        if stream is not None:
+            for line in stream:
+                try:
+                    self._events.put(parse_event(line.decode()))
+                except ValueError:
+                    log_event(logger, "child_line_not_understood", level=logging.WARNING, line=repr(line[:200]))
+        self._events.put(None)
+
+
+def child_environment(workdir: Path, *, device: Device, cache_dir: Path) -> dict[str, str]:
+    """The environment of a child: its own home, its own device, no network for the hub's libraries."""
+    scratch = workdir / "tmp"
+    scratch.mkdir(exist_ok=True)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    inherited = {
+        name: value for name, value in os.environ.items() if name in _INHERITED or name.startswith(_INHERITED_PREFIXES)
+    }
+    return {
+        **inherited,
+        "HOME": str(workdir),
+        "TMPDIR": str(scratch),
+        "CUDA_VISIBLE_DEVICES": device.visible_devices,
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "true",
+        "TORCHINDUCTOR_CACHE_DIR": str(cache_dir / "inductor"),
+        "TRITON_CACHE_DIR": str(cache_dir / "triton"),
+        "PYTHONUNBUFFERED": "1",
+        "GRAFT_PARENT_PID": str(os.getpid()),
+    }

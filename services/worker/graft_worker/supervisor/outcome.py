@@ -1,0 +1,59 @@
+"""What a child's end means: its last words, its exit code and the reason it was stopped, as one Failure."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+from graft_shared.jobs import Failure, FailureReason
+
+from graft_worker.protocol import ExitCode, FailureEvent
+from graft_worker.supervisor.watch import StopReason
+
+_CGROUP_EVENTS = Path("/sys/fs/cgroup/memory.events")
+
+
+def failure_of(
+    code: int, last_words: FailureEvent | None, stop_reason: StopReason | None, *, oom_kills: int
+) -> Failure | None:
+    """Name what went wrong; None when the child brought its result.
+
+    Args:
+        code: The exit code, or the negative number of the signal that ended the child.
+        last_words: The `failure` event it sent, if any.
+        stop_reason: Why it was told to leave, if it was.
+        oom_kills: How many processes of this control group the kernel killed for memory during the run.
+    """
+    if stop_reason is StopReason.MAX_DURATION:
+        return Failure(
+            reason=FailureReason.MAX_DURATION_EXCEEDED,
+            message="The job ran longer than its 'max_duration_seconds'",
+            param="max_duration_seconds",
+        )
+    if last_words is not None:
+        words = last_words
+        return Failure(reason=words.reason, message=words.message, param=words.param, facts=words.facts)
+    if code == ExitCode.DONE:
+        return None
+    if code == ExitCode.STOPPED or stop_reason is StopReason.DRAIN:
+        return Failure(reason=FailureReason.DRAINED, message="The worker was stopped")
+    if code == ExitCode.CUDA_OUT_OF_MEMORY:
+        return Failure(reason=FailureReason.CUDA_OUT_OF_MEMORY, message="The GPU ran out of memory")
+    if code == -signal.SIGKILL and oom_kills > 0:
+        return Failure(reason=FailureReason.HOST_OUT_OF_MEMORY, message="The machine ran out of memory")
+    if code == -signal.SIGKILL:
+        return Failure(reason=FailureReason.WORKER_LOST, message="The training process was killed from outside")
+    if code < 0:
+        name = signal.Signals(-code).name
+        return Failure(reason=FailureReason.CRASH, message=f"The process ended by {name}", facts={"signal": name})
+    return Failure(reason=FailureReason.CRASH, message=f"The process left with code {code}", facts={"exit_code": code})
+
+
+def oom_kill_count() -> int:
+    """How many processes of this control group the kernel has killed for memory so far; 0 where it does not say."""
+    try:
+        lines = _CGROUP_EVENTS.read_text().splitlines()
+    except OSError:
+        return 0
+    counts = dict(line.split() for line in lines)
+    return int(counts.get("oom_kill", 0))

@@ -1,0 +1,72 @@
+"""`python -m graft_shared.reconciler`: expired leases back to the queue, lost bells rung again. Any number may run."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from dataclasses import dataclass
+from datetime import timedelta
+
+from graft_shared.dispatch import CeleryDoorbell, Doorbell, queue_for
+from graft_shared.errors import StoreUnavailable
+from graft_shared.logs import configure_logging, log_event
+from graft_shared.settings import SharedSettings
+from graft_shared.store import Leases, open_database
+
+BELLS_AT_ONCE = 16  # a bell wakes a worker, and an awake worker drains its queue: more bells than workers bring nothing
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reconciler:
+    """One pass at a time over what time has left behind."""
+
+    leases: Leases
+    doorbell: Doorbell
+    bell_again: timedelta
+
+    def reconcile(self) -> None:
+        """Give expired leases back, then ring for every queued job whose bell is old.
+
+        Raises:
+            StoreUnavailable: The database does not answer; the next pass will do.
+        """
+        for job in self.leases.release_expired():
+            log_event(logger, "lease_expired", job_id=job.id, epoch=job.epoch, state=job.state.value)
+        for bell in self.leases.take_lost_bells(self.bell_again, BELLS_AT_ONCE):
+            queue = queue_for(bell.stage, bell.gpu_class)
+            rung = self.doorbell.ring(bell.job_id, queue)
+            log_event(logger, "bell_rung_again", level=logging.DEBUG, job_id=bell.job_id, queue=queue, rung=rung)
+
+    def run(self, every: timedelta, stop: threading.Event) -> None:
+        """Reconcile until `stop`; a database that is away is waited for."""
+        while not stop.wait(every.total_seconds()):
+            try:
+                self.reconcile()
+            except StoreUnavailable as error:
+                log_event(logger, "reconcile_postponed", level=logging.WARNING, reason=error.message)
+
+
+def main() -> None:
+    """Run with the configured neighbours until SIGTERM or SIGINT."""
+    settings = SharedSettings()
+    configure_logging(json_lines=settings.log_json)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    database = open_database(settings.database)
+    reconciler = Reconciler(
+        leases=Leases(database, settings.lease),
+        doorbell=CeleryDoorbell(settings.broker_url),
+        bell_again=timedelta(seconds=settings.bell_again_seconds),
+    )
+    log_event(logger, "reconciler_started")
+    reconciler.run(timedelta(seconds=settings.reconcile_seconds), stop)
+    database.close()
+    log_event(logger, "reconciler_stopped")
+
+
+if __name__ == "__main__":
+    main()
