@@ -50,7 +50,7 @@ def find_device(wanted: str, table: CapacityTable) -> Device:
     gpu_class = table.class_for_memory(memory_bytes)
     if gpu_class is None:
         raise NoSuchDevice(
-            f"{wanted} ({name}) has {memory_bytes / 1024**3:.1f} GiB, less than the smallest class of the capacity table."
+            f"{wanted} ({name}) has {memory_bytes / 1024**3:.1f} GiB: below every class of the capacity table."
         )
     smaller = [other for other in table.classes if other.memory_bytes < gpu_class.memory_bytes and not other.is_cpu]
     smaller.sort(key=lambda other: other.memory_bytes, reverse=True)

@@ -1,7 +1,7 @@
 """All that the supervisor and its child process share: a request in, one JSON event a line out, and exit codes.
 
 The child (`python -m graft_worker.preparing WORKDIR` or `python -m graft_worker.training WORKDIR`) reads
-`WORKDIR/request.json`, writes only under WORKDIR, prints events on standard output and everything else on standard error.
+`WORKDIR/request.json`, writes only under WORKDIR, prints events on standard output and all else on standard error.
 
     WORKDIR/
       request.json        PrepareRequest or TrainRequest
@@ -24,8 +24,9 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from graft_shared.jobs import FailureReason, Phase
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from graft_shared.jobs import FailureReason, Phase
 
 REQUEST_NAME = "request.json"
 DEADLINE_NAME = "deadline"

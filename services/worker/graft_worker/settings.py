@@ -5,8 +5,9 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
-from graft_shared.settings import SharedSettings
 from pydantic import Field
+
+from graft_shared.settings import SharedSettings
 
 
 class WorkerSettings(SharedSettings):

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from graft_shared.logs import log_event
-
 from graft_worker.device import Device
 from graft_worker.protocol import Event, parse_event
 

@@ -6,7 +6,6 @@ import signal
 from pathlib import Path
 
 from graft_shared.jobs import Failure, FailureReason
-
 from graft_worker.protocol import ExitCode, FailureEvent
 from graft_worker.supervisor.watch import StopReason
 
@@ -24,6 +23,8 @@ def failure_of(
         stop_reason: Why it was told to leave, if it was.
         oom_kills: How many processes of this control group the kernel killed for memory during the run.
     """
+    if code == ExitCode.DONE and last_words is None:
+        return None
     if stop_reason is StopReason.MAX_DURATION:
         return Failure(
             reason=FailureReason.MAX_DURATION_EXCEEDED,
@@ -33,8 +34,6 @@ def failure_of(
     if last_words is not None:
         words = last_words
         return Failure(reason=words.reason, message=words.message, param=words.param, facts=words.facts)
-    if code == ExitCode.DONE:
-        return None
     if code == ExitCode.STOPPED or stop_reason is StopReason.DRAIN:
         return Failure(reason=FailureReason.DRAINED, message="The worker was stopped")
     if code == ExitCode.CUDA_OUT_OF_MEMORY:

@@ -13,7 +13,6 @@ from graft_shared.clock import boottime
 from graft_shared.errors import LeaseLost, StoreUnavailable
 from graft_shared.logs import log_event
 from graft_shared.store import Leases
-
 from graft_worker.protocol import write_deadline
 from graft_worker.supervisor.child import Child
 

@@ -1,0 +1,28 @@
+"""All that a supervisor works with, chosen in one place and handed in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from graft_shared.buckets import Bucket
+from graft_shared.dispatch import Doorbell
+from graft_shared.store import Database, Files, Leases
+from graft_worker.device import Device
+from graft_worker.settings import WorkerSettings
+from graft_worker.supervisor.bases import BaseModels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbours:
+    """The store, the bucket, the bell, the base models, and this worker's own device and settings."""
+
+    settings: WorkerSettings
+    database: Database
+    leases: Leases
+    files: Files
+    bucket: Bucket
+    doorbell: Doorbell
+    base_models: BaseModels
+    device: Device
+    draining: Callable[[], bool]

@@ -1,0 +1,92 @@
+"""The run of a `prepare` stage: raw rows in, tokens in the bucket, the job handed on to training."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from graft_shared.artifacts import prepared_key
+from graft_shared.buckets import fetch
+from graft_shared.dispatch import queue_for
+from graft_shared.errors import FileNotFound, InvalidParameter
+from graft_shared.jobs import Job, JobState
+from graft_shared.specs import DatasetSource, JobSpec
+from graft_worker.protocol import PreparedEvent, PrepareRequest
+from graft_worker.supervisor.neighbours import Neighbours
+from graft_worker.supervisor.patience import patiently
+
+MODULE = "graft_worker.preparing"
+SPLITS = ("train.safetensors", "validation.safetensors")
+
+
+def prepare_request(job: Job, workdir: Path, neighbours: Neighbours) -> PrepareRequest:
+    """Fetch what preparing needs, and say where it lies."""
+    spec = JobSpec.model_validate(job.spec)
+    tokenizer = neighbours.base_models.tokenizer(spec.base_model, spec.revision)
+    train_file = workdir / "train.jsonl"
+    _fetch_rows(job.tenant, spec.dataset, train_file, neighbours)
+    validation_file = None
+    if spec.validation is not None and spec.validation.file is not None:
+        validation_file = workdir / "validation.jsonl"
+        _fetch_rows(job.tenant, DatasetSource(file=spec.validation.file), validation_file, neighbours)
+    return PrepareRequest(
+        job_id=job.id,
+        spec=job.spec,
+        tokenizer_path=str(tokenizer),
+        max_positions=int(job.placement["max_position_embeddings"]),
+        train_file=str(train_file),
+        validation_file=str(validation_file) if validation_file else None,
+    )
+
+
+def finish_preparation(job: Job, workdir: Path, prepared: PreparedEvent, neighbours: Neighbours) -> None:
+    """Store the tokens under this epoch, hand the job to training, and ring for a trainer."""
+    patience = neighbours.settings.upload_patience_seconds
+    stored: dict[str, Any] = {"report": prepared.report}
+    for name in SPLITS:
+        path = workdir / "prepared" / name
+        if path.exists():
+            key = prepared_key(job.tenant, job.id, job.epoch, name)
+            put = partial(neighbours.bucket.put_file, key, path)
+            stored[path.stem] = asdict(patiently(put, patience_seconds=patience))
+    handed = patiently(lambda: neighbours.leases.hand_to_training(job.id, job.epoch, stored), patience_seconds=patience)
+    if handed.state is JobState.QUEUED and neighbours.doorbell.ring(job.id, queue_for(handed.stage, handed.gpu_class)):
+        neighbours.leases.mark_rung(job.id)
+
+
+def _fetch_rows(tenant: str, source: DatasetSource, path: Path, neighbours: Neighbours) -> None:
+    if source.file is not None:
+        try:
+            stored = neighbours.files.get(tenant, source.file)
+        except FileNotFound as error:
+            raise InvalidParameter(param="dataset.file", reason=error.message.rstrip(".")) from error
+        fetch(neighbours.bucket, stored.object, path)
+    elif source.uri is not None:
+        _import_object(source.uri, path, neighbours)
+    else:
+        from graft_worker.importing import import_hub_dataset  # `datasets` takes a second to import
+
+        token = neighbours.settings.hub_token
+        import_hub_dataset(
+            str(source.hub),
+            source.split or "train",
+            source.revision,
+            path,
+            token=token.get_secret_value() if token else None,
+        )
+
+
+def _import_object(uri: str, path: Path, neighbours: Neighbours) -> None:
+    from graft_shared.buckets.choose import open_bucket
+
+    settings = neighbours.settings
+    name, _, key = uri.removeprefix("s3://").partition("/")
+    if name not in settings.dataset_buckets:
+        allowed = ", ".join(settings.dataset_buckets) or "none"
+        raise InvalidParameter(param="dataset.uri", reason=f"bucket '{name}' is not allowed here; allowed: {allowed}")
+    bucket = open_bucket(settings.model_copy(update={"s3_bucket": name}))
+    with bucket.open(key) as source, path.open("wb") as sink:
+        while chunk := source.read(1024 * 1024):
+            sink.write(chunk)

@@ -1,0 +1,237 @@
+"""One claimed job from lease to settle: the supervisor's recipe."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import assert_never
+
+from graft_shared.artifacts import log_key
+from graft_shared.clock import boottime
+from graft_shared.dispatch import queue_for
+from graft_shared.errors import (
+    ArtifactCorrupt,
+    BaseModelUnavailable,
+    GatedBaseModel,
+    GraftError,
+    InvalidParameter,
+    InvalidTrainingFile,
+    LeaseLost,
+    NeighbourUnavailable,
+    ObjectNotFound,
+    UnknownBaseModel,
+    UnsupportedBaseModel,
+)
+from graft_shared.jobs import Failure, FailureReason, Job, JobState, Phase, Stage
+from graft_shared.logs import log_event
+from graft_worker.protocol import (
+    REQUEST_NAME,
+    CheckpointEvent,
+    EvaluationEvent,
+    Event,
+    FailureEvent,
+    PhaseEvent,
+    PreparedEvent,
+    PrepareRequest,
+    ProgressEvent,
+    TrainedEvent,
+    TrainRequest,
+    WarningEvent,
+)
+from graft_worker.supervisor import preparation, training_run
+from graft_worker.supervisor.child import LOG_NAME, Child
+from graft_worker.supervisor.neighbours import Neighbours
+from graft_worker.supervisor.outcome import failure_of, oom_kill_count
+from graft_worker.supervisor.patience import patiently
+from graft_worker.supervisor.progress import ProgressRecorder
+from graft_worker.supervisor.watch import StopReason, Watch, WatchTimes
+
+EVENT_PAUSE_SECONDS = 1.0  # progress is written at most this often
+LOG_UPLOAD_SECONDS = 15.0
+
+# What an error while fetching or publishing means for the run.
+_REASONS: dict[type[GraftError], FailureReason] = {
+    UnknownBaseModel: FailureReason.UNSUPPORTED_BASE_MODEL,
+    UnsupportedBaseModel: FailureReason.UNSUPPORTED_BASE_MODEL,
+    GatedBaseModel: FailureReason.GATED_BASE_MODEL,
+    BaseModelUnavailable: FailureReason.BASE_MODEL_UNAVAILABLE,
+    InvalidParameter: FailureReason.INVALID_PARAMETER,
+    InvalidTrainingFile: FailureReason.INVALID_TRAINING_FILE,
+    ArtifactCorrupt: FailureReason.ARTIFACT_CORRUPT,
+    ObjectNotFound: FailureReason.ARTIFACT_CORRUPT,
+    NeighbourUnavailable: FailureReason.ARTIFACT_UPLOAD_FAILED,
+}
+
+_STOPPED = Failure(reason=FailureReason.DRAINED, message="The worker was stopped")
+
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """One epoch of one job in this worker."""
+
+    def __init__(self, job: Job, workdir: Path, neighbours: Neighbours) -> None:
+        self._job = job
+        self._workdir = workdir
+        self._neighbours = neighbours
+        self._progress = ProgressRecorder(neighbours.leases, job)
+        self._result: PreparedEvent | TrainedEvent | None = None
+        self._last_words: FailureEvent | None = None
+        self._log_uploaded_at = boottime()
+
+    def run(self) -> None:
+        """Carry the job as far as this epoch can; whatever happens, the row says so, or its lease runs out."""
+        job = self._job
+        log_event(logger, "job_claimed", job_id=job.id, epoch=job.epoch, stage=job.stage.value, attempt=job.attempt)
+        shutil.rmtree(self._workdir, ignore_errors=True)
+        self._workdir.mkdir(parents=True)
+        try:
+            self._run_leased()
+        except LeaseLost:
+            log_event(logger, "lease_lost", level=logging.WARNING, job_id=job.id, epoch=job.epoch)
+        except NeighbourUnavailable as error:
+            # Not even the failure could be written: the lease runs out and the reconciler hands the job on.
+            log_event(logger, "job_left_to_reconciler", level=logging.ERROR, job_id=job.id, reason=error.message)
+        finally:
+            shutil.rmtree(self._workdir, ignore_errors=True)
+
+    def _run_leased(self) -> None:
+        watch = Watch(
+            self._neighbours.leases,
+            self._job.id,
+            self._job.epoch,
+            self._workdir,
+            times=_watch_times(self._neighbours),
+            draining=self._neighbours.draining,
+            ends_at=self._ends_at(),
+        )
+        with watch:
+            try:
+                failure = self._run_watched(watch)
+            except LeaseLost:
+                raise
+            except GraftError as error:
+                failure = _failure_from(error)
+            self._upload_log()
+            if failure is not None:
+                self._settle(failure, watch)
+
+    def _run_watched(self, watch: Watch) -> Failure | None:
+        request = self._fetch()
+        (self._workdir / REQUEST_NAME).write_text(request.model_dump_json())
+        if watch.stop_reason is not None:
+            return _STOPPED
+        kills_before = oom_kill_count()
+        module = preparation.MODULE if self._job.stage is Stage.PREPARE else training_run.MODULE
+        settings = self._neighbours.settings
+        child = Child(module, self._workdir, device=self._neighbours.device, cache_dir=settings.cache_dir)
+        watch.look_after(child)
+        try:
+            for event in child.events(timeout=EVENT_PAUSE_SECONDS):
+                self._handle(event, watch)
+        except BaseException:
+            child.kill()
+            raise
+        finally:
+            code = child.wait()
+        self._progress.flush()
+        log_event(logger, "child_ended", job_id=self._job.id, epoch=self._job.epoch, exit_code=code)
+        if watch.stop_reason in (StopReason.CANCEL, StopReason.LEASE_LOST):
+            return _STOPPED
+        failure = failure_of(code, self._last_words, watch.stop_reason, oom_kills=oom_kill_count() - kills_before)
+        if failure is None:
+            self._finish(request)
+        return failure
+
+    def _fetch(self) -> PrepareRequest | TrainRequest:
+        if self._job.stage is Stage.PREPARE:
+            return preparation.prepare_request(self._job, self._workdir, self._neighbours)
+        return training_run.train_request(self._job, self._workdir, self._neighbours)
+
+    def _handle(self, event: Event | None, watch: Watch) -> None:
+        if watch.stop_reason is StopReason.LEASE_LOST:
+            return
+        match event:
+            case None:
+                self._progress.flush()
+            case PhaseEvent():
+                self._progress.phase(event.phase)
+            case ProgressEvent():
+                self._progress.step(event)
+            case EvaluationEvent():
+                self._progress.evaluation(event)
+            case WarningEvent():
+                self._progress.warning(event)
+            case CheckpointEvent():
+                if watch.stop_reason is not StopReason.CANCEL:
+                    self._progress.flush()
+                    training_run.store_checkpoint(self._job, event, self._neighbours)
+            case FailureEvent():
+                self._last_words = event
+            case PreparedEvent() | TrainedEvent():
+                self._result = event
+            case _:
+                assert_never(event)
+        if boottime() > self._log_uploaded_at + LOG_UPLOAD_SECONDS:
+            self._upload_log()
+
+    def _finish(self, request: PrepareRequest | TrainRequest) -> None:
+        if isinstance(self._result, PreparedEvent):
+            preparation.finish_preparation(self._job, self._workdir, self._result, self._neighbours)
+        elif isinstance(self._result, TrainedEvent) and isinstance(request, TrainRequest):
+            self._progress.phase(Phase.PUBLISHING)
+            training_run.publish(self._job, self._workdir, request, self._result, self._neighbours)
+        else:
+            raise ArtifactCorrupt("The child left with code 0 but brought no result.")
+        log_event(logger, "job_carried_on", job_id=self._job.id, epoch=self._job.epoch, stage=self._job.stage.value)
+
+    def _settle(self, failure: Failure, watch: Watch) -> None:
+        leases, job = self._neighbours.leases, self._job
+        patience = self._neighbours.settings.upload_patience_seconds
+        if watch.stop_reason is StopReason.LEASE_LOST:
+            raise LeaseLost(job_id=job.id, epoch=job.epoch)
+        if watch.stop_reason is StopReason.CANCEL:
+            patiently(lambda: leases.settle_cancelled(job.id, job.epoch), patience_seconds=patience)
+            log_event(logger, "job_cancelled", job_id=job.id, epoch=job.epoch)
+            return
+        after = patiently(lambda: leases.settle_failure(job.id, job.epoch, failure), patience_seconds=patience)
+        facts = {"reason": failure.reason.value, "state": after.state.value, "message": failure.message}
+        log_event(logger, "attempt_settled", level=logging.WARNING, job_id=job.id, attempt=job.attempt, **facts)
+        if after.state is JobState.QUEUED and failure.reason in (FailureReason.WORKER_LOST, FailureReason.DRAINED):
+            self._neighbours.doorbell.ring(job.id, queue_for(after.stage, after.gpu_class))
+
+    def _upload_log(self) -> None:
+        """Keep the child's log readable for the user; best effort, the run does not hang on it."""
+        path = self._workdir / LOG_NAME
+        self._log_uploaded_at = boottime()
+        if self._job.stage is not Stage.TRAIN or not path.exists():
+            return
+        try:
+            self._neighbours.bucket.put_file(log_key(self._job.tenant, self._job.id, self._job.epoch), path)
+        except NeighbourUnavailable as error:
+            log_event(logger, "log_not_uploaded", level=logging.WARNING, job_id=self._job.id, reason=error.message)
+
+    def _ends_at(self) -> float | None:
+        limit: int | None = self._job.spec["max_duration_seconds"]
+        if limit is None or self._job.started_at is None:
+            return None
+        spent = (self._neighbours.database.now() - self._job.started_at).total_seconds()
+        return boottime() + limit - spent
+
+
+def _watch_times(neighbours: Neighbours) -> WatchTimes:
+    settings = neighbours.settings
+    return WatchTimes(
+        lease=settings.lease_seconds,
+        heartbeat=settings.heartbeat_seconds,
+        orders=settings.orders_seconds,
+        stop_grace=settings.stop_grace_seconds,
+    )
+
+
+def _failure_from(error: GraftError) -> Failure:
+    for kind, reason in _REASONS.items():
+        if isinstance(error, kind):
+            return Failure(reason=reason, message=error.message, param=error.param, facts=error.facts)
+    raise error

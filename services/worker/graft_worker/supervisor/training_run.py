@@ -1,0 +1,126 @@
+"""The run of a `train` stage: base, tokens and checkpoint in; checkpoints and a proven adapter out."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from graft_shared.artifacts import MANIFEST_NAME, AdapterManifest, FileProof, adapter_prefix, checkpoint_key
+from graft_shared.buckets import fetch, read_back
+from graft_shared.errors import LeaseLost, NeighbourUnavailable
+from graft_shared.jobs import Checkpoint, Job, StoredObject
+from graft_shared.logs import log_event
+from graft_worker.protocol import CheckpointEvent, TrainedEvent, TrainRequest
+from graft_worker.supervisor.folders import fetch_folder, store_folder
+from graft_worker.supervisor.neighbours import Neighbours
+from graft_worker.supervisor.patience import patiently
+
+MODULE = "graft_worker.training"
+CHECKPOINT_PATIENCE_SECONDS = 20.0  # a checkpoint that cannot be stored soon is left to the next one
+
+logger = logging.getLogger(__name__)
+
+
+def train_request(job: Job, workdir: Path, neighbours: Neighbours) -> TrainRequest:
+    """Fetch and verify what training needs, and say where it lies."""
+    base = neighbours.base_models.whole(job.spec["base_model"], job.spec["revision"])
+    prepared = job.prepared or {}
+    splits = {}
+    for split in ("train", "validation"):
+        if split in prepared:
+            splits[split] = workdir / f"{split}.safetensors"
+            fetch(neighbours.bucket, StoredObject(**prepared[split]), splits[split])
+    checkpoint_path = None
+    if job.checkpoint is not None:
+        checkpoint_path = workdir / "resume" / f"step-{job.checkpoint.step}"
+        fetch_folder(neighbours.bucket, job.checkpoint.object, checkpoint_path)
+    return TrainRequest(
+        job_id=job.id,
+        epoch=job.epoch,
+        spec=job.spec,
+        plan=job.plan,
+        target_modules=job.placement["target_modules"],
+        base_path=str(base.path),
+        base_model=job.spec["base_model"],
+        base_revision=base.revision,
+        train_file=str(splits["train"]),
+        validation_file=str(splits["validation"]) if "validation" in splits else None,
+        checkpoint_path=str(checkpoint_path) if checkpoint_path else None,
+    )
+
+
+def store_checkpoint(job: Job, event: CheckpointEvent, neighbours: Neighbours) -> None:
+    """Upload a checkpoint, read it back, and make it the job's. A bucket that is away costs this checkpoint only."""
+    folder = Path(event.path)
+    key = checkpoint_key(job.tenant, job.id, job.epoch, event.step)
+
+    def store() -> None:
+        stored = store_folder(neighbours.bucket, key, folder)
+        read_back(neighbours.bucket, stored)
+        checkpoint = Checkpoint(step=event.step, epoch=job.epoch, object=stored)
+        neighbours.leases.commit_checkpoint(job.id, job.epoch, checkpoint)
+
+    try:
+        patiently(store, patience_seconds=CHECKPOINT_PATIENCE_SECONDS)
+    except NeighbourUnavailable as error:
+        facts = {"job_id": job.id, "step": event.step, "reason": error.message}
+        log_event(logger, "checkpoint_not_stored", level=logging.WARNING, **facts)
+    shutil.rmtree(folder)
+
+
+def publish(job: Job, workdir: Path, request: TrainRequest, trained: TrainedEvent, neighbours: Neighbours) -> None:
+    """Store the adapter, read it back, write the manifest last, and settle the job as succeeded.
+
+    Raises:
+        ArtifactCorrupt: The bucket gives back other bytes than it was given.
+        NeighbourUnavailable: Bucket or database stayed away longer than the operator's patience.
+        LeaseLost: Another epoch owns the job.
+    """
+    patience = neighbours.settings.upload_patience_seconds
+    prefix = adapter_prefix(job.tenant, job.id, job.epoch)
+    proofs = []
+    for path in sorted((workdir / "adapter").iterdir()):
+        stored = patiently(partial(_store, prefix + path.name, path, neighbours), patience_seconds=patience)
+        proofs.append(FileProof(name=path.name, size=stored.size, sha256=stored.sha256))
+    manifest = AdapterManifest(
+        job_id=job.id,
+        epoch=job.epoch,
+        base_model=request.base_model,
+        base_revision=request.base_revision,
+        files=tuple(proofs),
+        proof=trained.proof,
+        versions=trained.versions,
+    )
+    key = prefix + MANIFEST_NAME
+    written = patiently(lambda: neighbours.bucket.put_bytes(key, manifest.to_bytes()), patience_seconds=patience)
+    patiently(lambda: read_back(neighbours.bucket, written), patience_seconds=patience)
+    adapter = {
+        "uri": neighbours.bucket.uri(prefix),
+        "epoch": job.epoch,
+        "prefix": prefix,
+        "manifest": asdict(written),
+        "bytes": sum(proof.size for proof in proofs),
+    }
+    patiently(lambda: _settle(job, adapter, trained, neighbours), patience_seconds=patience)
+
+
+def _store(key: str, path: Path, neighbours: Neighbours) -> StoredObject:
+    stored = neighbours.bucket.put_file(key, path)
+    read_back(neighbours.bucket, stored)
+    return stored
+
+
+def _settle(job: Job, adapter: dict[str, Any], trained: TrainedEvent, neighbours: Neighbours) -> None:
+    try:
+        neighbours.leases.settle_success(
+            job.id, job.epoch, adapter=adapter, metrics=trained.metrics, memory=trained.memory
+        )
+    except LeaseLost:
+        # The answer to an earlier try may have been lost after its commit: then the row is ours already.
+        row = neighbours.leases.read(job.id)
+        if row is None or row.adapter is None or row.adapter["epoch"] != job.epoch:
+            raise
