@@ -1,0 +1,261 @@
+"""The `graft` command: submit, watch and bring home fine-tunes from a terminal.
+
+Exit codes: 0 done, 1 the watched job failed, 2 something the user can correct, 3 the watched job was cancelled, 4 the
+service is at fault.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import EntryPoint, entry_points
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from graft_client import tables
+from graft_client.client import DEFAULT_URL, GraftClient
+from graft_client.errors import GraftAPIError, GraftClientError
+from graft_client.progress import watch as show_progress
+
+PLUGINS = "graft.commands"  # entry points that add commands: `up` and `doctor` come from graft-local
+EXIT_FAILED, EXIT_USER_ERROR, EXIT_CANCELLED, EXIT_SERVICE_ERROR = 1, 2, 3, 4
+EXIT_OF_STATUS = {"succeeded": 0, "failed": EXIT_FAILED, "cancelled": EXIT_CANCELLED}
+PATIENCE_SECONDS = 5.0  # someone sits in front of it
+
+
+class _Commands(TyperGroup):
+    """Our commands, and those of plugins, imported only when they are needed."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *_plugins()]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        own = super().get_command(ctx, cmd_name)
+        if own is not None or (plugin := _plugins().get(cmd_name)) is None:
+            return own
+        adapted = typer.Typer(add_completion=False)
+        adapted.command(cmd_name)(plugin.load())
+        command = typer.main.get_command(adapted)
+        command.name = cmd_name
+        return command
+
+
+def _plugins() -> dict[str, EntryPoint]:
+    return {point.name: point for point in sorted(entry_points(group=PLUGINS), key=lambda point: point.name)}
+
+
+app = typer.Typer(
+    cls=_Commands,
+    name="graft",
+    help="Fine-tune language models with QLoRA on your own GPUs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    epilog="The service is found at GRAFT_URL (http://127.0.0.1:8000), with the key in GRAFT_API_KEY.",
+)
+
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id, ftjob-…")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the service's answer as JSON.")]
+SpecPath = Annotated[
+    str, typer.Argument(metavar="SPEC", help="A JSON file with the job's spec; - reads standard input.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one setting: --set training.max_steps=100 (repeatable)."),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option("--data", exists=True, dir_okay=False, help="A JSONL file to upload; becomes dataset.file."),
+]
+
+
+@app.command()
+def submit(
+    spec: SpecPath,
+    data: Data = None,
+    overrides: Overrides = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")] = False,
+    key: Annotated[str | None, typer.Option("--idempotency-key", help="The same key never makes two jobs.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Post a fine-tuning job."""
+    body = read_spec(spec, overrides or [])
+    with _client() as client:
+        if data is not None:
+            body["dataset"] = {"file": client.upload(data)["id"]}
+        job = client.submit(body, idempotency_key=key)
+        if not watch:
+            _answer(job, tables.job_table(job), as_json=as_json)
+            return
+        _notice(f"Job {job['id']} is accepted ({job['status']}).")
+        _follow(client, job["id"], as_json=as_json)
+
+
+@app.command()
+def get(job: JobId, as_json: AsJson = False) -> None:
+    """Show one job."""
+    with _client() as client:
+        found = client.get(job)
+        _answer(found, tables.job_table(found), as_json=as_json)
+
+
+@app.command("list")
+def list_jobs(
+    status: Annotated[str | None, typer.Option(help="Only jobs with this status.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Only jobs on this base model.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many, the newest first.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """List jobs, newest first."""
+    with _client() as client:
+        pages = client.list(status=status, base_model=base_model, page_size=min(limit, 100))
+        jobs = list(islice(pages, limit))
+        _answer(jobs, tables.jobs_table(jobs), as_json=as_json)
+
+
+@app.command()
+def watch(job: JobId, as_json: AsJson = False) -> None:
+    """Follow a job to its end: exit code 0 succeeded, 1 failed, 3 cancelled."""
+    with _client() as client:
+        _follow(client, job, as_json=as_json)
+
+
+@app.command()
+def cancel(job: JobId, as_json: AsJson = False) -> None:
+    """End a job before its time."""
+    with _client() as client:
+        found = client.cancel(job)
+        _answer(found, tables.job_table(found), as_json=as_json)
+
+
+@app.command()
+def download(
+    job: JobId,
+    to: Annotated[Path | None, typer.Option("--to", help="The folder to make; ./JOB by default.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring a job's adapter home, every byte checked."""
+    with _client() as client:
+        folder = client.download(job, to or Path(job))
+        _answer({"job": job, "path": str(folder)}, f"Adapter of {job} is in {folder}", as_json=as_json)
+
+
+@app.command()
+def estimate(spec: SpecPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Show where a job would go and what would fill the card, without posting it."""
+    with _client() as client:
+        found = client.estimate(read_spec(spec, overrides or []))
+        _answer(found, tables.estimate_view(found), as_json=as_json)
+
+
+@app.command()
+def models(as_json: AsJson = False) -> None:
+    """List the base models."""
+    with _client() as client:
+        found = client.models()
+        _answer(found, tables.rows_table(found["data"]), as_json=as_json)
+
+
+@app.command()
+def capacity(as_json: AsJson = False) -> None:
+    """Show the GPU classes, their free memory and the workers alive."""
+    with _client() as client:
+        found = client.capacity()
+        _answer(found, tables.rows_table(found["data"]), as_json=as_json)
+
+
+@app.command()
+def upload(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A JSONL file.")], as_json: AsJson = False
+) -> None:
+    """Send a dataset; prints its id for dataset.file."""
+    with _client() as client:
+        found = client.upload(file)
+        _answer(found, found["id"], as_json=as_json)
+
+
+def main() -> None:
+    """Run the command and turn every expected error into a message and an exit code."""
+    try:
+        app()
+    except GraftAPIError as error:
+        tables.print_error(Console(stderr=True), error)
+        sys.exit(EXIT_USER_ERROR if error.is_users else EXIT_SERVICE_ERROR)
+    except GraftClientError as error:
+        _die(str(error))
+
+
+def read_spec(source: str, overrides: list[str]) -> dict[str, Any]:
+    """Read a spec from a file or standard input (`-`) and apply `key.path=value`; leaves with 2 when it cannot."""
+    try:
+        text = sys.stdin.read() if source == "-" else Path(source).read_text()
+        spec = json.loads(text)
+    except OSError as error:
+        _die(f"Cannot read {source}: {error.strerror}.")
+    except ValueError as error:
+        _die(f"{source} is not JSON: {error}.")
+    if not isinstance(spec, dict):
+        _die(f"{source} must hold one JSON object, the job's spec.")
+    for override in overrides:
+        _apply(spec, override)
+    return spec
+
+
+def _apply(spec: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    *parents, last = path.split(".")
+    if not separator or not last:
+        _die(f"--set {override} is not KEY=VALUE, such as training.max_steps=100.")
+    for parent in parents:
+        if not isinstance(spec.setdefault(parent, {}), dict):
+            _die(f"--set {override}: '{parent}' is not an object in the spec.")
+        spec = spec[parent]
+    try:
+        spec[last] = json.loads(text)
+    except ValueError:
+        spec[last] = text
+
+
+@contextmanager
+def _client() -> Iterator[GraftClient]:
+    url, key = os.environ.get("GRAFT_URL") or DEFAULT_URL, os.environ.get("GRAFT_API_KEY") or None
+    with GraftClient(url, key, patience_seconds=PATIENCE_SECONDS) as client:
+        yield client
+
+
+def _follow(client: GraftClient, job_id: str, *, as_json: bool) -> NoReturn:
+    updates = client.updates(job_id)
+    if as_json:
+        for update in updates:
+            job = update.job
+            print(json.dumps(job), flush=True)
+    else:
+        job = show_progress(updates, Console())
+        Console().print(tables.job_table(job))
+        if job["status"] == "succeeded":
+            _notice(f"Next: graft download {job_id}")
+    sys.exit(EXIT_OF_STATUS[job["status"]])
+
+
+def _answer(document: Any, shown: Any, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(document, indent=2))
+    else:
+        Console().print(shown, soft_wrap=isinstance(shown, str))
+
+
+def _notice(text: str) -> None:
+    Console(stderr=True).print(text, soft_wrap=True)
+
+
+def _die(message: str) -> NoReturn:
+    Console(stderr=True).print(f"[red]error[/red] {message}", soft_wrap=True, highlight=False)
+    sys.exit(EXIT_USER_ERROR)

@@ -1,0 +1,225 @@
+"""The SDK: one method per route of the service."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import quote
+
+import httpx
+
+from graft_client.download import download_adapter
+from graft_client.errors import WaitedTooLong
+from graft_client.transport import Transport
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+TERMINAL_STATUSES = frozenset({"succeeded", "failed", "cancelled"})
+UPLOAD_TIMEOUT_SECONDS = 600.0  # the service reads and checks every row before it answers
+WATCH_PATIENCE_SECONDS = 60.0  # a watcher outlives a restart of the service
+
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What a watcher sees at one moment: the job, and the events since the last look."""
+
+    job: Document
+    events: tuple[Document, ...]
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the job has ended."""
+        return self.job["status"] in TERMINAL_STATUSES
+
+
+class GraftClient:
+    """Talks to one Graft service; answers are the documents of the HTTP contract, as plain dicts.
+
+    Every method raises GraftAPIError when the service refuses and ServiceUnreachable when nothing answers.
+
+    Args:
+        base_url: Where the service listens.
+        api_key: Sent as a bearer token.
+        timeout: Seconds for one exchange.
+        patience_seconds: How long one call keeps trying when the service does not answer or is busy.
+        transport: A ready Transport instead of one made from the other arguments.
+    """
+
+    def __init__(
+        self,
+        base_url: str = DEFAULT_URL,
+        api_key: str | None = None,
+        *,
+        timeout: float = 60.0,
+        patience_seconds: float = 30.0,
+        transport: Transport | None = None,
+    ) -> None:
+        self._transport = transport or Transport(
+            base_url, api_key=api_key, timeout=timeout, patience_seconds=patience_seconds
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._transport.close()
+
+    @property
+    def base_url(self) -> str:
+        """Where the service listens."""
+        return self._transport.base_url
+
+    def submit(self, spec: Mapping[str, Any], *, idempotency_key: str | None = None) -> Document:
+        """Post a job and return it.
+
+        Safe to repeat: the same key and body give the same job. Without a key one is made for this call, so its own
+        tries over a bad connection cannot post twice.
+        """
+        key = idempotency_key or f"graft-{uuid.uuid4()}"
+        answer: Document = self._transport.json(
+            "POST", "/jobs", json=dict(spec), headers={"idempotency-key": key, "accept": "application/json"}
+        )
+        return answer
+
+    def get(self, job_id: str) -> Document:
+        """Return the job."""
+        return self._get(f"/jobs/{_part(job_id)}")
+
+    def list(
+        self,
+        *,
+        status: str | None = None,
+        base_model: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        page_size: int = 50,
+    ) -> Iterator[Document]:
+        """Go through jobs, newest first, page by page as they are needed."""
+        filters: dict[str, str | int] = {"limit": page_size}
+        if status is not None:
+            filters["status"] = status
+        if base_model is not None:
+            filters["base_model"] = base_model
+        filters |= {f"metadata[{key}]": value for key, value in (metadata or {}).items()}
+        yield from self._pages("/jobs", filters)
+
+    def cancel(self, job_id: str) -> Document:
+        """Ask for the end of a job and return it; GraftAPIError `job_finished` when it has ended already."""
+        answer: Document = self._transport.json("POST", f"/jobs/{_part(job_id)}/cancel")
+        return answer
+
+    def events(self, job_id: str, *, after: int | str | None = None, page_size: int = 200) -> Iterator[Document]:
+        """Go through a job's events, oldest first, starting behind the event `after`."""
+        filters: dict[str, str | int] = {"limit": page_size}
+        if after is not None:
+            filters["after"] = after
+        yield from self._pages(f"/jobs/{_part(job_id)}/events", filters)
+
+    def adapter(self, job_id: str) -> Document:
+        """Return the manifest of a succeeded job's adapter, with a link per file."""
+        return self._get(f"/jobs/{_part(job_id)}/adapter")
+
+    def download(self, job_id: str, to: str | Path) -> Path:
+        """Bring a succeeded job's adapter into the folder `to`, every byte checked against the manifest.
+
+        The folder appears whole or not at all.
+
+        Raises:
+            TargetNotEmpty: `to` exists and holds something.
+            DownloadCorrupt: Bytes arrived, twice, that are not the promised ones.
+        """
+        return download_adapter(self._transport, f"/jobs/{_part(job_id)}/adapter", Path(to))
+
+    def estimate(self, spec: Mapping[str, Any]) -> Document:
+        """Return what `submit` would decide for this spec, without a job."""
+        answer: Document = self._transport.json("POST", "/jobs/estimate", json=dict(spec))
+        return answer
+
+    def capacity(self) -> Document:
+        """Return the VRAM-capacity table and the live workers."""
+        return self._get("/capacity")
+
+    def models(self) -> Document:
+        """Return the catalogue of base models."""
+        return self._get("/models")
+
+    def model(self, base_model: str) -> Document:
+        """Return one base model of the catalogue."""
+        return self._get("/models/" + "/".join(_part(part) for part in base_model.split("/")))
+
+    def upload(self, path: str | Path) -> Document:
+        """Send a JSONL file and return its description; the service checks every row first."""
+        path = Path(path)
+        with path.open("rb") as content:
+
+            def options() -> dict[str, Any]:
+                content.seek(0)
+                return {
+                    "files": {"file": (path.name, content, "application/jsonl")},
+                    "timeout": httpx.Timeout(UPLOAD_TIMEOUT_SECONDS, connect=5.0),
+                }
+
+            answer: Document = self._transport.send("POST", "/files", options).json()
+        return answer
+
+    def file(self, file_id: str) -> Document:
+        """Return the description of an uploaded file."""
+        return self._get(f"/files/{_part(file_id)}")
+
+    def updates(self, job_id: str, *, poll_seconds: float = 1.0) -> Iterator[Update]:
+        """Follow a job to its end, one Update a look; survives a restart of the service."""
+        cursor: int | str | None = None
+        patience: float | None = None
+        while True:
+            job = self._get(f"/jobs/{_part(job_id)}", patience_seconds=patience)
+            patience = WATCH_PATIENCE_SECONDS
+            events = tuple(self.events(job_id, after=cursor))
+            cursor = events[-1]["id"] if events else cursor
+            update = Update(job=job, events=events)
+            yield update
+            if update.is_last:
+                return
+            self._transport.sleep(poll_seconds)
+
+    def wait(self, job_id: str, *, timeout_seconds: float | None = None, poll_seconds: float = 1.0) -> Document:
+        """Return the job once it has ended.
+
+        Raises:
+            WaitedTooLong: It has not ended within `timeout_seconds`.
+        """
+        clock = self._transport.clock
+        started = clock()
+        patience: float | None = None
+        while True:
+            job = self._get(f"/jobs/{_part(job_id)}", patience_seconds=patience)
+            patience = WATCH_PATIENCE_SECONDS
+            if job["status"] in TERMINAL_STATUSES:
+                return job
+            if timeout_seconds is not None and clock() - started >= timeout_seconds:
+                raise WaitedTooLong(f"Job {job_id} is still '{job['status']}' after {timeout_seconds:g} s.")
+            self._transport.sleep(poll_seconds)
+
+    def _get(self, path: str, *, patience_seconds: float | None = None) -> Document:
+        answer: Document = self._transport.json("GET", path, patience_seconds=patience_seconds)
+        return answer
+
+    def _pages(self, path: str, filters: dict[str, str | int]) -> Iterator[Document]:
+        while True:
+            page = self._transport.json("GET", path, params=filters)
+            yield from page["data"]
+            if not page.get("has_more") or not page["data"]:
+                return
+            filters = filters | {"after": page.get("last_id") or page["data"][-1]["id"]}
+
+
+def _part(text: str) -> str:
+    """One part of a path: whatever a user typed stays inside it."""
+    return quote(text, safe="")

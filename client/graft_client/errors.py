@@ -1,0 +1,83 @@
+"""What can go wrong for a user of the client, as one small tree.
+
+GraftClientError
+├── GraftAPIError          the service answered, and refused
+├── ServiceUnreachable     nothing answered
+├── DownloadCorrupt        bytes arrived that are not the ones that the manifest promises
+├── TargetNotEmpty         a download would write over something
+└── WaitedTooLong          the job did not end in time
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+
+_OWN_KEYS = frozenset({"message", "type", "param", "code", "facts"})
+
+
+class GraftClientError(Exception):
+    """Something went wrong on the way to the service or back."""
+
+
+class GraftAPIError(GraftClientError):
+    """The service answered with an error; `facts` are the numbers that came with it."""
+
+    def __init__(
+        self, *, status: int, code: str, message: str, param: str | None, facts: dict[str, Any], request_id: str | None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.param = param
+        self.facts = facts
+        self.request_id = request_id
+
+    @classmethod
+    def from_response(cls, response: httpx.Response) -> GraftAPIError:
+        """Read the error body of an answer (its content must have been read); tolerates a proxy's HTML."""
+        error = _error_object(response)
+        facts = {key: value for key, value in error.items() if key not in _OWN_KEYS} | (error.get("facts") or {})
+        return cls(
+            status=response.status_code,
+            code=str(error.get("code") or f"http_{response.status_code}"),
+            message=str(error.get("message") or f"The service answered {response.status_code} with no explanation."),
+            param=error.get("param"),
+            facts=facts,
+            request_id=response.headers.get("x-request-id"),
+        )
+
+    @property
+    def is_users(self) -> bool:
+        """Whether the user can mend it: everything in 4xx."""
+        return self.status < 500
+
+
+class ServiceUnreachable(GraftClientError):
+    """Nothing answers at the service's address."""
+
+    def __init__(self, base_url: str, reason: str) -> None:
+        super().__init__(f"No answer from {base_url} ({reason}). Is the service running? Start it with `make run`.")
+
+
+class DownloadCorrupt(GraftClientError):
+    """A file arrived with other bytes than the manifest promises."""
+
+
+class TargetNotEmpty(GraftClientError):
+    """The folder to download into holds something already."""
+
+
+class WaitedTooLong(GraftClientError):
+    """The job did not end within the time that the caller gave."""
+
+
+def _error_object(response: httpx.Response) -> dict[str, Any]:
+    try:
+        body = response.json()
+    except ValueError:
+        return {}
+    error = body.get("error") if isinstance(body, dict) else None
+    return error if isinstance(error, dict) else {}

@@ -1,0 +1,176 @@
+"""How jobs, estimates, refusals and the fleet look on a terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from graft_client.errors import GraftAPIError
+
+GIB = 1024**3
+
+_STATUS_COLOURS = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "running": "cyan"}
+
+
+def gib(size: float | None) -> str:
+    """A number of bytes in GiB, or in MiB where GiB would read 0.00."""
+    if size is None:
+        return "–"
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / 1024**2:.1f} MiB"
+
+
+def moment(when: float | str | None) -> str:
+    """A time of the service (seconds since 1970, or ISO 8601) in local time."""
+    if when is None:
+        return "–"
+    at = datetime.fromisoformat(when) if isinstance(when, str) else datetime.fromtimestamp(when, UTC)
+    return at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def job_table(job: dict[str, Any]) -> RenderableType:
+    """One job, a fact a line."""
+    table = Table.grid(padding=(0, 2))
+    for name, value in _job_facts(job):
+        if value not in (None, "", "–"):
+            table.add_row(f"[dim]{name}[/dim]", escape(str(value)))
+    return table
+
+
+def _job_facts(job: dict[str, Any]) -> Iterable[tuple[str, Any]]:
+    progress, metrics, queue = job.get("progress") or {}, job.get("metrics") or {}, job.get("queue") or {}
+    memory, error = job.get("memory") or {}, job.get("error") or {}
+    yield "job", job["id"]
+    yield "name", (job.get("spec") or {}).get("name")
+    yield "status", status_words(job)
+    yield "base model", job.get("base_model")
+    yield "GPU class", job.get("gpu_class")
+    yield "attempt", f"{job['attempt']} of {job['max_attempts']}" if job.get("attempt") else None
+    if job["status"] in {"queued", "validating_files"}:
+        yield (
+            "queue",
+            " – ".join(str(fact) for fact in (queue.get("position"), queue.get("reason")) if fact is not None),
+        )
+    if progress.get("total_steps"):
+        yield "step", f"{progress['step']} of {progress['total_steps']}"
+    yield "loss", metrics.get("train_loss")
+    yield "held-out loss", metrics.get("eval_loss")
+    yield "predicted peak", gib(memory.get("predicted_peak_bytes"))
+    yield "measured peak", gib(memory.get("measured_peak_bytes"))
+    yield "created", moment(job.get("created_at"))
+    yield "finished", moment(job.get("finished_at"))
+    for warning in job.get("warnings") or ():
+        yield "warning", warning.get("message", warning)
+    if error:
+        yield "error", f"{error.get('code')}: {error.get('message')}"
+
+
+def status_words(job: dict[str, Any]) -> str:
+    """The status, and what a running job is busy with."""
+    phase = job.get("phase")
+    return f"{job['status']} ({phase})" if phase and job["status"] in {"running", "validating_files"} else job["status"]
+
+
+def jobs_table(jobs: Iterable[dict[str, Any]]) -> Table:
+    """Jobs, one a line."""
+    table = Table("job", "status", "base model", "GPU class", "step", "loss", "created", box=None, pad_edge=False)
+    for job in jobs:
+        progress, loss = job.get("progress") or {}, (job.get("metrics") or {}).get("train_loss")
+        total = progress.get("total_steps")
+        colour = _STATUS_COLOURS.get(job["status"], "default")
+        table.add_row(
+            job["id"],
+            f"[{colour}]{job['status']}[/{colour}]",
+            escape(str(job.get("base_model") or "–")),
+            job.get("gpu_class") or "–",
+            f"{progress.get('step', 0)}/{total}" if total else "–",
+            f"{loss:.3f}" if loss is not None else "–",
+            moment(job.get("created_at")),
+        )
+    return table
+
+
+def estimate_view(estimate: dict[str, Any]) -> RenderableType:
+    """Where a job would go, and what would fill the card."""
+    memory = estimate.get("memory") or {}
+    low, expected, high = (gib(memory.get(f"{bound}_bytes")) for bound in ("low", "expected", "high"))
+    parts: list[RenderableType] = [
+        f"Fits GPU class [bold]{escape(str(estimate.get('gpu_class')))}[/bold]: expected {expected} ({low} to {high})",
+        f"plan: {escape(json.dumps(estimate.get('plan')))}",
+        bytes_table(memory.get("components") or {}),
+    ]
+    parts += [f"[yellow]warning:[/yellow] {escape(_text(warning))}" for warning in estimate.get("warnings") or ()]
+    return Group(*parts)
+
+
+def bytes_table(needed: dict[str, int], available: dict[str, int] | None = None) -> Table:
+    """Bytes by component, the largest first."""
+    table = Table("component", box=None, pad_edge=False)
+    table.add_column("memory", justify="right")
+    for name, size in sorted(needed.items(), key=lambda item: -item[1]):
+        table.add_row(name.replace("_", " "), gib(size))
+    for name, size in (available or {}).items():
+        table.add_row(f"[dim]on the card: {name.replace('_', ' ')}[/dim]", f"[dim]{gib(size)}[/dim]")
+    return table
+
+
+def print_error(console: Console, error: GraftAPIError) -> None:
+    """Say what is wrong with its numbers; a refusal for memory comes with the table and the changes that would fit."""
+    where = f" (at '{error.param}')" if error.param and error.param not in error.message else ""
+    console.print(f"[red]error[/red] {error.code}: {escape(error.message)}{escape(where)}", soft_wrap=True)
+    facts = dict(error.facts)
+    needed, available = facts.pop("needed", None), facts.pop("available", None)
+    changes, fits_here = facts.pop("changes", None) or (), facts.pop("fits_here", None) or ()
+    if isinstance(needed, dict):
+        console.print(bytes_table(needed, available if isinstance(available, dict) else None))
+    if changes:
+        console.print("Any one of these changes would fit:")
+        console.print(_changes_table(changes))
+    if fits_here:
+        names = ", ".join(_text(base) for base in fits_here)
+        console.print(f"Base models that fit here as asked: {escape(names)}", soft_wrap=True)
+    for name, value in facts.items():
+        shown = gib(value) if name.endswith("_bytes") and isinstance(value, int) else _text(value)
+        console.print(f"  [dim]{name}:[/dim] {escape(shown)}", soft_wrap=True)
+    if error.status >= 500 and error.request_id:
+        console.print(f"  [dim]request:[/dim] {escape(error.request_id)}")
+
+
+def _changes_table(changes: Iterable[dict[str, Any]]) -> Table:
+    table = Table("set", "from", "to", box=None, pad_edge=False)
+    table.add_column("needs", justify="right")
+    table.add_column("GPU class")
+    for change in changes:
+        table.add_row(
+            escape(_text(change.get("param"))),
+            escape(_text(change.get("from"))),
+            f"[green]{escape(_text(change.get('to')))}[/green]",
+            gib(change.get("needed_bytes")),
+            _text(change.get("gpu_class") or "–"),
+        )
+    return table
+
+
+def rows_table(rows: Iterable[dict[str, Any]]) -> Table:
+    """Documents with the same keys as a table; bytes shown in GiB. Lists and objects are left out."""
+    rows = list(rows)
+    flat = [{k: v for k, v in row.items() if not isinstance(v, list | dict) and k != "object"} for row in rows]
+    columns = list(dict.fromkeys(key for row in flat for key in row))
+    table = Table(*[column.removesuffix("_bytes").replace("_", " ") for column in columns], box=None, pad_edge=False)
+    for row in flat:
+        cells = [gib(row.get(key)) if key.endswith("_bytes") else _text(row.get(key)) for key in columns]
+        table.add_row(*map(escape, cells))
+    return table
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, dict):
+        return str(value.get("message") or value.get("id") or value.get("base_model") or json.dumps(value))
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,133 @@
+"""One HTTP exchange as the service wants it: repeated when that is safe, its errors translated."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+
+from graft_client.errors import GraftAPIError, ServiceUnreachable
+
+BUSY_STATUSES = frozenset({429, 502, 503, 504})
+FIRST_PAUSE_SECONDS = 0.25
+LONGEST_PAUSE_SECONDS = 8.0
+
+
+class Transport:
+    """Sends requests to one service.
+
+    Args:
+        patience_seconds: How long one call keeps trying when the service does not answer or is busy.
+        transport: Takes the place of the network in tests.
+        sleep: Takes the place of waiting in tests.
+        clock: The clock that patience is measured on, seconds.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        api_key: str | None,
+        timeout: float,
+        patience_seconds: float,
+        transport: httpx.BaseTransport | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.base_url = base_url.rstrip("/")
+        self.patience_seconds = patience_seconds
+        self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        self._http = httpx.Client(timeout=httpx.Timeout(timeout, connect=min(timeout, 5.0)), transport=transport)
+        self.sleep = sleep
+        self.clock = clock
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def json(self, method: str, path: str, *, patience_seconds: float | None = None, **options: Any) -> Any:
+        """Send a request and return the decoded answer; `options` as for `httpx.Client.build_request`.
+
+        Raises:
+            GraftAPIError: The service refused.
+            ServiceUnreachable: Nothing answered, for as long as patience lasts.
+        """
+        return self.send(method, path, lambda: options, patience_seconds=patience_seconds).json()
+
+    def send(
+        self, method: str, path: str, options: Callable[[], dict[str, Any]], *, patience_seconds: float | None = None
+    ) -> httpx.Response:
+        """Send a request, again where that is safe; `options()` makes each try's body anew."""
+        patience = self.patience_seconds if patience_seconds is None else patience_seconds
+        deadline = self.clock() + patience
+        for pause in _pauses():
+            request = self._build(method, path, options())
+            try:
+                response = self._http.send(request)
+            except httpx.TransportError as error:
+                if not _may_repeat(request, error) or self.clock() + pause > deadline:
+                    raise ServiceUnreachable(self.base_url, _reason(error)) from error
+                self.sleep(pause)
+                continue
+            if response.is_success:
+                return response
+            asked = _asked_pause(response, pause)
+            if asked is None or self.clock() + asked > deadline:
+                raise GraftAPIError.from_response(response)
+            self.sleep(asked)
+        raise AssertionError("pauses never end")
+
+    @contextmanager
+    def stream(self, url: str) -> Iterator[httpx.Response]:
+        """Open an answer for reading piece by piece.
+
+        A path belongs to the service and carries the key; a full address is a presigned link and must not (an object
+        store refuses two kinds of authentication, and the key is none of its business).
+
+        Raises:
+            GraftAPIError: The other side refused.
+            httpx.TransportError: It did not answer or the connection broke; the caller decides.
+        """
+        headers = self._headers if url.startswith("/") else {}
+        address = self.base_url + url if url.startswith("/") else url
+        with self._http.stream("GET", address, headers=headers) as response:
+            if not response.is_success:
+                response.read()
+                raise GraftAPIError.from_response(response)
+            yield response
+
+    def _build(self, method: str, path: str, options: dict[str, Any]) -> httpx.Request:
+        headers = self._headers | options.pop("headers", {})
+        return self._http.build_request(method, self.base_url + path, headers=headers, **options)
+
+
+def _pauses() -> Iterator[float]:
+    """Exponential, with jitter so that many clients do not come back at once."""
+    pause = FIRST_PAUSE_SECONDS
+    while True:
+        yield pause * random.uniform(0.8, 1.2)  # noqa: S311 - jitter, not a secret
+        pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
+
+
+def _may_repeat(request: httpx.Request, error: httpx.TransportError) -> bool:
+    """Whether trying again cannot do the same thing twice."""
+    never_arrived = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
+    return never_arrived or request.method == "GET" or "idempotency-key" in request.headers
+
+
+def _asked_pause(response: httpx.Response, pause: float) -> float | None:
+    """How long to wait before the next try, in seconds; None where trying again is pointless."""
+    if response.headers.get("x-should-retry") == "false":
+        return None
+    retry_after = response.headers.get("retry-after", "")
+    if retry_after.isdigit() and (response.status_code in BUSY_STATUSES or response.status_code == 409):
+        return float(retry_after)
+    return pause if response.status_code in BUSY_STATUSES else None
+
+
+def _reason(error: httpx.TransportError) -> str:
+    return str(error) or type(error).__name__
