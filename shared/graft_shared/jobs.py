@@ -198,13 +198,20 @@ class Aftermath:
 
 
 def after_failure(
-    reason: FailureReason, *, attempt: int, max_attempts: int, runs_without_progress: int, cancel_requested: bool
+    reason: FailureReason,
+    *,
+    attempt: int,
+    max_attempts: int,
+    runs_without_progress: int,
+    made_progress: bool,
+    cancel_requested: bool,
 ) -> Aftermath:
     """Decide the next state of a job whose run ended with `reason`.
 
     Args:
         attempt: Charged runs so far, this one included (`claim` counts it in advance).
-        runs_without_progress: Uncharged runs in a row, this one not included, since the last new checkpoint.
+        runs_without_progress: Uncharged runs in a row before this one that brought no new checkpoint.
+        made_progress: This run brought one.
         cancel_requested: The user has asked to cancel; then no failure brings the job back.
     """
     if cancel_requested:
@@ -215,7 +222,7 @@ def after_failure(
     if retry is Retry.CHARGED:
         state = JobState.QUEUED if attempt < max_attempts else JobState.FAILED
         return Aftermath(state=state, attempt=attempt, runs_without_progress=runs_without_progress)
-    fruitless = runs_without_progress + 1
+    fruitless = 0 if made_progress else runs_without_progress + 1
     state = JobState.QUEUED if fruitless < MAX_RUNS_WITHOUT_PROGRESS else JobState.FAILED
     return Aftermath(state=state, attempt=attempt - 1, runs_without_progress=fruitless)
 

@@ -179,7 +179,7 @@ class Jobs:
             .group_by(jobs.c.gpu_class)
         )
         with self._database.reading() as connection:
-            return dict(connection.execute(query).tuples().all())
+            return {gpu_class: count for gpu_class, count in connection.execute(query)}  # noqa: C416 (rows, not pairs)
 
 
 def _insert_job(connection: Connection, new: NewJob) -> None:

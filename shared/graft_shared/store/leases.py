@@ -147,7 +147,6 @@ class Leases:
                 job_id,
                 epoch,
                 JobState.RUNNING,
-                runs_without_progress=0,
                 lease_expires_at=now() + self._lease,
             )
             last = job_from(row).checkpoint
@@ -264,7 +263,7 @@ class Leases:
         fenced = []
         with self._database.writing() as connection:
             query = select(jobs.c.id, jobs.c.epoch).where(jobs.c.state == JobState.RUNNING.value, whose)
-            for job_id, epoch in connection.execute(query.with_for_update(skip_locked=True)).tuples().all():
+            for job_id, epoch in connection.execute(query.with_for_update(skip_locked=True)).all():
                 row = compare_and_set(connection, job_id, epoch, JobState.RUNNING, epoch=epoch + 1, **_no_lease())
                 fenced.append(job_from(_after(connection, row, failure, epoch)))
         return fenced
@@ -307,6 +306,7 @@ def _after(connection: Connection, row: RowMapping, failure: Failure, failed_epo
         attempt=row["attempt"],
         max_attempts=row["max_attempts"],
         runs_without_progress=row["runs_without_progress"],
+        made_progress=row["checkpoint"] is not None and row["checkpoint"]["epoch"] == failed_epoch,
         cancel_requested=row["cancel_requested"],
     )
     counts = {"attempt": decided.attempt, "runs_without_progress": decided.runs_without_progress}

@@ -1,0 +1,133 @@
+"""The bucket's contract, on a directory and on a real S3 server."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import httpx
+import pytest
+
+from graft_shared.artifacts import sha256_of
+from graft_shared.buckets import Bucket, fetch, hash_file, read_back
+from graft_shared.buckets.directory import DirectoryBucket
+from graft_shared.buckets.s3 import S3Bucket
+from graft_shared.errors import ArtifactCorrupt, BucketUnavailable, ObjectNotFound
+from graft_shared.jobs import StoredObject
+from tests.servers import SWIFT_KEY, SWIFT_USER, SwiftServer, free_port
+
+_numbers = itertools.count()
+
+
+def s3_bucket(endpoint_url: str, name: str = "graft") -> S3Bucket:
+    return S3Bucket(
+        name,
+        endpoint_url=endpoint_url,
+        region="us-east-1",
+        access_key_id=SWIFT_USER,
+        secret_access_key=SWIFT_KEY,
+    )
+
+
+@pytest.fixture(params=["directory", "s3"])
+def bucket(request: pytest.FixtureRequest, tmp_path: Path) -> Bucket:
+    made: dict[str, Callable[[], Bucket]] = {
+        "directory": lambda: DirectoryBucket(tmp_path / "bucket"),
+        "s3": lambda: s3_bucket(request.getfixturevalue("swift").endpoint_url, f"graft-{next(_numbers)}"),
+    }
+    opened = made[request.param]()
+    opened.ping()
+    return opened
+
+
+def test_what_is_put_reads_back_with_its_size_and_sha256(bucket: Bucket, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"graft" * 300_000)
+    stored = bucket.put_file("tenants/t/a.bin", path)
+    assert (stored.size, stored.sha256) == hash_file(path)
+    assert bucket.size("tenants/t/a.bin") == stored.size
+    read_back(bucket, stored)
+    fetch(bucket, stored, tmp_path / "new" / "copy")
+    assert (tmp_path / "new" / "copy").read_bytes() == path.read_bytes()
+
+
+def test_putting_a_key_again_replaces_the_object_whole(bucket: Bucket) -> None:
+    bucket.put_bytes("a/b", b"a long first version")
+    stored = bucket.put_bytes("a/b", b"short")
+    assert stored.sha256 == sha256_of(b"short")
+    assert bucket.open("a/b").read() == b"short"
+
+
+def test_an_unknown_key_is_not_found(bucket: Bucket) -> None:
+    with pytest.raises(ObjectNotFound):
+        bucket.open("no/such/key")
+    with pytest.raises(ObjectNotFound):
+        bucket.size("no/such/key")
+    bucket.delete("no/such/key")
+
+
+def test_keys_are_listed_by_prefix_in_order(bucket: Bucket) -> None:
+    for key in ("jobs/b", "jobs/a", "jobs/a2/x", "files/c"):
+        bucket.put_bytes(key, b".")
+    assert list(bucket.list("jobs/")) == ["jobs/a", "jobs/a2/x", "jobs/b"]
+    bucket.delete("jobs/a")
+    assert list(bucket.list("jobs/a")) == ["jobs/a2/x"]
+
+
+def test_a_corrupt_object_is_noticed_and_not_kept(bucket: Bucket, tmp_path: Path) -> None:
+    stored = bucket.put_bytes("a", b"right")
+    meant = StoredObject(key=stored.key, size=stored.size, sha256=sha256_of(b"wrong"))
+    with pytest.raises(ArtifactCorrupt):
+        read_back(bucket, meant)
+    with pytest.raises(ArtifactCorrupt):
+        fetch(bucket, meant, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+    assert list(tmp_path.glob("copy*")) == []
+
+
+def test_a_bucket_is_created_when_it_is_missing(swift: SwiftServer) -> None:
+    bucket = s3_bucket(swift.endpoint_url, f"fresh-{next(_numbers)}")
+    bucket.ping()
+    bucket.ping()
+    bucket.put_bytes("a", b"b")
+
+
+def test_a_presigned_link_of_s3_needs_no_key_and_can_not_be_changed(swift: SwiftServer) -> None:
+    bucket = s3_bucket(swift.endpoint_url)
+    bucket.ping()
+    bucket.put_bytes("a/b c", b"hello")
+    link = bucket.presign("a/b c", expires=timedelta(minutes=1), base_url="http://unused")
+    assert httpx.get(link).content == b"hello"
+    assert httpx.get(link.replace("X-Amz-Expires=60", "X-Amz-Expires=6000")).status_code == 403
+
+
+def test_a_signed_link_of_a_directory_holds_for_one_key_and_for_a_while(tmp_path: Path) -> None:
+    bucket = DirectoryBucket(tmp_path)
+    link = httpx.URL(bucket.presign("a/b", expires=timedelta(minutes=1), base_url="http://api/"))
+    expires, signature = int(link.params["expires"]), link.params["signature"]
+    assert link.path == "/objects/a/b"
+    assert bucket.is_signed("a/b", expires, signature)
+    assert DirectoryBucket(tmp_path).is_signed("a/b", expires, signature)
+    assert not bucket.is_signed("a/c", expires, signature)
+    assert not bucket.is_signed("a/b", expires + 1, signature)
+    past = httpx.URL(bucket.presign("a/b", expires=timedelta(seconds=-1), base_url="http://api"))
+    assert int(past.params["expires"]) <= time.time()
+    assert not bucket.is_signed("a/b", int(past.params["expires"]), past.params["signature"])
+
+
+@pytest.mark.parametrize("key", ["../secret", "a/../../secret", "/etc/passwd", "a//b", ""])
+def test_no_key_leads_out_of_the_directory(tmp_path: Path, key: str) -> None:
+    (tmp_path / "secret").write_text("x")
+    with pytest.raises(ObjectNotFound):
+        DirectoryBucket(tmp_path / "bucket").open(key)
+
+
+def test_a_store_that_is_away_is_unavailable_not_wrong() -> None:
+    bucket = s3_bucket(f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(BucketUnavailable):
+        bucket.put_bytes("a", b"b")
+    with pytest.raises(BucketUnavailable):
+        bucket.ping()

@@ -1,0 +1,34 @@
+"""Jobs for tests of the store and the supervisor."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from graft_shared.ids import new_job_id
+from graft_shared.specs import JobSpec
+from graft_shared.store import NewJob
+
+_numbers = itertools.count()
+
+
+def a_spec(**changes: Any) -> dict[str, Any]:
+    """A valid normalised spec."""
+    body = {"base_model": "graft/tiny", "dataset": {"file": "file-rows"}, **changes}
+    return JobSpec.model_validate(body).model_dump(mode="json", by_alias=True)
+
+
+def a_new_job(
+    *, tenant: str = "default", gpu_class: str = "cpu", key: str | None = None, sha: str = "s", **spec: Any
+) -> NewJob:
+    """A job that admission has accepted."""
+    return NewJob(
+        id=new_job_id(),
+        tenant=tenant,
+        spec=a_spec(**spec),
+        plan={},
+        placement={"target_modules": ["q_proj"], "max_position_embeddings": 128},
+        gpu_class=gpu_class,
+        request_sha256=sha,
+        idempotency_key=key,
+    )
