@@ -108,6 +108,7 @@ def _open_neighbours(_pid: int) -> Neighbours:
             hub_token=token.get_secret_value() if token else None,
         ),
         device=this_device(settings),
+        open_dataset_bucket=lambda name: open_bucket(settings.model_copy(update={"s3_bucket": name})),
         draining=_draining.is_set,
     )
 

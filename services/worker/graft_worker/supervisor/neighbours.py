@@ -25,4 +25,5 @@ class Neighbours:
     doorbell: Doorbell
     base_models: BaseModels
     device: Device
+    open_dataset_bucket: Callable[[str], Bucket]
     draining: Callable[[], bool]

@@ -79,14 +79,11 @@ def _fetch_rows(tenant: str, source: DatasetSource, path: Path, neighbours: Neig
 
 
 def _import_object(uri: str, path: Path, neighbours: Neighbours) -> None:
-    from graft_shared.buckets.choose import open_bucket
-
-    settings = neighbours.settings
     name, _, key = uri.removeprefix("s3://").partition("/")
-    if name not in settings.dataset_buckets:
-        allowed = ", ".join(settings.dataset_buckets) or "none"
+    allowed_buckets = neighbours.settings.dataset_buckets
+    if name not in allowed_buckets:
+        allowed = ", ".join(allowed_buckets) or "none"
         raise InvalidParameter(param="dataset.uri", reason=f"bucket '{name}' is not allowed here; allowed: {allowed}")
-    bucket = open_bucket(settings.model_copy(update={"s3_bucket": name}))
-    with bucket.open(key) as source, path.open("wb") as sink:
+    with neighbours.open_dataset_bucket(name).open(key) as source, path.open("wb") as sink:
         while chunk := source.read(1024 * 1024):
             sink.write(chunk)
