@@ -15,6 +15,12 @@ from graft_client.errors import GraftAPIError, ServiceUnreachable
 BUSY_STATUSES = frozenset({429, 502, 503, 504})
 FIRST_PAUSE_SECONDS = 0.25
 LONGEST_PAUSE_SECONDS = 8.0
+# HTTP_PROXY in the environment must not catch a service on this machine.
+_PAST_PROXIES: dict[str, httpx.BaseTransport | None] = {
+    "all://127.0.0.1": None,
+    "all://localhost": None,
+    "all://[::1]": None,
+}
 
 
 class Transport:
@@ -41,7 +47,9 @@ class Transport:
         self.base_url = base_url.rstrip("/")
         self.patience_seconds = patience_seconds
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http = httpx.Client(timeout=httpx.Timeout(timeout, connect=min(timeout, 5.0)), transport=transport)
+        self._http = httpx.Client(
+            timeout=httpx.Timeout(timeout, connect=min(timeout, 5.0)), transport=transport, mounts=_PAST_PROXIES
+        )
         self.sleep = sleep
         self.clock = clock
 
