@@ -1,0 +1,131 @@
+"""`python -m tests.fakes.child WORKDIR`: keeps the protocol of preparing and training, without torch.
+
+What it does is asked for in the job's metadata: `behaviour`, and `steps` to train. A real trainer's promises are kept: it
+resumes from its checkpoint, leaves with 75 when told to stop or when the lease's deadline has passed, and counts every
+step it makes in `steps.log` of the folder named by `witness`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from graft_shared.clock import boottime
+from graft_shared.jobs import FailureReason, Phase
+from graft_worker.protocol import (
+    CheckpointEvent,
+    EventWriter,
+    ExitCode,
+    FailureEvent,
+    PhaseEvent,
+    PreparedEvent,
+    ProgressEvent,
+    TrainedEvent,
+    WarningEvent,
+    read_deadline,
+    read_request,
+)
+
+STEP_SECONDS = 0.02
+
+
+def main() -> None:
+    workdir = Path(sys.argv[1])
+    request = read_request(workdir)
+    writer = EventWriter()
+    behaviour = request["spec"]["metadata"].get("behaviour", "")
+    code = _prepare(workdir, writer, behaviour) if "tokenizer_path" in request else _train(workdir, request, writer)
+    sys.exit(code)
+
+
+def _prepare(workdir: Path, writer: EventWriter, behaviour: str) -> int:
+    writer.emit(PhaseEvent(phase=Phase.PREPARING))
+    if behaviour == "bad data":
+        failure = FailureReason.INVALID_TRAINING_FILE
+        writer.emit(FailureEvent(reason=failure, message="Line 2: broken", param="dataset", facts={"line": 2}))
+        return ExitCode.USER_ERROR
+    (workdir / "prepared").mkdir()
+    (workdir / "prepared" / "train.safetensors").write_bytes(b"tokens")
+    writer.emit(PreparedEvent(report={"rows": 1}))
+    return ExitCode.DONE
+
+
+def _train(workdir: Path, request: dict[str, Any], writer: EventWriter) -> int:
+    told_to_stop = threading.Event()
+    behaviour = request["spec"]["metadata"].get("behaviour", "")
+    if behaviour == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    else:
+        signal.signal(signal.SIGTERM, lambda *_: told_to_stop.set())
+    assert Path(request["train_file"]).read_bytes() == b"tokens"
+    steps = int(request["spec"]["metadata"].get("steps", "5"))
+    first = _resumed_step(request["checkpoint_path"])
+    witness = Path(request["spec"]["metadata"]["witness"])
+    writer.emit(WarningEvent(code="fake", message="This is no real trainer."))
+    writer.emit(PhaseEvent(phase=Phase.TRAINING))
+    for step in range(first + 1, steps + 1):
+        if told_to_stop.wait(STEP_SECONDS) or boottime() > read_deadline(workdir):
+            _save(workdir, writer, step - 1)
+            return ExitCode.STOPPED
+        with (witness / "steps.log").open("a") as log:
+            log.write(f"{request['epoch']} {step}\n")
+        _misbehave(behaviour, step, request["epoch"], writer)
+        writer.emit(_progress(step, steps))
+        if step % 2 == 0:
+            _save(workdir, writer, step)
+    (workdir / "adapter").mkdir()
+    (workdir / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
+    facts: dict[str, Any] = {
+        "proof": {"finite": True},
+        "metrics": {"train_loss": 0.5},
+        "memory": {"measured_peak_bytes": 1},
+    }
+    writer.emit(TrainedEvent(versions={"python": "3"}, **facts))
+    return ExitCode.DONE
+
+
+def _misbehave(behaviour: str, step: int, epoch: int, writer: EventWriter) -> None:
+    if behaviour == "crash once" and step == 3 and epoch == 2:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if behaviour == "killed once" and step == 3 and epoch == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if behaviour == "user error" and step == 3:
+        writer.emit(FailureEvent(reason=FailureReason.LOSS_NOT_FINITE, message="The loss is NaN at step 3"))
+        sys.exit(ExitCode.USER_ERROR)
+
+
+def _progress(step: int, steps: int) -> ProgressEvent:
+    return ProgressEvent(
+        step=step,
+        total_steps=steps,
+        epoch=step / steps,
+        tokens_seen=10 * step,
+        tokens_per_second=500.0,
+        loss=1.0 / step,
+        grad_norm=1.0,
+        learning_rate=1e-4,
+    )
+
+
+def _save(workdir: Path, writer: EventWriter, step: int) -> None:
+    folder = workdir / "checkpoints" / f"step-{step}"
+    if folder.exists() or step == 0:
+        return
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(json.dumps({"step": step}))
+    writer.emit(CheckpointEvent(step=step, path=str(folder)))
+
+
+def _resumed_step(checkpoint_path: str | None) -> int:
+    if checkpoint_path is None:
+        return 0
+    return int(json.loads((Path(checkpoint_path) / "state.json").read_text())["step"])
+
+
+if __name__ == "__main__":
+    main()

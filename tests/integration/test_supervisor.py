@@ -1,0 +1,328 @@
+"""The supervisor's promises, with a fake child that keeps the protocol: real store, real bucket, real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import update
+
+from graft_shared.artifacts import AdapterManifest
+from graft_shared.buckets import Bucket
+from graft_shared.buckets.directory import DirectoryBucket
+from graft_shared.errors import BucketUnavailable
+from graft_shared.jobs import Job, JobState, Stage, StoredObject
+from graft_shared.store import Files, Jobs, Leases, open_database
+from graft_shared.store.engine import now
+from graft_shared.store.migrate import migrate
+from graft_shared.store.tables import jobs as jobs_table
+from graft_worker.device import Device
+from graft_worker.settings import WorkerSettings
+from graft_worker.supervisor import preparation, training_run
+from graft_worker.supervisor.bases import BaseModels
+from graft_worker.supervisor.neighbours import Neighbours
+from graft_worker.tasks import slots_of, work_until_idle
+from tests.fakes.doorbell import FakeDoorbell
+from tests.servers import wait_until
+from tests.store_factories import a_new_job
+
+ROOT = Path(__file__).parents[2]
+
+
+class Worker:
+    """One worker over a fresh store and bucket, driven by the test instead of by bells."""
+
+    def __init__(self, folder: Path, bucket: Bucket, **settings: Any) -> None:
+        self.folder = folder
+        self.bucket = bucket
+        self.drain = threading.Event()
+        self.database = open_database(f"sqlite:///{folder / 'graft.db'}")
+        migrate(self.database)
+        times = {"lease_seconds": 20.0, "heartbeat_seconds": 0.1, "orders_seconds": 0.02, "stop_grace_seconds": 0.5}
+        self.settings = WorkerSettings(
+            state_dir=folder, worker_name="w", **{**times, "upload_patience_seconds": 5.0, **settings}
+        )
+        self.jobs, self.leases = Jobs(self.database), Leases(self.database, self.settings.lease)
+        self.doorbell = FakeDoorbell()
+        stages = (Stage.PREPARE, Stage.TRAIN)
+        device = Device(kind="cpu", index=0, name="CPU", gpu_class="cpu", takes_classes=("cpu",), stages=stages)
+        self.neighbours = Neighbours(
+            settings=self.settings,
+            database=self.database,
+            leases=self.leases,
+            files=Files(self.database),
+            bucket=bucket,
+            doorbell=self.doorbell,
+            base_models=BaseModels(
+                registered_dir=self.settings.registered_models_dir, cache_dir=self.settings.cache_dir, hub_token=None
+            ),
+            device=device,
+            open_dataset_bucket=lambda _: bucket,
+            draining=self.drain.is_set,
+        )
+
+    def submit(self, **metadata: str) -> Job:
+        spec = {"metadata": {"witness": str(self.folder), **metadata}}
+        return self.jobs.submit(a_new_job(**spec))[0]
+
+    def work(self) -> None:
+        work_until_idle(slots_of(self.neighbours), self.neighbours)
+
+    def start(self) -> threading.Thread:
+        thread = threading.Thread(target=self.work, daemon=True)
+        thread.start()
+        return thread
+
+    def get(self, job: Job) -> Job:
+        return self.jobs.get("default", job.id)
+
+    def events(self, job: Job) -> list[tuple[str, dict[str, Any]]]:
+        return [(event.type, event.data) for event in self.jobs.events("default", job.id, limit=1000)[0]]
+
+    def steps(self) -> list[tuple[int, int]]:
+        """Every (epoch, step) that a trainer really made."""
+        log = self.folder / "steps.log"
+        lines = log.read_text().splitlines() if log.exists() else []
+        return [(int(epoch), int(step)) for epoch, step in (line.split() for line in lines)]
+
+
+@pytest.fixture
+def make_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Worker]]:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(preparation, "MODULE", "tests.fakes.child")
+    monkeypatch.setattr(training_run, "MODULE", "tests.fakes.child")
+    base = tmp_path / "models" / "graft" / "tiny"
+    base.mkdir(parents=True)
+    (base / "config.json").write_text("{}")
+    (base / "model.safetensors").write_bytes(b"weights of the base")
+    made: list[Worker] = []
+
+    def make(bucket: Bucket | None = None, **settings: Any) -> Worker:
+        worker = Worker(tmp_path, bucket or DirectoryBucket(tmp_path / "bucket"), **settings)
+        stored = worker.bucket.put_bytes("tenants/default/files/file-rows", b'{"text": "a"}\n')
+        known = StoredObject(key=stored.key, size=stored.size, sha256=stored.sha256)
+        worker.neighbours.files.add(id="file-rows", tenant="default", filename="r.jsonl", object=known, report={})
+        made.append(worker)
+        return worker
+
+    yield make
+    for worker in made:
+        worker.drain.set()
+        worker.database.close()
+
+
+def no_child_is_left() -> bool:
+    return not any("tests.fakes.child" in _command(pid) for pid in os.listdir("/proc") if pid.isdigit())
+
+
+def _command(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
+def test_a_job_is_prepared_trained_and_published_with_its_proof(make_worker: Callable[..., Worker]) -> None:
+    worker = make_worker()
+    job = worker.submit()
+    worker.work()
+    ended = worker.get(job)
+    assert ended.state is JobState.SUCCEEDED
+    assert ended.adapter is not None
+    manifest = AdapterManifest.model_validate_json(worker.bucket.open(ended.adapter["manifest"]["key"]).read())
+    assert [file.name for file in manifest.files] == ["adapter_model.safetensors"]
+    assert manifest.base_revision.startswith("sha256-")
+    assert worker.bucket.open(ended.adapter["prefix"] + "adapter_model.safetensors").read() == b"weights"
+    assert ended.adapter["prefix"] == f"tenants/default/jobs/{job.id}/e2/adapter/"
+    assert (ended.metrics["train_loss"], ended.memory["measured_peak_bytes"]) == (0.5, 1)
+    assert (ended.progress["step"], ended.progress["percent"]) == (5, 100.0)
+    assert ended.warnings == [{"code": "fake", "message": "This is no real trainer."}]
+    assert [data["step"] for type, data in worker.events(job) if type == "metrics"] == [1, 2, 3, 4, 5]
+    assert (job.id, "cpu") in worker.doorbell.rung
+    assert list((worker.settings.work_dir / "w" / "train").iterdir()) == []
+
+
+def test_a_killed_trainer_goes_on_from_its_last_checkpoint_at_no_cost(make_worker: Callable[..., Worker]) -> None:
+    worker = make_worker()
+    job = worker.submit(behaviour="killed once", steps="6")
+    worker.work()
+    ended = worker.get(job)
+    assert (ended.state, ended.attempt, ended.epoch) == (JobState.SUCCEEDED, 1, 3)
+    assert worker.steps() == [(2, 1), (2, 2), (2, 3), (3, 3), (3, 4), (3, 5), (3, 6)]
+    requeued = [data for type, data in worker.events(job) if type == "requeued"]
+    assert [data["reason"] for data in requeued] == ["worker_lost"]
+
+
+def test_a_crash_is_charged_and_tried_again(make_worker: Callable[..., Worker]) -> None:
+    worker = make_worker()
+    job = worker.submit(behaviour="crash once")
+    worker.work()
+    waiting = worker.get(job)
+    assert (waiting.state, waiting.attempt) == (JobState.QUEUED, 1)
+    with worker.database.writing() as connection:
+        connection.execute(update(jobs_table).values(not_before=0.0))
+    worker.work()
+    assert (worker.get(job).state, worker.get(job).attempt) == (JobState.SUCCEEDED, 2)
+
+
+def test_a_users_error_ends_the_job_with_its_reason(make_worker: Callable[..., Worker]) -> None:
+    worker = make_worker()
+    job, bad_data = worker.submit(behaviour="user error"), worker.submit(behaviour="bad data")
+    worker.work()
+    error, data_error = worker.get(job).error, worker.get(bad_data).error
+    assert error is not None
+    assert data_error is not None
+    assert (error["code"], error["category"]) == ("loss_not_finite", "user")
+    assert (data_error["code"], data_error["facts"]) == ("invalid_training_file", {"line": 2})
+
+
+def test_a_cancelled_job_stops_and_nothing_runs_after_it_is_acknowledged(make_worker: Callable[..., Worker]) -> None:
+    worker = make_worker()
+    job = worker.submit(steps="100000")
+    working = worker.start()
+    wait_until(lambda: len(worker.steps()) > 3, what="the first steps")
+    worker.jobs.cancel("default", job.id)
+    wait_until(lambda: worker.get(job).state is JobState.CANCELLED, what="the cancel")
+    steps = worker.steps()
+    assert no_child_is_left()
+    working.join(timeout=20)
+    assert worker.steps() == steps
+    assert Counter(type for type, _ in worker.events(job))["cancelled"] == 1
+
+
+def test_a_stubborn_trainer_is_killed_after_its_grace(make_worker: Callable[..., Worker]) -> None:
+    worker = make_worker()
+    job = worker.submit(behaviour="stubborn", steps="100000")
+    worker.start()
+    wait_until(lambda: len(worker.steps()) > 3, what="the first steps")
+    worker.jobs.cancel("default", job.id)
+    wait_until(lambda: worker.get(job).state is JobState.CANCELLED, what="the cancel")
+    assert no_child_is_left()
+
+
+def test_a_drained_worker_saves_a_checkpoint_and_gives_the_job_back_uncharged(
+    make_worker: Callable[..., Worker],
+) -> None:
+    worker = make_worker()
+    job = worker.submit(steps="100000")
+    working = worker.start()
+    wait_until(lambda: len(worker.steps()) > 3, what="the first steps")
+    worker.drain.set()
+    working.join(timeout=20)
+    released = worker.get(job)
+    assert (released.state, released.attempt) == (JobState.QUEUED, 0)
+    assert released.checkpoint is not None
+    assert released.checkpoint.step == worker.steps()[-1][1]
+    assert worker.doorbell.rung[-1] == (job.id, "cpu")
+
+
+def test_a_trainer_whose_lease_was_given_away_is_killed_and_writes_nothing(make_worker: Callable[..., Worker]) -> None:
+    worker = make_worker()
+    job = worker.submit(steps="100000")
+    working = worker.start()
+    wait_until(lambda: worker.get(job).checkpoint is not None, what="a checkpoint")
+    with worker.database.writing() as connection:
+        connection.execute(update(jobs_table).values(lease_expires_at=now() - 1))
+    (released,) = worker.leases.release_expired()
+    worker.drain.set()
+    working.join(timeout=20)
+    assert no_child_is_left()
+    after = worker.get(job)
+    assert (after.state, after.epoch) == (JobState.QUEUED, released.epoch)
+    assert after.checkpoint == released.checkpoint
+
+
+def test_a_job_that_runs_too_long_is_stopped_and_says_so(make_worker: Callable[..., Worker]) -> None:
+    worker = make_worker()
+    new = a_new_job(metadata={"witness": str(worker.folder), "steps": "100000"}, max_duration_seconds=1)
+    job, _ = worker.jobs.submit(new)
+    worker.work()
+    error = worker.get(job).error
+    assert error is not None
+    assert (error["code"], error["param"]) == ("max_duration_exceeded", "max_duration_seconds")
+
+
+class LeakyBucket(DirectoryBucket):
+    """A bucket that gives back other bytes than it was given, for one name."""
+
+    def open(self, key: str) -> Any:
+        if key.endswith("adapter_model.safetensors"):
+            super().put_bytes(key, b"weighty")
+        return super().open(key)
+
+
+class AbsentBucket(DirectoryBucket):
+    """A bucket that is away for the first writes of an adapter."""
+
+    refusals = 3
+
+    def put_file(self, key: str, path: Path) -> StoredObject:
+        if "/adapter/" in key and self.refusals:
+            self.refusals -= 1
+            raise BucketUnavailable(reason="away")
+        return super().put_file(key, path)
+
+
+def test_an_adapter_that_reads_back_differently_is_no_success(
+    make_worker: Callable[..., Worker], tmp_path: Path
+) -> None:
+    worker = make_worker(LeakyBucket(tmp_path / "bucket"))
+    job = worker.submit()
+    worker.work()
+    assert worker.get(job).state is JobState.QUEUED
+    assert [data["reason"] for type, data in worker.events(job) if type == "requeued"] == ["artifact_corrupt"]
+    assert worker.get(job).adapter is None
+
+
+def test_a_bucket_that_is_away_for_a_while_is_waited_for(make_worker: Callable[..., Worker], tmp_path: Path) -> None:
+    bucket = AbsentBucket(tmp_path / "bucket")
+    worker = make_worker(bucket)
+    job = worker.submit()
+    worker.work()
+    assert worker.get(job).state is JobState.SUCCEEDED
+    assert bucket.refusals == 0
+
+
+def test_a_child_gets_no_token_and_no_address_of_a_neighbour(
+    make_worker: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from graft_worker.supervisor.child import child_environment
+
+    for name in (
+        "GRAFT_S3_SECRET_ACCESS_KEY",
+        "GRAFT_DATABASE_URL",
+        "GRAFT_BROKER_URL",
+        "HF_TOKEN",
+        "AWS_SECRET_ACCESS_KEY",
+    ):
+        monkeypatch.setenv(name, "secret")
+    worker = make_worker()
+    workdir = worker.folder / "somewhere"
+    workdir.mkdir()
+    environment = child_environment(workdir, device=worker.neighbours.device, cache_dir=worker.settings.cache_dir)
+    assert "secret" not in environment.values()
+    assert environment["CUDA_VISIBLE_DEVICES"] == ""
+    assert environment["HOME"] == str(workdir)
+
+
+def test_a_registered_base_has_a_revision_by_its_content(make_worker: Callable[..., Worker]) -> None:
+    worker = make_worker()
+    bases = worker.neighbours.base_models
+    first = bases.whole("graft/tiny", "main")
+    assert bases.whole("graft/tiny", "main") == first
+    (first.path / "model.safetensors").write_bytes(b"other weights, other name")
+    assert bases.whole("graft/tiny", "main").revision != first.revision
+
+
+def test_the_run_log_reaches_the_bucket(make_worker: Callable[..., Worker]) -> None:
+    worker = make_worker()
+    job = worker.submit()
+    worker.work()
+    assert f"tenants/default/jobs/{job.id}/e2/trainer.log" in list(worker.bucket.list("tenants/"))
+    assert json.loads(json.dumps(worker.get(job).prepared))["report"] == {"rows": 1}

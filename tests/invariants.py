@@ -1,0 +1,55 @@
+"""What must hold of every job's history, whatever happened to it. One function each; reliability is judged by these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+Event = dict[str, Any]
+
+TERMINAL_TYPES = ("succeeded", "failed", "cancelled")
+
+
+def assert_history_holds(events: Sequence[Event]) -> None:
+    """All of them at once."""
+    events_are_numbered_without_gaps(events)
+    epochs_only_grow(events)
+    no_step_of_an_old_epoch_follows_a_newer_one(events)
+    there_is_one_terminal_event_and_it_is_the_last(events)
+    the_checkpoint_step_never_falls(events)
+
+
+def events_are_numbered_without_gaps(events: Sequence[Event]) -> None:
+    """Events replay in order: 1, 2, 3 …"""
+    assert [event["id"] for event in events] == list(range(1, len(events) + 1))
+
+
+def epochs_only_grow(events: Sequence[Event]) -> None:
+    """Every claim has a larger epoch than the one before."""
+    epochs = [event["epoch"] for event in events if event["type"] == "claimed"]
+    assert epochs == sorted(set(epochs)), epochs
+
+
+def no_step_of_an_old_epoch_follows_a_newer_one(events: Sequence[Event]) -> None:
+    """Nobody trains a job that another epoch has taken over."""
+    epochs = [event["epoch"] for event in events if event["type"] in ("metrics", "checkpoint")]
+    assert epochs == sorted(epochs), epochs
+
+
+def there_is_one_terminal_event_and_it_is_the_last(events: Sequence[Event]) -> None:
+    """A job ends once."""
+    ends = [event["type"] for event in events if event["type"] in TERMINAL_TYPES]
+    assert len(ends) == 1, ends
+    assert events[-1]["type"] == ends[0]
+
+
+def the_checkpoint_step_never_falls(events: Sequence[Event]) -> None:
+    """What was saved once is never gone back behind."""
+    steps = [event["data"]["step"] for event in events if event["type"] == "checkpoint"]
+    assert steps == sorted(steps), steps
+
+
+def steps_redone(events: Sequence[Event]) -> int:
+    """How many optimizer steps were made twice."""
+    steps = [event["data"]["step"] for event in events if event["type"] == "metrics" and "loss" in event["data"]]
+    return len(steps) - len(set(steps))
