@@ -134,9 +134,11 @@ class Children:
             os.set_blocking(child.output, False)
             self._selector.register(child.output, selectors.EVENT_READ, child)
 
-    def _turn(self, timeout: float = _TURN_SECONDS) -> None:
+    def _turn(self, longest: float = _TURN_SECONDS) -> None:
         """Pass on output, notice deaths, start again what is due."""
-        for key, _ in self._selector.select(timeout):
+        due = [child.start_again_at for child in self._children if child.start_again_at is not None]
+        until_due = min(due) - time.monotonic() if due and self._exit_code is None else longest
+        for key, _ in self._selector.select(min(max(until_due, 0.0), longest)):
             if isinstance(key.data, _Child):
                 self._pass_on_output(key.data)
             else:
