@@ -109,8 +109,8 @@ class Transport:
             yield response
 
     def _build(self, method: str, path: str, options: dict[str, Any]) -> httpx.Request:
-        headers = self._headers | options.pop("headers", {})
-        return self._http.build_request(method, self.base_url + path, headers=headers, **options)
+        headers = {"headers": self._headers | options.get("headers", {})}
+        return self._http.build_request(method, self.base_url + path, **(options | headers))
 
 
 def _pauses() -> Iterator[float]:

@@ -1,0 +1,185 @@
+"""What the `graft` command shows, and with which exit code it leaves."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from graft_client import GraftClient, Update, cli
+from graft_client.progress import duration, watch
+from graft_client.transport import Transport
+from tests.fakes.service import FakeService, error
+
+RUNNING: dict[str, Any] = {
+    "id": "ftjob-1",
+    "status": "running",
+    "phase": "training",
+    "progress": {"step": 3, "total_steps": 10, "tokens_per_second": 1234.5, "eta_seconds": 189},
+    "metrics": {"train_loss": 1.25, "eval_loss": None},
+}
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> FakeService:
+    service = FakeService()
+
+    @contextmanager
+    def client() -> Iterator[GraftClient]:
+        transport = httpx.MockTransport(service)
+        yield GraftClient(
+            transport=Transport(
+                "http://graft.test",
+                api_key=None,
+                timeout=5,
+                patience_seconds=0,
+                transport=transport,
+                sleep=lambda _: service.jobs[0].update(status=service.jobs[0].get("next", "succeeded")),
+            )
+        )
+
+    monkeypatch.setattr(cli, "_client", client)
+    return service
+
+
+def graft(*arguments: str, monkeypatch: pytest.MonkeyPatch, stdin: str = "") -> tuple[int, str, str]:
+    """Run the command as a shell does; returns exit code, standard output, standard error."""
+    outcome: list[int] = []
+
+    def run() -> None:
+        try:
+            cli.main()
+        except SystemExit as end:
+            outcome.append(end.code if isinstance(end.code, int) else 1)
+
+    out, err = io.StringIO(), io.StringIO()
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.argv", ["graft", *arguments])
+        patch.setattr("sys.stdin", io.StringIO(stdin))
+        patch.setattr("sys.stdout", out)
+        patch.setattr("sys.stderr", err)
+        patch.setenv("COLUMNS", "200")
+        run()
+    return outcome[0], out.getvalue(), err.getvalue()
+
+
+def test_submit_uploads_the_data_applies_overrides_and_prints_the_job(
+    service: FakeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, spec = tmp_path / "rows.jsonl", tmp_path / "spec.json"
+    rows.write_text('{"text": "x"}\n')
+    spec.write_text(json.dumps({"base_model": "a/b", "training": {"max_steps": 5, "packing": True}}))
+    service.answers["POST /files"] = [httpx.Response(200, json={"id": "file-7"})]
+    overrides = ["--set", "training.max_steps=9", "--set", "gpu.class=24gb", "--set", "name=my bot"]
+    code, out, _ = graft("submit", str(spec), "--data", str(rows), *overrides, "--json", monkeypatch=monkeypatch)
+    assert code == 0
+    assert json.loads(out)["id"] == "ftjob-1"
+    assert json.loads(service.heard("POST", "/jobs")[0].content) == {
+        "base_model": "a/b",
+        "training": {"max_steps": 9, "packing": True},
+        "gpu": {"class": "24gb"},
+        "name": "my bot",
+        "dataset": {"file": "file-7"},
+    }
+
+
+@pytest.mark.parametrize(("status", "code"), [("succeeded", 0), ("failed", 1), ("cancelled", 3)])
+def test_watch_leaves_with_the_jobs_fate(
+    service: FakeService, monkeypatch: pytest.MonkeyPatch, status: str, code: int
+) -> None:
+    service.jobs = [RUNNING | {"next": status}]
+    service.events = [{"id": 1, "type": "claimed", "level": "info", "message": "Claimed by gpu-0."}]
+    found, out, _ = graft("watch", "ftjob-1", monkeypatch=monkeypatch)
+    assert found == code
+    assert "running (training)  step 3/10  loss 1.2500  1,234 tokens/s  ETA 3m09s" in out
+    assert out.count("Claimed by gpu-0.") == 1
+    assert status in out
+
+
+def test_a_refusal_shows_bytes_by_component_and_the_changes_that_would_fit(
+    service: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.answers["POST /jobs/estimate"] = [
+        error(
+            422,
+            "vram_capacity_exceeded",
+            "13B at 8192 tokens needs 31.0 GiB, the largest class has 22.0 GiB.",
+            needed={"base_weights": 7 * 1024**3, "activations": 24 * 1024**3},
+            available={"usable": 22 * 1024**3},
+            needed_bytes=31 * 1024**3,
+            changes=[
+                {"param": "training.max_length", "from": 8192, "to": 3840, "needed_bytes": 1024**3, "gpu_class": "24gb"}
+            ],
+            fits_here=["small/base"],
+        )
+    ]
+    code, out, err = graft("estimate", "-", monkeypatch=monkeypatch, stdin='{"base_model": "a/b"}')
+    assert (code, out) == (2, "")
+    for expected in ("vram_capacity_exceeded", "24.00 GiB", "training.max_length", "3840", "small/base", "31.00 GiB"):
+        assert expected in err
+    assert err.index("activations") < err.index("base weights")
+
+
+def test_what_the_user_can_mend_leaves_with_2_and_what_the_service_must_with_4(
+    service: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.answers["GET /models"] = [error(500, "graft_error", "Something went wrong.")]
+    code, _, err = graft("models", monkeypatch=monkeypatch)
+    assert code == 4
+    assert "req-1" in err
+    assert graft("get", "ftjob-9", monkeypatch=monkeypatch)[0] == 2
+    code, _, err = graft("submit", "-", monkeypatch=monkeypatch, stdin="{broken")
+    assert code == 2
+    assert "not JSON" in err
+    assert graft("submit", "-", "--set", "nonsense", monkeypatch=monkeypatch, stdin="{}")[0] == 2
+    assert graft("submit", "/no/such/file.json", monkeypatch=monkeypatch)[0] == 2
+
+
+def test_a_service_that_is_not_there_is_said_to_be_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFT_URL", "http://127.0.0.1:1")
+    monkeypatch.setattr(cli, "PATIENCE_SECONDS", 0.0)
+    code, out, err = graft("list", monkeypatch=monkeypatch)
+    assert (code, out) == (2, "")
+    assert "http://127.0.0.1:1" in err
+    assert "make run" in err
+
+
+def test_a_list_is_no_longer_than_asked(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
+    service.jobs = [{"id": f"ftjob-{n}", "status": "queued", "created_at": 1.7e9} for n in range(9)]
+    code, out, _ = graft("list", "--limit", "4", "--json", monkeypatch=monkeypatch)
+    assert code == 0
+    assert [job["id"] for job in json.loads(out)] == ["ftjob-0", "ftjob-1", "ftjob-2", "ftjob-3"]
+
+
+def test_help_lists_plugins_and_works_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert " doctor " in CliRunner().invoke(cli.app, ["--help"]).output
+    monkeypatch.setattr(cli, "entry_points", lambda group: ())
+    alone = CliRunner().invoke(cli.app, ["--help"])
+    assert alone.exit_code == 0
+    assert " submit " in alone.output
+    assert " doctor " not in alone.output
+    assert CliRunner().invoke(cli.app, ["up"]).exit_code == 2
+
+
+def test_on_a_terminal_a_bar_shows_step_loss_speed_and_eta() -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=140, color_system=None)
+    event = {"id": 1, "type": "warning", "level": "warning", "message": "12 rows [were] truncated"}
+    job = watch(iter([Update(job=RUNNING, events=(event,))]), console)
+    assert job is RUNNING
+    shown = screen.getvalue()
+    assert "3/10" in shown
+    for fact in ("running (training)", "loss 1.2500", "1,234 tokens/s", "ETA 3m09s", "12 rows [were] truncated"):
+        assert fact in shown
+
+
+def test_durations_read_as_people_say_them() -> None:
+    assert [duration(seconds) for seconds in (7.4, 189, 7500)] == ["7s", "3m09s", "2h05m"]
