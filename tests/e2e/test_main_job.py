@@ -69,7 +69,7 @@ def a_job(fleet: Fleet, **changes: Any) -> dict[str, Any]:
         "dataset": {"file": fleet.upload(JSONL)},
         "validation": {"split": 0.1},
         "lora": {"r": 8, "target_modules": "all-linear"},
-        "training": training,
+        "training": {**training, **changes.pop("training", {})},
         **changes,
     }
 

@@ -1,8 +1,8 @@
 """`python -m tests.fakes.child WORKDIR`: keeps the protocol of preparing and training, without torch.
 
-What it does is asked for in the job's metadata: `behaviour`, and `steps` to train. A real trainer's promises are kept: it
-resumes from its checkpoint, leaves with 75 when told to stop or when the lease's deadline has passed, and counts every
-step it makes in `steps.log` of the folder named by `witness`.
+What it does is asked for in the job's metadata: `behaviour`, and `steps` to train. A real trainer's promises are kept:
+it resumes from its checkpoint, leaves with 75 when told to stop or when the lease's deadline has passed, and counts
+every step it makes in `steps.log` of the folder named by `witness`.
 """
 
 from __future__ import annotations

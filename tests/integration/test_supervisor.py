@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from graft_worker.device import Device
 from graft_worker.settings import WorkerSettings
 from graft_worker.supervisor import preparation, training_run
 from graft_worker.supervisor.bases import BaseModels
+from graft_worker.supervisor.child import child_environment
 from graft_worker.supervisor.neighbours import Neighbours
 from graft_worker.tasks import slots_of, work_until_idle
 from tests.fakes.doorbell import FakeDoorbell
@@ -118,7 +118,7 @@ def make_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
 
 
 def no_child_is_left() -> bool:
-    return not any("tests.fakes.child" in _command(pid) for pid in os.listdir("/proc") if pid.isdigit())
+    return not any("tests.fakes.child" in _command(path.name) for path in Path("/proc").iterdir())
 
 
 def _command(pid: str) -> str:
@@ -292,14 +292,11 @@ def test_a_bucket_that_is_away_for_a_while_is_waited_for(make_worker: Callable[.
 def test_a_child_gets_no_token_and_no_address_of_a_neighbour(
     make_worker: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from graft_worker.supervisor.child import child_environment
-
     for name in (
         "GRAFT_S3_SECRET_ACCESS_KEY",
         "GRAFT_DATABASE_URL",
         "GRAFT_BROKER_URL",
         "HF_TOKEN",
-        "AWS_SECRET_ACCESS_KEY",
     ):
         monkeypatch.setenv(name, "secret")
     worker = make_worker()

@@ -135,6 +135,7 @@ class Run:
             raise
         finally:
             code = child.wait()
+            watch.look_after(None)
         self._progress.flush()
         log_event(logger, "child_ended", job_id=self._job.id, epoch=self._job.epoch, exit_code=code)
         if watch.stop_reason in (StopReason.CANCEL, StopReason.LEASE_LOST):

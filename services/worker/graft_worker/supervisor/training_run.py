@@ -99,7 +99,7 @@ def publish(job: Job, workdir: Path, request: TrainRequest, trained: TrainedEven
     written = patiently(lambda: neighbours.bucket.put_bytes(key, manifest.to_bytes()), patience_seconds=patience)
     patiently(lambda: read_back(neighbours.bucket, written), patience_seconds=patience)
     adapter = {
-        "uri": neighbours.bucket.uri(prefix),
+        "uri": neighbours.bucket.uri(prefix.rstrip("/")),
         "epoch": job.epoch,
         "prefix": prefix,
         "manifest": asdict(written),

@@ -83,9 +83,11 @@ class Watch:
         """Why the child was told to leave; None while it may go on."""
         return self._stop_reason
 
-    def look_after(self, child: Child) -> None:
-        """From now on, orders reach this child."""
+    def look_after(self, child: Child | None) -> None:
+        """From now on, orders reach this child; None once it has ended."""
         self._child = child
+        if child is not None and self._stop_reason is not None:
+            child.terminate()  # told to stop while it was being started
 
     def _run(self) -> None:
         while not self._done.wait(self._times.orders):
@@ -121,10 +123,10 @@ class Watch:
     def _order_stop(self, reason: StopReason) -> None:
         if self._stop_reason is reason:
             return
-        log_event(logger, "child_told_to_stop", job_id=self._job_id, epoch=self._epoch, reason=reason.value)
         self._stop_at = self._stop_at or boottime()
         self._stop_reason = reason
         if self._child is not None:
+            log_event(logger, "child_told_to_stop", job_id=self._job_id, epoch=self._epoch, reason=reason.value)
             self._child.kill() if reason is StopReason.LEASE_LOST else self._child.terminate()
 
     def _kill_a_straggler(self) -> None:
