@@ -1,0 +1,175 @@
+"""`make demo`: a small base model, one fine-tune of it through the real service, and what it learnt.
+
+Everything it makes stays under `.graft/demo/`; a base that is there already is used again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+from graft_client import GraftClient, GraftClientError
+from graft_client.progress import watch
+from graft_local.broker import free_port
+from graft_local.parentage import dies_with_us
+
+HERE = Path(__file__).parent
+STATE = HERE.parent / ".graft" / "demo"
+BASE_MODEL = "graft/demo-llama"
+BASE = STATE / "models" / BASE_MODEL
+START_SECONDS = 120.0
+STOP_SECONDS = 90.0  # longer than a worker's grace
+_HELD_OUT_LOSS = re.compile(r"held-out loss\D*(\d+(?:\.\d+)?)", re.IGNORECASE)
+
+console = Console(highlight=False, soft_wrap=True)
+_began = time.monotonic()
+
+
+def main() -> None:
+    """Run the demo; exit code 0 only when every step worked and the held-out loss fell."""
+    make_base()
+    say("asking the base, before any fine-tuning")
+    before, answers_before = ask(BASE)
+    with running_service() as client:
+        adapter = fine_tune(client)
+    say("asking again, with the adapter")
+    after, answers_after = ask(BASE, adapter)
+
+    say("what it learnt")
+    show("before", answers_before)
+    show("after", answers_after)
+    change = 100 * (after - before) / before
+    console.print(
+        f"\nheld-out loss: [bold]{before:.3f}[/bold] before, [bold]{after:.3f}[/bold] after ({change:+.0f} %)"
+    )
+    console.print(f"adapter: {adapter}")
+    if after >= before:
+        give_up("the held-out loss did not fall")
+    say("done")
+
+
+def make_base() -> None:
+    """Pre-train the demo's base model, unless it is there from an earlier run."""
+    if (BASE / "config.json").exists():
+        say(f"using the base model at {BASE}")
+        return
+    say("making a small base model: a Llama of a few million parameters, pre-trained on plain text (a minute or two)")
+    scratch = STATE / "base-in-the-making"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.parent.mkdir(parents=True, exist_ok=True)
+    made = subprocess.run([sys.executable, str(HERE / "make_base.py"), str(scratch)], check=False)
+    if made.returncode != 0:
+        give_up(f"making the base failed with exit code {made.returncode}")
+    BASE.parent.mkdir(parents=True, exist_ok=True)
+    scratch.rename(BASE)  # whole or not at all: an interrupted run is not taken for a base
+
+
+def ask(base: Path, adapter: Path | None = None) -> tuple[float, str]:
+    """Return the held-out loss, in nats per token, and what was printed with it: a question and its answer."""
+    command = [sys.executable, str(HERE / "ask.py"), str(base), *([str(adapter)] if adapter else [])]
+    asked = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    loss = _HELD_OUT_LOSS.search(asked.stdout)
+    if asked.returncode != 0 or loss is None:
+        give_up(f"asking failed with exit code {asked.returncode}: {asked.stdout.strip() or 'it printed nothing'}")
+    return float(loss[1]), asked.stdout
+
+
+def fine_tune(client: GraftClient) -> Path:
+    """Upload the rows, post the job, watch it, and bring its adapter home."""
+    rows = HERE / "graft_qa.jsonl"
+    say(f"uploading {rows.name}")
+    spec: dict[str, Any] = json.loads((HERE / "job.json").read_text())
+    spec["dataset"] = {"file": client.upload(rows)["id"]}
+    job = client.submit(spec)
+    say(f"job {job['id']} is accepted for GPU class {job.get('gpu_class')}")
+    job = watch(client.updates(job["id"]), console)
+    if job["status"] != "succeeded":
+        give_up(f"the job ended as {job['status']}: {job.get('error')}")
+    adapter = client.download(job["id"], STATE / "adapters" / job["id"])
+    say(f"the adapter is in {adapter}, every byte checked")
+    return adapter
+
+
+@contextmanager
+def running_service() -> Iterator[GraftClient]:
+    """`graft up` on a free port, for as long as it is needed."""
+    port = free_port()
+    url, log = f"http://127.0.0.1:{port}", STATE / "up.log"
+    say(f"starting the service on {url} (its log: {log})")
+    with log.open("wb") as out:
+        service = subprocess.Popen(
+            [sys.executable, "-m", "graft_client", "up", "--port", str(port), "--state-dir", str(STATE)],
+            stdout=out,
+            stderr=out,
+            env={name: value for name, value in os.environ.items() if not name.startswith("GRAFT_")},
+            start_new_session=True,  # we stop it ourselves, in order
+            preexec_fn=dies_with_us(),
+        )
+    try:
+        await_readiness(service, url, log)
+        with GraftClient(url) as client:
+            yield client
+    finally:
+        say("stopping the service")
+        service.send_signal(signal.SIGTERM)
+        try:
+            service.wait(timeout=STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            service.kill()
+            service.wait()
+
+
+def await_readiness(service: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    """Return once the service is ready; leave with its log when it does not get there."""
+    no_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and service.poll() is None:
+        try:
+            with no_proxy.open(f"{url}/readyz", timeout=5) as answer:
+                if json.load(answer).get("status") == "ready":
+                    return
+        except OSError:
+            pass  # not yet
+        time.sleep(0.2)
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+    give_up(f"the service did not become ready; the end of its log:\n{tail}")
+
+
+def say(what: str) -> None:
+    """Print a step and how long the demo has run."""
+    console.print(f"[dim]{time.monotonic() - _began:6.1f} s[/dim]  [bold]{what}[/bold]")
+
+
+def show(title: str, text: str) -> None:
+    """Print what a model said."""
+    console.print(f"\n[bold]{title}[/bold]")
+    console.print("\n".join("  " + line for line in text.strip().splitlines()), markup=False)
+
+
+def give_up(reason: str) -> NoReturn:
+    """Leave with exit code 1."""
+    console.print("[red]the demo failed:[/red]", end=" ")
+    console.print(reason, markup=False)
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except GraftClientError as error:
+        give_up(str(error))
+    except KeyboardInterrupt:
+        give_up("interrupted")
