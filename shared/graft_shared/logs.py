@@ -16,7 +16,7 @@ def configure_logging(*, json_lines: bool, level: str = "INFO") -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    for noisy in ("botocore", "urllib3", "httpx", "httpcore", "alembic", "filelock"):
+    for noisy in ("botocore", "urllib3", "httpx", "httpcore", "alembic", "filelock", "celery", "kombu", "amqp"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

@@ -12,7 +12,7 @@ import threading
 from typing import Any
 
 from celery import Celery
-from celery.signals import worker_process_init, worker_ready, worker_shutdown, worker_shutting_down
+from celery.signals import setup_logging, worker_process_init, worker_ready, worker_shutdown, worker_shutting_down
 
 from graft_shared.buckets import open_bucket
 from graft_shared.capacity import CapacityTable
@@ -53,7 +53,6 @@ def build_app(settings: WorkerSettings) -> Celery:
         accept_content=["json"],
         worker_cancel_long_running_tasks_on_connection_loss=False,  # True ends a running job when Redis restarts
         worker_enable_remote_control=False,
-        worker_hijack_root_logger=False,
         broker_connection_max_retries=None,
         broker_connection_retry_on_startup=True,
         broker_transport_options=BROKER_TRANSPORT_OPTIONS,
@@ -73,6 +72,7 @@ def worker_arguments(settings: WorkerSettings, device: Device) -> list[str]:
     queues = set(device.takes_classes) if Stage.TRAIN in device.stages else set()
     queues |= {PREPARE_QUEUE} if Stage.PREPARE in device.stages else set()
     return [
+        "--quiet",
         "worker",
         "--pool=prefork",
         f"--concurrency={len(device.stages)}",
@@ -81,7 +81,6 @@ def worker_arguments(settings: WorkerSettings, device: Device) -> list[str]:
         "--without-gossip",
         "--without-mingle",
         "--without-heartbeat",
-        "--loglevel=WARNING",
     ]
 
 
@@ -118,6 +117,11 @@ def this_device(settings: WorkerSettings) -> Device:
     """The device that this worker drives."""
     table: CapacityTable = load_capacity(settings.capacity_path)
     return find_device(settings.worker_device, table)
+
+
+@setup_logging.connect
+def _keep_our_logging(**_: Any) -> None:
+    """A receiver of this signal is how Celery is told to leave logging alone."""
 
 
 @worker_process_init.connect

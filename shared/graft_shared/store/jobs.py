@@ -209,7 +209,6 @@ def _insert_job(connection: Connection, new: NewJob) -> None:
             warnings=new.warnings,
             next_event=0,
             created_at=now(),
-            queued_at=now(),
             not_before=now(),
         )
     )

@@ -57,7 +57,8 @@ class Leases:
         """Take the best eligible queued job: a lease and a new epoch. None when there is nothing to do.
 
         Best means: the worker's own class before smaller ones (`gpu_classes` in that order), higher priority, the
-        tenant with fewer running jobs, then the one served longest ago, then the oldest job. Preparing data needs no
+        tenant with fewer running jobs, then the one served longest ago, then the oldest job (an interrupted one keeps its
+        place). Preparing data needs no
         GPU, so there classes do not count.
         """
         with self._database.writing() as connection:
@@ -246,7 +247,7 @@ class Leases:
             jobs.c.not_before <= now(),
             or_(jobs.c.bell_rung_at.is_(None), jobs.c.bell_rung_at < now() - older_than.total_seconds()),
         )
-        due = due.order_by(jobs.c.priority.desc(), jobs.c.queued_at).limit(limit).with_for_update(skip_locked=True)
+        due = due.order_by(jobs.c.priority.desc(), jobs.c.created_at).limit(limit).with_for_update(skip_locked=True)
         with self._database.writing() as connection:
             ids = connection.execute(due).scalars().all()
             rung = update(jobs).where(jobs.c.id.in_(ids)).values(bell_rung_at=now()).returning(jobs)
@@ -283,7 +284,7 @@ def _best_queued(stage: Stage, gpu_classes: Collection[str]) -> Any:
         .scalar_subquery()
     )
     eligible = and_(jobs.c.state == JobState.QUEUED.value, jobs.c.stage == stage.value, jobs.c.not_before <= now())
-    order = [jobs.c.priority.desc(), running, last_served, jobs.c.queued_at, jobs.c.id]
+    order = [jobs.c.priority.desc(), running, last_served, jobs.c.created_at, jobs.c.id]
     if stage is Stage.TRAIN:
         eligible = and_(eligible, jobs.c.gpu_class.in_(gpu_classes))
         ranks = {name: rank for rank, name in enumerate(gpu_classes)}
@@ -292,7 +293,7 @@ def _best_queued(stage: Stage, gpu_classes: Collection[str]) -> Any:
 
 
 def _given_back() -> dict[str, Any]:
-    return {"state": JobState.QUEUED.value, "queued_at": now(), "bell_rung_at": None, **_no_lease()}
+    return {"state": JobState.QUEUED.value, "bell_rung_at": None, **_no_lease()}
 
 
 def _no_lease() -> dict[str, Any]:

@@ -64,7 +64,6 @@ jobs = Table(
     Column("worker", String(128)),
     Column("next_event", Integer, nullable=False),
     Column("created_at", Double, nullable=False),
-    Column("queued_at", Double, nullable=False),
     Column("not_before", Double, nullable=False),
     Column("bell_rung_at", Double),
     Column("claimed_at", Double),

@@ -46,7 +46,6 @@ def upgrade() -> None:
         sa.Column("worker", sa.String(128)),
         sa.Column("next_event", sa.Integer, nullable=False),
         sa.Column("created_at", sa.Double, nullable=False),
-        sa.Column("queued_at", sa.Double, nullable=False),
         sa.Column("not_before", sa.Double, nullable=False),
         sa.Column("bell_rung_at", sa.Double),
         sa.Column("claimed_at", sa.Double),
