@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from celery import Celery
@@ -134,11 +135,9 @@ def _begin_child(**_: Any) -> None:
 def _begin(**_: Any) -> None:
     here = neighbours()
     log_event(logger, "worker_started", worker=here.settings.worker_name, gpu_class=here.device.gpu_class)
-    _threads.append(threading.Thread(target=_beat, name="beat", daemon=True))
+    _start(_beat)
     for slot in slots_of(here):
-        _threads.append(threading.Thread(target=_look, args=[slot], name=f"look-{slot.stage}", daemon=True))
-    for thread in _threads:
-        thread.start()
+        _start(_look, slot)
 
 
 @worker_shutting_down.connect
@@ -157,6 +156,12 @@ def _end(**_: Any) -> None:
     except StoreUnavailable as error:
         log_event(logger, "leave_not_recorded", level=logging.WARNING, reason=error.message)
     log_event(logger, "worker_stopped", worker=here.settings.worker_name)
+
+
+def _start(target: Callable[..., None], *arguments: Any) -> None:
+    thread = threading.Thread(target=target, args=arguments, name=target.__name__, daemon=True)
+    thread.start()
+    _threads.append(thread)
 
 
 def _look(slot: Slot) -> None:

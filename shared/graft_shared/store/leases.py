@@ -57,9 +57,8 @@ class Leases:
         """Take the best eligible queued job: a lease and a new epoch. None when there is nothing to do.
 
         Best means: the worker's own class before smaller ones (`gpu_classes` in that order), higher priority, the
-        tenant with fewer running jobs, then the one served longest ago, then the oldest job (an interrupted one keeps its
-        place). Preparing data needs no
-        GPU, so there classes do not count.
+        tenant with fewer running jobs, then the one served longest ago, then the oldest job (an interrupted one keeps
+        its place). Preparing data needs no GPU, so there classes do not count.
         """
         with self._database.writing() as connection:
             best = connection.execute(_best_queued(stage, gpu_classes)).mappings().one_or_none()
