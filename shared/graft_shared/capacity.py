@@ -1,0 +1,265 @@
+"""GpuClass and CapacityTable: where a job fits, or the refusal with its numbers and the changes that would fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from graft_shared.catalogue import Catalogue, ModelShape
+from graft_shared.errors import GraftError, InvalidParameter, VramCapacityExceeded
+from graft_shared.memory import GIB, HALF, MemoryEstimate, TrainingPlan
+from graft_shared.planner import fastest_plan, leanest_plan
+from graft_shared.specs import JobSpec
+
+LENGTH_STEP = 256  # tokens: `max_length` is offered in whole steps of this
+CLASS_TOLERANCE = 0.93  # cards report less than their name: a "24 GB" card 22.5 to 24 GiB
+FITS_HERE = 5
+TABLE_MAX_LENGTH = 512  # tokens: what the table's "largest base" is trained at
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuClass:
+    """A memory size with a name, a price and a queue (of the same name)."""
+
+    name: str
+    memory_bytes: int  # what the smallest common card of this class reports
+    usable_bytes: int  # what a job may take of it
+    cost_rank: int
+    price_per_hour: float | None = None
+    is_cpu: bool = False
+    max_parameters: int | None = None  # larger bases are not put here, whatever their bytes
+
+    def takes(self, shape: ModelShape) -> bool:
+        """Whether this class is meant for bases of that size at all."""
+        return self.max_parameters is None or shape.parameters <= self.max_parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where a job goes, how it will be trained, and what it will need."""
+
+    gpu_class: GpuClass
+    plan: TrainingPlan
+    estimate: MemoryEstimate
+    target_modules: tuple[str, ...]
+    warnings: tuple[dict[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class CapacityTable:
+    """The operator's GPU classes, cheapest first."""
+
+    classes: tuple[GpuClass, ...]
+    known: tuple[GpuClass, ...] = ()
+    """Classes that exist elsewhere: a refusal names the one that the job would need."""
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any], *, known: tuple[GpuClass, ...] = ()) -> CapacityTable:
+        """Read the table's document; see deploy/capacity.yaml."""
+        read = [_class_from(name, facts, rank) for rank, (name, facts) in enumerate(document["classes"].items())]
+        return cls(tuple(read), known)
+
+    def get(self, name: str) -> GpuClass | None:
+        """Return a class by its name."""
+        return next((gpu for gpu in self.classes if gpu.name == name), None)
+
+    def restricted_to(self, names: Iterable[str]) -> CapacityTable:
+        """The same table with these classes only."""
+        kept = set(names)
+        return CapacityTable(tuple(gpu for gpu in self.classes if gpu.name in kept), self.known or self.classes)
+
+    def class_for_memory(self, total_bytes: int) -> GpuClass | None:
+        """The largest class that a card of this memory serves, None for a card below all of them."""
+        served = [gpu for gpu in self.classes if not gpu.is_cpu and gpu.memory_bytes <= total_bytes / CLASS_TOLERANCE]
+        return max(served, key=lambda gpu: gpu.memory_bytes, default=None)
+
+    def place(self, shape: ModelShape, spec: JobSpec, catalogue: Catalogue) -> Placement:
+        """Return the cheapest GPU class on which some plan fits.
+
+        Raises:
+            InvalidParameter: An unknown class, targets that the base lacks, or a length beyond its positions.
+            VramCapacityExceeded: No class is big enough; carries the numbers and the smallest changes that would fit.
+        """
+        targets = self._check(shape, spec)
+        for gpu in self._allowed(spec):
+            chosen = fastest_plan(shape, spec, gpu.usable_bytes) if gpu.takes(shape) else None
+            if chosen is not None:
+                return Placement(
+                    gpu_class=gpu,
+                    plan=chosen[0],
+                    estimate=chosen[1],
+                    target_modules=targets,
+                    warnings=_warnings(shape, spec),
+                )
+        raise self._refusal(shape, spec, catalogue)
+
+    def largest_base(self, gpu: GpuClass, catalogue: Catalogue, spec: JobSpec) -> ModelShape | None:
+        """The largest listed base that this class trains with these settings."""
+        here = CapacityTable((gpu,))
+        return next((shape for shape in _largest_first(catalogue) if here._fits(shape, spec)), None)
+
+    def _check(self, shape: ModelShape, spec: JobSpec) -> tuple[str, ...]:
+        if spec.gpu.gpu_class != "auto" and self.get(spec.gpu.gpu_class) is None:
+            names = ", ".join(gpu.name for gpu in self.classes)
+            raise InvalidParameter(
+                param="gpu.class", reason=f"there is no class '{spec.gpu.gpu_class}'; there are {names}"
+            )
+        if spec.training.max_length > shape.max_position_embeddings:
+            limit = shape.max_position_embeddings
+            raise InvalidParameter(
+                param="training.max_length",
+                reason=f"{shape.base_model} has {limit} positions; {spec.training.max_length} is more",
+            )
+        return shape.resolve_targets(spec.lora.target_modules)
+
+    def _allowed(self, spec: JobSpec) -> Iterator[GpuClass]:
+        wanted = spec.gpu.gpu_class
+        yield from (gpu for gpu in self.classes if wanted in ("auto", gpu.name))
+
+    def _fits(self, shape: ModelShape, spec: JobSpec) -> bool:
+        try:
+            self._check(shape, spec)
+        except GraftError:
+            return False
+        return any(gpu.takes(shape) and fastest_plan(shape, spec, gpu.usable_bytes) for gpu in self._allowed(spec))
+
+    def _refusal(self, shape: ModelShape, spec: JobSpec, catalogue: Catalogue) -> VramCapacityExceeded:
+        largest = max(self._allowed(spec), key=lambda gpu: gpu.usable_bytes)
+        _, needed = leanest_plan(shape, spec)
+        everywhere = sorted({*self.classes, *self.known}, key=lambda gpu: gpu.usable_bytes)
+        required = next((gpu for gpu in everywhere if CapacityTable((gpu,))._fits(shape, _any_class(spec))), None)
+        changes = list(self._changes(shape, spec, catalogue))
+        fits_here = [base.base_model for base in _largest_first(catalogue) if self._fits(base, _shortened(spec, base))][
+            :FITS_HERE
+        ]
+        message = (
+            f"{shape.base_model} ({shape.parameters / 1e9:.1f}B) with these settings needs {_gib(needed.high_bytes)}; "
+            f"the largest GPU class here, {largest.name}, has {_gib(largest.usable_bytes)}. "
+            + (
+                f"It would fit with {_sentence(changes)}."
+                if changes
+                else "No single change of its settings makes it fit."
+            )
+        )
+        return VramCapacityExceeded(
+            message,
+            param="base_model",
+            needed_bytes=needed.high_bytes,
+            needed=needed.components,
+            available_bytes=largest.usable_bytes,
+            available={
+                "card": largest.memory_bytes,
+                "reserved": largest.memory_bytes - largest.usable_bytes,
+                "usable": largest.usable_bytes,
+            },
+            largest_class=largest.name,
+            required_class=required.name if required else None,
+            fits_here=fits_here,
+            changes=changes,
+        )
+
+    def _changes(self, shape: ModelShape, spec: JobSpec, catalogue: Catalogue) -> Iterator[dict[str, Any]]:
+        """Single changes after which the job is accepted, each tried by placing it; the gentlest first."""
+        length = spec.training.max_length
+        lengths = range(LENGTH_STEP * ((length - 1) // LENGTH_STEP), 0, -LENGTH_STEP)
+        yield from self._first("training.max_length", length, lengths, shape, spec)
+        if spec.training.gradient_checkpointing is False:
+            yield from self._first("training.gradient_checkpointing", False, ["auto"], shape, spec)
+        if not spec.quantization.load_in_4bit:
+            yield from self._first("quantization.load_in_4bit", False, [True], shape, spec)
+        if not spec.quantization.bnb_4bit_use_double_quant:
+            yield from self._first("quantization.bnb_4bit_use_double_quant", False, [True], shape, spec)
+        if "8bit" not in spec.training.optim:
+            optim = spec.training.optim.value
+            yield from self._first("training.optim", optim, ["paged_adamw_8bit"], shape, spec)
+        halves = [spec.lora.r >> shift for shift in range(1, 8) if spec.lora.r >> shift]
+        yield from self._first("lora.r", spec.lora.r, halves, shape, spec)
+        if spec.lora.target_modules == "all-linear":
+            yield from self._first("lora.target_modules", "all-linear", ["auto"], shape, spec)
+        if spec.gpu.gpu_class != "auto":
+            yield from self._first("gpu.class", spec.gpu.gpu_class, [gpu.name for gpu in self.classes], shape, spec)
+        yield from self._smaller_bases(shape, spec, catalogue)
+
+    def _first(
+        self, param: str, now: Any, values: Iterable[Any], shape: ModelShape, spec: JobSpec
+    ) -> Iterator[dict[str, Any]]:
+        for value in values:
+            changed = with_change(spec, param, value)
+            if self._fits(shape, changed):
+                yield self._change(param, now, value, shape, changed)
+                return
+
+    def _smaller_bases(self, shape: ModelShape, spec: JobSpec, catalogue: Catalogue) -> Iterator[dict[str, Any]]:
+        """The largest listed base that fits with the same settings, of the same architecture if there is one."""
+        smaller = [base for base in _largest_first(catalogue) if base.parameters < shape.parameters]
+        smaller.sort(key=lambda base: base.model_type != shape.model_type)
+        for base in smaller:
+            changed = with_change(spec, "base_model", base.base_model)
+            if self._fits(base, changed):
+                yield self._change("base_model", shape.base_model, base.base_model, base, changed)
+                return
+
+    def _change(self, param: str, now: Any, value: Any, shape: ModelShape, spec: JobSpec) -> dict[str, Any]:
+        for gpu in self._allowed(spec):
+            chosen = fastest_plan(shape, spec, gpu.usable_bytes) if gpu.takes(shape) else None
+            if chosen is not None:
+                needed = chosen[1].high_bytes
+                return {"param": param, "from": now, "to": value, "needed_bytes": needed, "gpu_class": gpu.name}
+        raise AssertionError("a change is only described after it was seen to fit")
+
+
+def with_change(spec: JobSpec, param: str, value: Any) -> JobSpec:
+    """The same spec with one dotted parameter set anew."""
+    body = spec.model_dump(mode="json", by_alias=True)
+    part: dict[str, Any] = body
+    *path, name = param.split(".")
+    for section in path:
+        part = part[section]
+    part[name] = value
+    return JobSpec.model_validate(body)
+
+
+def _warnings(shape: ModelShape, spec: JobSpec) -> tuple[dict[str, str], ...]:
+    if not (shape.num_local_experts and spec.quantization.load_in_4bit):
+        return ()
+    experts = HALF * shape.num_hidden_layers * shape.expert_parameters
+    message = f"4-bit loading leaves the experts of {shape.base_model} in 16 bits: {_gib(experts)} of them."
+    return ({"code": "experts_not_quantised", "message": message},)
+
+
+def _any_class(spec: JobSpec) -> JobSpec:
+    return with_change(spec, "gpu.class", "auto")
+
+
+def _shortened(spec: JobSpec, base: ModelShape) -> JobSpec:
+    """The spec as it would be for another base: its own default targets, no longer than its positions."""
+    body = spec.model_dump(mode="json", by_alias=True)
+    body["lora"]["target_modules"] = "auto"
+    body["training"]["max_length"] = min(spec.training.max_length, base.max_position_embeddings)
+    return JobSpec.model_validate(body)
+
+
+def _largest_first(catalogue: Catalogue) -> list[ModelShape]:
+    return sorted(catalogue, key=lambda shape: shape.parameters, reverse=True)
+
+
+def _class_from(name: str, facts: Mapping[str, Any], rank: int) -> GpuClass:
+    memory = int(facts["memory_gib"] * GIB)
+    return GpuClass(
+        name=name,
+        memory_bytes=memory,
+        usable_bytes=memory - int(facts.get("reserved_gib", 0) * GIB),
+        cost_rank=rank,
+        price_per_hour=facts.get("price_per_hour"),
+        is_cpu=bool(facts.get("cpu", False)),
+        max_parameters=facts.get("max_parameters"),
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB"
+
+
+def _sentence(changes: list[dict[str, Any]]) -> str:
+    return ", or ".join(f"{change['param']}={change['to']}" for change in changes[:3])

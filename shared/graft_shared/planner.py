@@ -1,0 +1,65 @@
+"""TrainingPlan: a short ordered list of plans, fastest first; the first that fits a memory limit is taken."""
+
+from __future__ import annotations
+
+from graft_shared.catalogue import ModelShape
+from graft_shared.memory import MemoryEstimate, Recompute, TrainingPlan, estimate
+from graft_shared.specs import JobSpec
+
+LARGEST_MICROBATCH_TOKENS = 16_384  # beyond this a larger product is no faster on any card
+
+__all__ = ["Recompute", "TrainingPlan", "fastest_plan", "leanest_plan", "plans"]
+
+
+def plans(shape: ModelShape, spec: JobSpec) -> tuple[TrainingPlan, ...]:
+    """Every plan worth trying for this job, fastest first; all of them learn from the same sequences per update.
+
+    Computing nothing twice comes first, whatever the microbatch: recomputing costs a third of the speed, a small
+    microbatch less. Then ever more is recomputed.
+    """
+    wanted = spec.training.gradient_checkpointing
+    ladder: list[tuple[Recompute, int]] = []
+    if wanted is not True:
+        ladder.append((Recompute.NONE, 0))
+    if wanted == "auto":
+        ladder.append((Recompute.EVERY_N, 2))
+    if wanted is not False:
+        ladder += [(Recompute.FULL, 1), (Recompute.OFFLOAD, 1)]
+    return tuple(
+        TrainingPlan(
+            recompute=recompute,
+            recompute_every_n=every_n,
+            microbatch_tokens=budget,
+            packing=spec.training.packing,
+            optim=spec.training.optim,
+        )
+        for recompute, every_n in ladder
+        for budget in _budgets(spec)
+    )
+
+
+def fastest_plan(shape: ModelShape, spec: JobSpec, limit_bytes: int) -> tuple[TrainingPlan, MemoryEstimate] | None:
+    """Return the fastest plan whose high estimate fits, None when none does."""
+    for plan in plans(shape, spec):
+        needed = estimate(shape, spec, plan)
+        if needed.high_bytes <= limit_bytes:
+            return plan, needed
+    return None
+
+
+def leanest_plan(shape: ModelShape, spec: JobSpec) -> tuple[TrainingPlan, MemoryEstimate]:
+    """Return the plan that needs least."""
+    every = [(plan, estimate(shape, spec, plan)) for plan in plans(shape, spec)]
+    return min(every, key=lambda pair: pair[1].high_bytes)
+
+
+def _budgets(spec: JobSpec) -> list[int]:
+    """Token budgets of a microbatch, largest first: whole rows of the longest sequence, halved down to one."""
+    longest = spec.training.max_length
+    rows = min(spec.training.sequences_per_update, max(1, LARGEST_MICROBATCH_TOKENS // longest))
+    rows = min(rows, max(spec.training.per_device_train_batch_size, LARGEST_MICROBATCH_TOKENS // 4 // longest))
+    budgets = []
+    while rows > 1:
+        budgets.append(rows * longest)
+        rows //= 2
+    return [*budgets, longest]
