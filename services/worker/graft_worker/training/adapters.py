@@ -1,0 +1,57 @@
+"""The adapter: LoRA by PEFT on a frozen base, and which layers are recomputed in the backward pass."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from graft_shared.errors import InvalidParameter
+from graft_shared.memory import Recompute
+from graft_shared.planner import TrainingPlan
+from graft_shared.specs import Lora
+
+
+def attach_adapter(model: Any, lora: Lora, target_modules: list[str], *, base_model: str, revision: str) -> PeftModel:
+    """Wrap the base with a fresh LoRA adapter whose weights alone are trainable.
+
+    Raises:
+        InvalidParameter: A target module is not in this base.
+    """
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=target_modules,
+        bias=lora.bias,
+        use_rslora=lora.use_rslora,
+        task_type="CAUSAL_LM",
+    )
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    missing = [target for target in target_modules if target.rpartition(".")[2] not in names]
+    if missing:
+        raise InvalidParameter(param="lora.target_modules", reason=f"the base has no module {', '.join(missing)}")
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    adapted.peft_config["default"].base_model_name_or_path = base_model
+    if re.fullmatch(r"[0-9a-f]{40}", revision):  # a hub commit; a registered folder has none that the hub knows
+        adapted.peft_config["default"].revision = revision
+    return adapted
+
+
+def trainable(model: PeftModel) -> list[torch.nn.Parameter]:
+    """The adapter's weights, in the model's order."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def apply_recompute(model: PeftModel, plan: TrainingPlan) -> None:
+    """Make the layers that the plan names forget their activations, or park their inputs in pinned memory."""
+    if plan.recompute is Recompute.NONE:
+        return
+    arguments: dict[str, Any] = {"use_reentrant": False}
+    if plan.recompute is Recompute.EVERY_N:
+        arguments["every_n_layers"] = plan.recompute_every_n
+    if plan.recompute is Recompute.OFFLOAD and torch.cuda.is_available():
+        arguments["offload"] = True
+    model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)

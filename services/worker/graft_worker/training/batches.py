@@ -1,0 +1,141 @@
+"""From prepared tokens to microbatches: which sequences make an update, and how they are packed into rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+
+
+@dataclass(frozen=True)
+class Split:
+    """One prepared split, flat."""
+
+    input_ids: np.ndarray  # int32 [tokens]
+    loss_mask: np.ndarray  # uint8 [tokens], 1 where the token is learnt
+    offsets: np.ndarray  # int64 [rows + 1]
+
+    @classmethod
+    def load(cls, path: Path) -> Split:
+        """Read a file that preparing wrote."""
+        tensors = load_file(path)
+        return cls(tensors["input_ids"], tensors["loss_mask"], tensors["offsets"])
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, int64 [rows]."""
+        return np.diff(self.offsets)
+
+    @property
+    def learnt_tokens(self) -> int:
+        """Tokens that can be learnt: a row's first token has nothing before it to be predicted from."""
+        first = np.zeros(len(self.loss_mask), dtype=bool)
+        first[self.offsets[:-1][self.lengths > 0]] = True
+        return int((self.loss_mask.astype(bool) & ~first).sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Microbatch:
+    """One packed row on the device."""
+
+    input_ids: torch.Tensor  # int64 [1, tokens]
+    position_ids: torch.Tensor  # int64 [1, tokens], from 0 in every sequence
+    targets: torch.Tensor  # int64 [learnt]: the token to predict
+    predictors: torch.Tensor  # int64 [learnt]: the position whose hidden state predicts it
+    cu_seq_lens: torch.Tensor  # int32 [sequences + 1]
+    max_length: int
+    real_tokens: int
+
+
+def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
+    """The order in which an epoch visits the rows: the same for the same seed, on every machine."""
+    return np.random.default_rng([seed, epoch]).permutation(rows)
+
+
+def updates_per_epoch(rows: int, sequences_per_update: int) -> int:
+    """Optimizer steps of one pass; the last may see fewer sequences."""
+    return -(-rows // sequences_per_update)
+
+
+def update_rows(split: Split, step: int, *, sequences_per_update: int, seed: int) -> np.ndarray:
+    """The rows that update number `step` (from 0) learns from; a pure function, so that resuming needs no history."""
+    per_epoch = updates_per_epoch(len(split), sequences_per_update)
+    epoch, position = divmod(step, per_epoch)
+    order = epoch_order(len(split), seed, epoch)
+    return order[position * sequences_per_update : (position + 1) * sequences_per_update]
+
+
+def pack(lengths: list[int], budget: int) -> list[list[int]]:
+    """Distribute sequences over as few rows of at most `budget` tokens as first-fit decreasing finds.
+
+    Returns:
+        For each row the indices of its sequences. A sequence longer than the budget gets a row of its own.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        for row, left in enumerate(room):
+            if lengths[index] <= left:
+                rows[row].append(index)
+                room[row] -= lengths[index]
+                break
+        else:
+            rows.append([index])
+            room.append(budget - lengths[index])
+    return rows
+
+
+def microbatches(
+    split: Split, rows: np.ndarray, *, budget: int, packing: bool, device: torch.device
+) -> Iterator[Microbatch]:
+    """Yield the microbatches of one update; without packing, as many rows as would fit if each were padded."""
+    lengths = [int(split.lengths[row]) for row in rows]
+    groups = pack(lengths, budget) if packing else _in_order(lengths, budget)
+    for group in groups:
+        yield _assemble(split, [int(rows[index]) for index in group], device)
+
+
+def _in_order(lengths: list[int], budget: int) -> list[list[int]]:
+    """As many neighbours as would fit if each were padded to the longest: what padding would have cost."""
+    groups: list[list[int]] = []
+    longest = 0
+    for index, length in enumerate(lengths):
+        longest = max(longest, length)
+        if groups and (len(groups[-1]) + 1) * longest <= budget:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+            longest = length
+    return groups
+
+
+def _assemble(split: Split, rows: list[int], device: torch.device) -> Microbatch:
+    spans = [(int(split.offsets[row]), int(split.offsets[row + 1])) for row in rows]
+    ids = np.concatenate([split.input_ids[start:end] for start, end in spans]).astype(np.int64)
+    mask = np.concatenate([split.loss_mask[start:end] for start, end in spans]).astype(bool)
+    lengths = np.array([end - start for start, end in spans])
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    mask[starts[:-1]] = False  # nothing comes before the first token of a sequence
+    (learnt,) = np.nonzero(mask)
+    positions = np.arange(len(ids)) - np.repeat(starts[:-1], lengths)
+
+    def there(array: np.ndarray, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        tensor = torch.as_tensor(array, dtype=dtype)
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+    return Microbatch(
+        input_ids=there(ids)[None],
+        position_ids=there(positions)[None],
+        targets=there(ids[learnt]),
+        predictors=there(learnt - 1),
+        cu_seq_lens=there(starts, torch.int32),
+        max_length=int(lengths.max()),
+        real_tokens=len(ids),
+    )

@@ -1,0 +1,99 @@
+"""Checkpoints: a folder of safetensors and JSON, complete or absent; no pickle is ever written or read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from graft_worker.protocol import TrainRequest
+from graft_worker.training.guard import Guard
+from graft_worker.training.optimizer import FlatOptimizer
+
+_TENSORS, _NUMBERS = "state.safetensors", "state.json"
+
+
+class CheckpointMismatch(Exception):
+    """The checkpoint belongs to another spec, base or data."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands, beside its weights."""
+
+    step: int = 0
+    tokens_seen: int = 0
+    tokens_learnt: int = 0
+    losses: list[float] = field(default_factory=list)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    evaluations_without_gain: int = 0
+    loss_scale: float = 1.0
+    scale_good_steps: int = 0
+
+
+def fingerprint(request: TrainRequest) -> str:
+    """What a checkpoint must agree with: the recipe, the targets and the base. The plan may change on the way."""
+    recipe = {key: request.spec[key] for key in ("quantization", "lora", "training", "dataset", "validation")}
+    facts = [recipe, request.target_modules, request.base_model, request.base_revision]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def save_checkpoint(
+    workdir: Path, request: TrainRequest, progress: Progress, optimizer: FlatOptimizer, guard: Guard
+) -> Path:
+    """Write `checkpoints/step-<n>`: temporary folder, fsync, rename. Returns its path."""
+    final = workdir / "checkpoints" / f"step-{progress.step}"
+    partial = workdir / "checkpoints" / f".step-{progress.step}"
+    partial.mkdir(parents=True, exist_ok=True)
+    tensors, numbers = optimizer.state()
+    save_file({**{f"optimizer.{name}": tensor for name, tensor in tensors.items()}, **_rng_state()}, partial / _TENSORS)
+    facts = {"fingerprint": fingerprint(request), "optimizer": numbers, "progress": asdict(progress)}
+    (partial / _NUMBERS).write_text(json.dumps(facts))
+    for name in (_TENSORS, _NUMBERS):
+        _sync(partial / name)
+    guard.check_lease()
+    partial.rename(final)
+    _sync(final.parent)
+    return final
+
+
+def resume_from(folder: Path, request: TrainRequest, optimizer: FlatOptimizer) -> Progress:
+    """Take weights, optimizer, random generators and position from a checkpoint.
+
+    Raises:
+        CheckpointMismatch: It was made by another recipe, on another base or other data.
+    """
+    facts: dict[str, Any] = json.loads((folder / _NUMBERS).read_text())
+    if facts["fingerprint"] != fingerprint(request):
+        raise CheckpointMismatch("the checkpoint was made with another recipe, base or data")
+    tensors = load_file(folder / _TENSORS)
+    prefix = "optimizer."
+    optimizer.load({name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)},
+                   facts["optimizer"])  # fmt: skip
+    _restore_rng(tensors)
+    return Progress(**facts["progress"])
+
+
+def _rng_state() -> dict[str, torch.Tensor]:
+    state = {"rng.cpu": torch.get_rng_state()}
+    return {**state, "rng.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else state
+
+
+def _restore_rng(tensors: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(tensors["rng.cpu"])
+    if torch.cuda.is_available() and "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,65 @@
+"""The finished adapter as a PEFT folder: weights, config, tokenizer, model card, metrics."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from graft_worker.protocol import TrainRequest
+
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+)
+METRICS_NAME = "metrics.jsonl"
+
+
+def write_adapter(model: PeftModel, request: TrainRequest, folder: Path) -> None:
+    """Save weights, config and tokenizer; nothing in the folder names a path of this machine."""
+    model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+    for pattern in _TOKENIZER_FILES:
+        for path in Path(request.base_path).glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+
+
+def write_metrics(folder: Path, lines: list[dict[str, Any]]) -> None:
+    """One JSON line per optimizer step and evaluation."""
+    (folder / METRICS_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_card(request: TrainRequest, folder: Path, metrics: dict[str, Any], versions: dict[str, str]) -> None:
+    """A model card that says what this adapter is, with nothing it was not told."""
+    spec = request.spec
+    lora, training, quantization = spec["lora"], spec["training"], spec["quantization"]
+    bits = f"4-bit {quantization['bnb_4bit_quant_type'].upper()}" if quantization["load_in_4bit"] else "16-bit"
+    rows = [
+        ("base model", f"{request.base_model}, revision {request.base_revision}, {bits}"),
+        ("LoRA", f"r={lora['r']}, alpha={lora['lora_alpha']:g}, dropout={lora['lora_dropout']:g}"),
+        ("target modules", ", ".join(request.target_modules)),
+        (
+            "optimizer",
+            f"{training['optim']}, learning rate {training['learning_rate']:g}, {training['lr_scheduler_type']}",
+        ),
+        ("sequences per update", training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]),
+        ("longest sequence", f"{training['max_length']} tokens"),
+        *(
+            (name.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else value)
+            for name, value in metrics.items()
+        ),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+    ]
+    header = f"---\nbase_model: {request.base_model}\nlibrary_name: peft\ntags: [lora, qlora, graft]\n---\n"
+    title = spec.get("name") or request.job_id
+    table = "".join(f"| {name} | {value} |\n" for name, value in rows)
+    (folder / "README.md").write_text(
+        f"{header}\n# {title}\n\nA LoRA adapter, trained by Graft.\n\n| | |\n|---|---|\n{table}"
+    )

@@ -1,0 +1,59 @@
+"""Small real things for tests: a base model with its tokenizer, and prepared data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+_SENTENCES = [
+    "What does the cat say? The cat says cat cat.",
+    "What does the dog say? The dog says dog dog.",
+    "hen cow pig owl fox bee word words too late for the answer",
+]
+
+
+def make_tiny_base(path: Path, *, model_type: str = "llama", **config: int) -> Path:
+    """Write a base of some ten thousand random weights, with a real fast tokenizer; returns its folder."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(_SENTENCES, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": len(fast),
+        "max_position_embeddings": 512,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        **config,
+    }
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes))
+    path.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(path)
+    fast.save_pretrained(path)
+    return path
+
+
+def make_prepared_split(path: Path, rows: list[list[int]], *, prompt_tokens: int = 0) -> Path:
+    """Write token rows as preparing would; the first `prompt_tokens` of each are not learnt."""
+    mask = [[0] * min(prompt_tokens, len(row)) + [1] * max(0, len(row) - prompt_tokens) for row in rows]
+    tensors = {
+        "input_ids": np.array([token for row in rows for token in row], dtype=np.int32),
+        "loss_mask": np.array([bit for row in mask for bit in row], dtype=np.uint8),
+        "offsets": np.cumsum([0, *(len(row) for row in rows)]).astype(np.int64),
+    }
+    save_file(tensors, path)
+    return path
