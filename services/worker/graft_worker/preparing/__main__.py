@@ -1,0 +1,46 @@
+"""`python -m graft_worker.preparing WORKDIR`: prepare what `request.json` asks for; the exit code says how it ended."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+
+from graft_shared.errors import GraftError, InvalidParameter, InvalidTrainingFile, NoTrainableTokens
+from graft_shared.jobs import FailureReason, Phase
+from graft_worker.parent import die_with_parent
+from graft_worker.protocol import EventWriter, ExitCode, FailureEvent, PhaseEvent, PrepareRequest, read_request
+
+_REASONS: dict[type[GraftError], FailureReason] = {
+    InvalidTrainingFile: FailureReason.INVALID_TRAINING_FILE,
+    InvalidParameter: FailureReason.INVALID_PARAMETER,
+    NoTrainableTokens: FailureReason.NO_TRAINABLE_TOKENS,
+}
+
+
+def main() -> int:
+    """Prepare, and translate the end."""
+    die_with_parent()
+    workdir = Path(sys.argv[1])
+    events = EventWriter()
+    events.emit(PhaseEvent(phase=Phase.PREPARING))
+    request = PrepareRequest.model_validate(read_request(workdir))
+
+    from graft_worker.preparing.prepare import prepare
+
+    try:
+        prepare(workdir, request, events)
+    except (InvalidTrainingFile, InvalidParameter, NoTrainableTokens) as error:
+        reason, param = _REASONS[type(error)], error.param or "dataset"
+        events.emit(FailureEvent(reason=reason, message=error.message, param=param, facts=error.facts))
+        return ExitCode.USER_ERROR
+    except Exception as error:  # noqa: BLE001 (its last words reach the user, its traceback the log; then it is over)
+        traceback.print_exception(error)
+        last = traceback.format_exception_only(error)[-1].strip()
+        events.emit(FailureEvent(reason=FailureReason.CRASH, message=f"Preparing the data crashed: {last}"))
+        return ExitCode.CRASHED
+    return ExitCode.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""JSONL rows: which kind they are, whether each is sound, and the line that is not; one line at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from graft_shared.errors import InvalidTrainingFile
+
+MAX_LINE_BYTES = 10 * 1024 * 1024
+MAX_ROWS = 20_000_000
+MAX_DEPTH = 16
+
+Row = dict[str, Any]
+
+
+class RowKind(StrEnum):
+    """The shapes of row that are understood."""
+
+    TEXT = "text"
+    MESSAGES = "messages"
+    PROMPT_COMPLETION = "prompt_completion"
+    ALPACA = "alpaca"
+    SHAREGPT = "sharegpt"
+
+
+# The keys that make a row of each kind; the first kind whose keys are all there is the row's.
+_KEYS: dict[RowKind, tuple[str, ...]] = {
+    RowKind.MESSAGES: ("messages",),
+    RowKind.SHAREGPT: ("conversations",),
+    RowKind.PROMPT_COMPLETION: ("prompt", "completion"),
+    RowKind.ALPACA: ("instruction", "output"),
+    RowKind.TEXT: ("text",),
+}
+_ROLES = {"system", "user", "assistant"}
+_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsReport:
+    """What is known of a file once every line was checked."""
+
+    rows: int
+    kind: RowKind
+    bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {"rows": self.rows, "kind": self.kind.value, "bytes": self.bytes}
+
+
+def check_lines(lines: Iterable[bytes]) -> RowsReport:
+    """Check a whole file, a line at a time.
+
+    Raises:
+        InvalidTrainingFile: Some line is not a sound row of the first one's kind; says which and why.
+    """
+    rows, kind, size = 0, None, 0
+
+    def counted() -> Iterator[bytes]:
+        nonlocal size
+        for line in lines:
+            size += len(line)
+            yield line
+
+    for _, row_kind, _ in read_rows(counted()):
+        rows, kind = rows + 1, row_kind
+    if kind is None:
+        raise InvalidTrainingFile(line=1, reason="the file holds no rows")
+    return RowsReport(rows=rows, kind=kind, bytes=size)
+
+
+def read_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, RowKind, Row]]:
+    """Yield (line number from 1, kind, row) for every row; blank lines are passed over.
+
+    Raises:
+        InvalidTrainingFile: As `check_lines`.
+    """
+    first_kind: RowKind | None = None
+    rows = 0
+    for number, line in enumerate(lines, start=1):
+        if len(line) > MAX_LINE_BYTES:
+            raise InvalidTrainingFile(line=number, reason=f"the line has more than {MAX_LINE_BYTES} bytes")
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if not line.strip():
+            continue
+        row = _parse(line, number)
+        kind = _kind_of(row, number)
+        first_kind = first_kind or kind
+        if kind is not first_kind:
+            raise InvalidTrainingFile(
+                line=number, reason=f"a row of kind '{kind}' in a file that began with '{first_kind}'; use one kind"
+            )
+        rows += 1
+        if rows > MAX_ROWS:
+            raise InvalidTrainingFile(line=number, reason=f"the file has more than {MAX_ROWS} rows")
+        _CHECKS[kind](row, number)
+        yield number, kind, row
+
+
+def messages_of(kind: RowKind, row: Row) -> list[dict[str, str]]:
+    """A chat row as `[{"role", "content"}, …]`, whichever of the two chat shapes it has."""
+    if kind is RowKind.SHAREGPT:
+        return [{"role": _SHAREGPT_ROLES[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
+    return [{"role": message["role"], "content": message["content"]} for message in row["messages"]]
+
+
+def _parse(line: bytes, number: int) -> Row:
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidTrainingFile(line=number, reason=f"byte {error.start + 1} is not valid UTF-8") from error
+
+    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(found)
+        if len(made) < len(found):
+            names = [name for name, _ in found]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InvalidTrainingFile(line=number, reason=f"the key '{twice}' stands twice in one object")
+        return made
+
+    def constant(name: str) -> Any:
+        raise InvalidTrainingFile(line=number, reason=f"{name} is not valid JSON")
+
+    try:
+        row = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+    except json.JSONDecodeError as error:
+        raise InvalidTrainingFile(line=number, reason=f"not valid JSON at column {error.colno}: {error.msg}") from error
+    except RecursionError as error:
+        raise InvalidTrainingFile(line=number, reason=f"nested deeper than {MAX_DEPTH} levels") from error
+    if not isinstance(row, dict):
+        raise InvalidTrainingFile(line=number, reason=f"a row is a JSON object, found {_name(row)}")
+    if _depth(row) > MAX_DEPTH:
+        raise InvalidTrainingFile(line=number, reason=f"nested deeper than {MAX_DEPTH} levels")
+    return row
+
+
+def _kind_of(row: Row, number: int) -> RowKind:
+    for kind, keys in _KEYS.items():
+        if all(key in row for key in keys):
+            return kind
+    wanted = "; ".join(" + ".join(keys) for keys in _KEYS.values())
+    found = ", ".join(list(row)[:6]) or "nothing"
+    raise InvalidTrainingFile(line=number, reason=f"no known kind of row: found the keys {found}; give {wanted}")
+
+
+def _check_text(row: Row, number: int) -> None:
+    _want_text(row, "text", number)
+
+
+def _check_pair(row: Row, number: int) -> None:
+    _want_text(row, "prompt", number, may_be_empty=True)
+    _want_text(row, "completion", number)
+
+
+def _check_alpaca(row: Row, number: int) -> None:
+    _want_text(row, "instruction", number)
+    _want_text(row, "output", number)
+    if row.get("input") is not None:
+        _want_text(row, "input", number, may_be_empty=True)
+
+
+def _check_messages(row: Row, number: int) -> None:
+    _check_turns(row, number, "messages", "role", "content", _ROLES)
+
+
+def _check_sharegpt(row: Row, number: int) -> None:
+    _check_turns(row, number, "conversations", "from", "value", set(_SHAREGPT_ROLES))
+
+
+def _check_turns(row: Row, number: int, name: str, who: str, what: str, roles: set[str]) -> None:
+    turns = row[name]
+    if not isinstance(turns, list) or not turns:
+        raise InvalidTrainingFile(line=number, reason=f"'{name}' is a list of at least one turn, found {_name(turns)}")
+    for position, turn in enumerate(turns, start=1):
+        if not isinstance(turn, dict) or turn.get(who) not in roles:
+            known = ", ".join(sorted(roles))
+            raise InvalidTrainingFile(line=number, reason=f"turn {position} of '{name}' needs '{who}', one of {known}")
+        _want_text(turn, what, number, may_be_empty=True)
+    answers = [turn for turn in turns if turn[who] in ("assistant", "gpt") and turn[what].strip()]
+    if not answers:
+        raise InvalidTrainingFile(line=number, reason=f"'{name}' has no answer of the assistant to learn from")
+
+
+def _want_text(part: Mapping[str, Any], key: str, number: int, *, may_be_empty: bool = False) -> None:
+    value = part.get(key)
+    if not isinstance(value, str):
+        raise InvalidTrainingFile(line=number, reason=f"'{key}' is a string, found {_name(value)}")
+    if not may_be_empty and not value.strip():
+        raise InvalidTrainingFile(line=number, reason=f"'{key}' is empty")
+
+
+_CHECKS = {
+    RowKind.TEXT: _check_text,
+    RowKind.MESSAGES: _check_messages,
+    RowKind.PROMPT_COMPLETION: _check_pair,
+    RowKind.ALPACA: _check_alpaca,
+    RowKind.SHAREGPT: _check_sharegpt,
+}
+
+
+def _depth(value: Any) -> int:
+    """How deep lists and objects are nested; stops looking one level beyond the limit."""
+    depth, level = 0, [value]
+    while level and depth <= MAX_DEPTH:
+        inner = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)]
+        level = [item for group in inner for item in group]
+        depth += bool(inner)
+        if not inner:
+            break
+    return depth
+
+
+def _name(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "nothing"}
+    return names.get(type(value), "a number")
