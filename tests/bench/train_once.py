@@ -1,0 +1,192 @@
+"""Train one adapter on a base of random weights, exactly as a supervisor would, and write what it took as JSON.
+
+    python tests/bench/train_once.py --dims llama-2-7b --steps 60 --recompute none --out result.json
+
+Workload A: 16 sequences per optimizer step, lengths log-normal (median 180, sigma 0.6, cap 1,024), the guide's
+configuration (NF4, double quantisation, r=16 on q, k, v, o, batch 4 × accumulation 4, paged 8-bit AdamW). Tokens are
+drawn from a small skewed distribution, so that even random weights have something to learn. Real tokens are counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from graft_shared.memory import Recompute, TrainingPlan, estimate
+from graft_shared.specs import JobSpec, Optim
+from graft_worker.protocol import REQUEST_NAME, EvaluationEvent, ProgressEvent, TrainedEvent, TrainRequest, parse_event
+
+DIMS: dict[str, dict[str, Any]] = {
+    "llama-2-7b": {"base": "meta-llama/Llama-2-7b-hf", "hidden_size": 4096, "intermediate_size": 11008,
+                   "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000},
+    "llama-3.2-1b": {"base": "meta-llama/Llama-3.2-1B", "hidden_size": 2048, "intermediate_size": 8192,
+                     "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+                     "vocab_size": 128256, "tie_word_embeddings": True},
+    "tiny": {"base": "graft/tiny", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512},
+}  # fmt: skip
+LEARNABLE_TOKENS = 400
+ROWS = 4000
+
+
+def main() -> None:
+    """Make base and data if they are not there, train, report."""
+    arguments = _arguments()
+    arguments.workspace.mkdir(parents=True, exist_ok=True)
+    base = make_base(arguments.workspace / arguments.dims, arguments.dims)
+    data = make_workload(arguments.workspace / "workload-a.safetensors", DIMS[arguments.dims]["vocab_size"])
+    request = make_request(base, data, arguments)
+    result = train(request, arguments.workspace / f"run-{os.getpid()}")
+    result["estimate"] = predict(base, request)
+    result["arguments"] = {key: str(value) for key, value in vars(arguments).items() if key not in ("out", "workspace")}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({key: value for key, value in result.items() if key != "losses"}, indent=1))
+
+
+def make_base(path: Path, dims: str) -> Path:
+    """A Llama of these dimensions with random weights, saved as a user's base would be."""
+    if (path / "config.json").exists():
+        return path
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {key: value for key, value in DIMS[dims].items() if key != "base"}
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        config = LlamaConfig(**sizes, max_position_embeddings=4096, dtype=torch.bfloat16)
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(path)
+    return path
+
+
+def make_workload(path: Path, vocabulary: int) -> Path:
+    """Workload A as a prepared split."""
+    random = np.random.default_rng(7)
+    lengths = np.clip(np.exp(random.normal(np.log(180), 0.6, ROWS)), 8, 1024).astype(int)
+    odds = 1 / np.arange(1, LEARNABLE_TOKENS + 1)
+    tokens = random.choice(vocabulary, LEARNABLE_TOKENS, replace=False)
+    ids = random.choice(tokens, size=int(lengths.sum()), p=odds / odds.sum()).astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    save_file({"input_ids": ids, "loss_mask": np.ones(len(ids), dtype=np.uint8), "offsets": offsets}, path)
+    return path
+
+
+def make_request(base: Path, data: Path, arguments: argparse.Namespace) -> TrainRequest:
+    """The guide's configuration."""
+    targets: Any = "all-linear" if arguments.all_linear else ["q_proj", "k_proj", "v_proj", "o_proj"]
+    spec = JobSpec.model_validate(
+        {
+            "base_model": DIMS[arguments.dims]["base"],
+            "dataset": {"file": "file-workload"},
+            "quantization": {"load_in_4bit": not arguments.bf16_base},
+            "lora": {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": targets},
+            "training": {
+                "per_device_train_batch_size": 4,
+                "gradient_accumulation_steps": 4,
+                "max_steps": arguments.steps,
+                "max_length": 1024,
+                "optim": arguments.optim,
+                "save_steps": 10**6,
+            },
+        }
+    )
+    plan = TrainingPlan(
+        recompute=Recompute(arguments.recompute),
+        recompute_every_n={"none": 0, "every_n_layers": 2}.get(arguments.recompute, 1),
+        microbatch_tokens=arguments.microbatch_tokens,
+        packing=True,
+        optim=Optim(arguments.optim),
+    )
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", *(["gate_proj", "up_proj", "down_proj"] * arguments.all_linear)]
+    return TrainRequest(
+        job_id="ftjob-bench",
+        epoch=1,
+        spec=spec.model_dump(mode="json", by_alias=True),
+        plan=plan.to_dict(),
+        target_modules=names,
+        base_path=str(base),
+        base_model=spec.base_model,
+        base_revision="random-weights",
+        train_file=str(data),
+        validation_file=None,
+        checkpoint_path=None,
+    )
+
+
+def train(request: TrainRequest, workdir: Path) -> dict[str, Any]:
+    """Run the trainer as its own process and gather its events."""
+    workdir.mkdir()
+    (workdir / REQUEST_NAME).write_text(request.model_dump_json())
+    started = time.monotonic()
+    command = [sys.executable, "-m", "graft_worker.training", str(workdir)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    steps: list[ProgressEvent] = []
+    moments: list[float] = []
+    trained: TrainedEvent | None = None
+    for line in child.stdout:
+        event = parse_event(line)
+        if isinstance(event, ProgressEvent):
+            steps.append(event)
+            moments.append(time.monotonic())
+        elif isinstance(event, TrainedEvent):
+            trained = event
+        elif not isinstance(event, EvaluationEvent):
+            print(line.rstrip(), file=sys.stderr)
+    if child.wait() != 0 or trained is None:
+        raise SystemExit(f"the trainer left with {child.returncode}")
+    half = len(steps) // 2
+    speeds = [
+        (steps[i].tokens_seen - steps[i - 1].tokens_seen) / (moments[i] - moments[i - 1])
+        for i in range(half, len(steps))
+    ]
+    return {
+        "first_loss": steps[0].loss,
+        "last_loss": steps[-1].loss,
+        "losses": [round(step.loss, 4) for step in steps],
+        "tokens_per_second": round(statistics.median(speeds), 1),
+        "seconds_to_first_step": round(moments[0] - started, 1),
+        "memory": trained.memory,
+        "proof": trained.proof,
+        "versions": trained.versions,
+        "command": " ".join(["python", "tests/bench/train_once.py", *sys.argv[1:]]),
+    }
+
+
+def predict(base: Path, request: TrainRequest) -> dict[str, Any]:
+    """What the capacity table would have said."""
+    from graft_shared.catalogue import ModelShape
+
+    config = json.loads((base / "config.json").read_text())
+    shape = ModelShape.from_config(config, base_model=request.base_model, revision="main")
+    return estimate(shape, JobSpec.model_validate(request.spec), TrainingPlan.from_dict(request.plan)).to_dict()
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dims", choices=sorted(DIMS), default="llama-2-7b")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--recompute", choices=[mode.value for mode in Recompute], default="none")
+    parser.add_argument("--microbatch-tokens", type=int, default=4096)
+    parser.add_argument("--optim", choices=[optim.value for optim in Optim], default="paged_adamw_8bit")
+    parser.add_argument("--all-linear", action="store_true")
+    parser.add_argument("--bf16-base", action="store_true")
+    parser.add_argument("--workspace", type=Path, default=Path("/tmp/graft-bench"))
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
