@@ -7,6 +7,7 @@ keyword arguments as `cu_seq_lens_q` (int32 [sequences + 1]) and `max_length_q`.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ except ImportError:  # torch before 2.10
     varlen_attn = None  # type: ignore[assignment]
 
 ATTENTION = "graft_packed"
+_VARLEN_KNOWS_GROUPS = (
+    varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
+)  # from 2.12
 VARLEN_HEAD_SIZES = 256  # the largest head size that flash attention takes
 
 
@@ -57,6 +61,9 @@ def packed_attention(
     """
     fits_varlen = query.is_cuda and query.dtype != torch.float32 and query.shape[-1] <= VARLEN_HEAD_SIZES
     if varlen_attn is not None and fits_varlen and softcap is None:
+        grouped = {"enable_gqa": True} if _VARLEN_KNOWS_GROUPS and query.shape[1] != key.shape[1] else {}
+        if not grouped:
+            key, value = _ungrouped(query, key, value)
         window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
         out = varlen_attn(
             query[0].transpose(0, 1),
@@ -68,13 +75,12 @@ def packed_attention(
             max_length_q,
             scale=scaling,
             window_size=window,
-            enable_gqa=query.shape[1] != key.shape[1],
+            **grouped,
         )
         assert isinstance(out, torch.Tensor)  # noqa: S101 (a pair only when return_aux is asked for)
         return out.unsqueeze(0), None
     mask = block_mask(cu_seq_lens_q, query.shape[2], sliding_window)
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    key, value = _ungrouped(query, key, value)
     if softcap is not None:
         return _softcapped(query, key, value, mask, scaling, softcap), None
     out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
@@ -88,6 +94,14 @@ def block_mask(cu_seq_lens: torch.Tensor, tokens: int, sliding_window: int | Non
     back = positions[:, None] - positions[None, :]
     allowed = (sequence[:, None] == sequence[None, :]) & (back >= 0)
     return allowed if sliding_window is None else allowed & (back < sliding_window)
+
+
+def _ungrouped(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values with as many heads as the queries."""
+    groups = query.shape[1] // key.shape[1]
+    if groups == 1:
+        return key, value
+    return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
 
 def _softcapped(
