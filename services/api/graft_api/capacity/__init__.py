@@ -1,0 +1,1 @@
+"""The VRAM-capacity table and the live fleet over HTTP."""

@@ -1,0 +1,1 @@
+"""Base models: which there are, and how a name becomes a shape."""
