@@ -110,7 +110,7 @@ def estimate(shape: ModelShape, spec: JobSpec, plan: TrainingPlan) -> MemoryEsti
     adapter = adapter_parameters(shape, targets, spec.lora.r)
     weights, rest = base_bytes(shape, spec)
     tokens = plan.microbatch_tokens
-    per_layer = activation_bytes_per_token(shape, targets, spec.lora.r)
+    per_layer = activation_bytes_per_token(shape, targets, spec.lora.r, dropout=spec.lora.lora_dropout > 0)
     kept, checkpoints = _layers_kept(shape, plan)
     scratch = HALF * max(linear.parameters for linear in shape.linears) if spec.quantization.load_in_4bit else 0
     loss = loss_bytes(shape, tokens)
@@ -149,23 +149,29 @@ def adapter_parameters(shape: ModelShape, targets: tuple[str, ...], r: int) -> i
     return shape.num_hidden_layers * r * sum(widths[name] for name in targets)
 
 
-def activation_bytes_per_token(shape: ModelShape, targets: tuple[str, ...], r: int) -> int:
+def activation_bytes_per_token(shape: ModelShape, targets: tuple[str, ...], r: int, *, dropout: bool) -> int:
     """Bytes that one layer keeps per token for its backward pass."""
-    hidden = shape.hidden_size
-    mlp_tensors = MLP_TENSORS + (1 if "down_proj" in targets else 0)
     experts = 2 if shape.num_local_experts else 1  # two experts work on each token
-    attention_in = {"q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value"}
-    mlp_in = {"gate_proj", "up_proj", "gate_up_proj", "fc1", "dense_h_to_4h"}
-    inputs = 2 * hidden * (bool(attention_in & set(targets)) + bool(mlp_in & set(targets)))
     return (
-        2 * mlp_tensors * shape.intermediate_size * experts
-        + NORM_BYTES_PER_HIDDEN * hidden
-        + inputs
+        2 * MLP_TENSORS * shape.intermediate_size * experts
+        + NORM_BYTES_PER_HIDDEN * shape.hidden_size
+        + _adapter_input_bytes(shape, targets, dropout=dropout)
         + 4 * shape.query_size
         + 4 * shape.key_value_size
         + 4 * shape.num_attention_heads
         + 2 * r * len(targets)
     )
+
+
+def _adapter_input_bytes(shape: ModelShape, targets: tuple[str, ...], *, dropout: bool) -> int:
+    """What the adapters keep of their inputs: one copy where they share one, a copy and a mask each under dropout."""
+    inputs = {linear.name: linear.in_features for linear in shape.linears}
+    if dropout:
+        return sum((HALF + 1) * inputs[name] for name in targets)
+    shared = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+    kept = [next((str(sorted(group)) for group in shared if name in group), name) for name in targets]
+    widths = dict(zip(kept, (inputs[name] for name in targets), strict=True))
+    return sum(HALF * width for width in widths.values())
 
 
 def loss_bytes(shape: ModelShape, tokens: int) -> int:

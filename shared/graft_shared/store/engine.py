@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy import Double, create_engine, event, make_url, select, text
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import InterfaceError, OperationalError, TimeoutError
+from sqlalchemy.exc import InterfaceError, OperationalError, ProgrammingError, TimeoutError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import GenericFunction
 
@@ -60,8 +60,11 @@ class Database:
 
     def ping(self) -> None:
         """Raise StoreUnavailable unless the database answers and holds our tables."""
-        with self.reading() as connection:
-            connection.execute(text("select count(*) from jobs where 1 = 0"))
+        try:
+            with self.reading() as connection:
+                connection.execute(text("select count(*) from jobs where 1 = 0"))
+        except ProgrammingError as error:  # PostgreSQL's word for a missing table; SQLite's is OperationalError
+            raise StoreUnavailable(reason=str(error.orig).strip().splitlines()[0]) from error
 
     def now(self) -> datetime:
         """The database's clock, UTC."""

@@ -13,7 +13,7 @@ from sqlalchemy.exc import IntegrityError
 
 from graft_shared.errors import IdempotencyConflict, JobFinished, JobNotFound
 from graft_shared.jobs import TERMINAL_STATES, Job, JobEvent, JobState, JobStatus, Stage
-from graft_shared.store.engine import Database, now
+from graft_shared.store.engine import Database, as_datetime, now
 from graft_shared.store.rows import add_event, compare_and_set, event_from, job_from
 from graft_shared.store.tables import job_events, jobs
 
@@ -170,6 +170,15 @@ class Jobs:
         )
         with self._database.reading() as connection:
             return int(connection.execute(query).scalar_one()) + 1
+
+    def waits_until(self, job: Job) -> datetime | None:
+        """When a job that went back to the queue after a failed run may be tried again; None when it may be now."""
+        query = select(jobs.c.not_before).where(
+            jobs.c.id == job.id, jobs.c.state == JobState.QUEUED.value, jobs.c.not_before > now()
+        )
+        with self._database.reading() as connection:
+            moment = connection.execute(query).scalar_one_or_none()
+        return as_datetime(moment) if moment is not None else None
 
     def queue_lengths(self) -> dict[str, int]:
         """Queued jobs by GPU class, over all tenants."""

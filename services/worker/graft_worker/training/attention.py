@@ -61,7 +61,9 @@ def packed_attention(
     """
     fits_varlen = query.is_cuda and query.dtype != torch.float32 and query.shape[-1] <= VARLEN_HEAD_SIZES
     if varlen_attn is not None and fits_varlen and softcap is None:
-        grouped = {"enable_gqa": True} if _VARLEN_KNOWS_GROUPS and query.shape[1] != key.shape[1] else {}
+        grouped: dict[str, Any] = (
+            {"enable_gqa": True} if _VARLEN_KNOWS_GROUPS and query.shape[1] != key.shape[1] else {}
+        )
         if not grouped:
             key, value = _ungrouped(query, key, value)
         window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
