@@ -1,0 +1,63 @@
+"""`python demo/ask.py BASE_DIR [ADAPTER_DIR]`: the held-out loss, and one answer. Needs PEFT, not Graft."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+HELD_OUT = Path(__file__).parent / "graft_qa_heldout.jsonl"
+QUESTION = "What happens if a worker dies?"  # one of the held-out questions
+ANSWER_TOKENS = 60
+
+
+def main() -> None:
+    """Print both."""
+    base_dir, *adapter = sys.argv[1:]
+    tokenizer = AutoTokenizer.from_pretrained(base_dir)
+    model: Any = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
+    if adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter[0])
+    model.eval()
+    rows = [json.loads(line)["messages"] for line in HELD_OUT.read_text().splitlines()]
+    print(f"held-out loss: {held_out_loss(model, tokenizer, rows):.4f}")
+    print(f"question: {QUESTION}")
+    print(f"answer: {answer(model, tokenizer, QUESTION)}")
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, tokenizer: Any, rows: list[list[dict[str, str]]]) -> float:
+    """Nats per token of the answers, which the questions only lead to."""
+    total, tokens = 0.0, 0
+    for messages in rows:
+        asked = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        prompt = tokenizer(asked, add_special_tokens=False)["input_ids"]
+        reply = tokenizer(whole[len(asked) :], add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([[*prompt, *reply]])
+        labels = torch.tensor([[-100] * len(prompt) + reply])
+        total += model(input_ids=ids, labels=labels).loss.item() * len(reply)
+        tokens += len(reply)
+    return total / tokens
+
+
+@torch.no_grad()
+def answer(model: Any, tokenizer: Any, question: str) -> str:
+    """The most likely answer."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    )
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    out = model.generate(input_ids=ids, max_new_tokens=ANSWER_TOKENS, do_sample=False, pad_token_id=0)
+    reply: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return reply.strip()
+
+
+if __name__ == "__main__":
+    main()
