@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -132,7 +132,7 @@ def _facts(error: GraftError) -> Mapping[str, Any]:
 
 
 async def _on_graft_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, GraftError)
+    error = cast(GraftError, error)
     response = answer(error)
     if response.status_code >= 500:
         facts = {"path": request.url.path, "code": error.code, "reason": error.message}
@@ -141,12 +141,11 @@ async def _on_graft_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_invalid_parameters(_request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
-    return answer(error_of(error.errors(), in_query=True))
+    return answer(error_of(cast(RequestValidationError, error).errors(), in_query=True))
 
 
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
+    error = cast(HTTPException, error)
     if error.status_code == 405:
         response = answer(MethodNotAllowed(method=request.method))
         response.headers.update(error.headers or {})

@@ -26,9 +26,8 @@ def parse_json(body: bytes) -> Any:
         value = json.loads(body.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
         json.dumps(value, ensure_ascii=False).encode("utf-8")  # a lone surrogate is valid JSON and no text
     except json.JSONDecodeError as error:
-        where = {"line": error.lineno, "column": error.colno, "position": error.pos}
         reason = f"{error.msg} at line {error.lineno}, column {error.colno}"
-        raise MalformedBody(reason=reason, **where) from error
+        raise MalformedBody(reason=reason, line=error.lineno, column=error.colno, position=error.pos) from error
     except UnicodeDecodeError as error:
         raise MalformedBody(reason=f"byte {error.start} is not UTF-8", position=error.start) from error
     except UnicodeEncodeError as error:
@@ -72,10 +71,10 @@ def error_of(errors: Sequence[Any], *, body: Any = None, in_query: bool = False)
         return _unknown_key(tuple(unknown[0]["loc"]), [_dotted(error["loc"]) for error in unknown])
     reasons: dict[str | None, list[str]] = {}
     for error in errors:
-        param = _dotted(error["loc"][1:]) if in_query else _place(tuple(error["loc"]), error["type"], body)
-        reason = _reason(error)
-        if reason not in reasons.setdefault(param or None, []):
-            reasons[param or None].append(reason)
+        place = _dotted(error["loc"][1:]) if in_query else _place(tuple(error["loc"]), error["type"], body)
+        said = reasons.setdefault(place or None, [])
+        if (reason := _reason(error)) not in said:
+            said.append(reason)
     param, first = next(iter(reasons.items()))
     facts: dict[str, Any] = {"bounds": bounds} if (bounds := _bounds(errors[0])) else {}
     if len(reasons) > 1:

@@ -29,3 +29,8 @@ class ApiSettings(SharedSettings):
     def hub_cache_dir(self) -> Path:
         """Where configs from the hub are kept; the same cache as a worker's on this machine."""
         return (self.state_dir / "cache" / "hub").absolute()
+
+    @property
+    def upload_dir(self) -> Path:
+        """Where a file lies while it arrives."""
+        return (self.state_dir / "uploads").absolute()

@@ -125,7 +125,7 @@ class BaseModels:
         raise self._unknown(base_model)
 
     def get(self, base_model: str) -> tuple[Source, ModelShape]:
-        """Return one base of `list`.
+        """Return one base of `known`.
 
         Raises:
             BaseModelNotFound: It is neither registered nor in the catalogue.
@@ -138,7 +138,7 @@ class BaseModels:
             raise BaseModelNotFound(base_model=base_model)
         return Source.CATALOGUE, shape
 
-    def list(self) -> Iterator[tuple[Source, ModelShape]]:
+    def known(self) -> Iterator[tuple[Source, ModelShape]]:
         """Every base that can be named without asking the hub; a registered folder that is unusable is left out."""
         seen = set()
         for base_model in self._registered_names():

@@ -1,0 +1,119 @@
+"""The app: the only place that chooses real neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import Depends, FastAPI
+
+from graft_api import health, objects
+from graft_api.capacity import endpoints as capacity_routes
+from graft_api.deps import Neighbours, known_query
+from graft_api.errors import DOCUMENTED, install_handlers
+from graft_api.exchanges import Exchanges
+from graft_api.files import endpoints as file_routes
+from graft_api.jobs import endpoints as job_routes
+from graft_api.models import endpoints as model_routes
+from graft_api.models.bases import BaseModels, HubConfigs
+from graft_api.settings import ApiSettings
+from graft_shared.buckets import Bucket, open_bucket
+from graft_shared.buckets.directory import DirectoryBucket
+from graft_shared.capacity import CapacityTable
+from graft_shared.catalogue import Catalogue
+from graft_shared.defaults import load_capacity, load_catalogue
+from graft_shared.dispatch import CeleryDoorbell, Doorbell
+from graft_shared.specs import JobSpec
+from graft_shared.store import Database, Files, Jobs, Leases, Workers, open_database
+
+DESCRIPTION = (
+    "Fine-tunes LoRA adapters on 4-bit base models (QLoRA). Unknown keys and parameters are refused everywhere."
+)
+
+
+def build_app(settings: ApiSettings) -> FastAPI:
+    """The app with the neighbours that the settings name; connects to none of them yet."""
+    return create_app(
+        settings=settings,
+        database=open_database(settings.database),
+        bucket=open_bucket(settings),
+        doorbell=CeleryDoorbell(settings.broker_url),
+        catalogue=load_catalogue(settings.catalogue_path),
+        capacity=load_capacity(settings.capacity_path),
+    )
+
+
+def create_app(
+    *,
+    settings: ApiSettings,
+    database: Database,
+    bucket: Bucket,
+    doorbell: Doorbell,
+    catalogue: Catalogue,
+    capacity: CapacityTable,
+    hub: HubConfigs | None = None,
+) -> FastAPI:
+    """The app with these neighbours. It closes the database when it ends."""
+    app = FastAPI(
+        title="Graft",
+        description=DESCRIPTION,
+        version="0.1.0",
+        lifespan=_lifespan,
+        dependencies=[Depends(known_query)],
+        responses=DOCUMENTED,
+        redirect_slashes=False,
+        docs_url=None,  # its page loads scripts from elsewhere
+        redoc_url=None,
+    )
+    app.state.neighbours = Neighbours(
+        settings=settings,
+        database=database,
+        jobs=Jobs(database),
+        files=Files(database),
+        workers=Workers(database),
+        leases=Leases(database, settings.lease),
+        bucket=bucket,
+        doorbell=doorbell,
+        capacity=capacity,
+        bases=BaseModels(
+            registered_dir=settings.registered_models_dir, catalogue=catalogue, hub=hub or _hub_of(settings)
+        ),
+    )
+    app.state.largest_bases = capacity_routes.largest_bases(capacity, catalogue)
+    _add_routes(app, bucket)
+    install_handlers(app)
+    app.add_middleware(Exchanges)
+    _describe_spec(app)
+    return app
+
+
+def _add_routes(app: FastAPI, bucket: Bucket) -> None:
+    for routes in (job_routes, file_routes, model_routes, capacity_routes, health):
+        app.include_router(routes.router)
+    if isinstance(bucket, DirectoryBucket):
+        app.include_router(objects.router)
+
+
+def _hub_of(settings: ApiSettings) -> HubConfigs:
+    token = settings.hub_token
+    return HubConfigs(
+        allowed=settings.hub_allowed,
+        token=token.get_secret_value() if token else None,
+        cache_dir=settings.hub_cache_dir,
+        timeout_seconds=settings.hub_timeout_seconds,
+    )
+
+
+def _describe_spec(app: FastAPI) -> None:
+    """Put JobSpec into the OpenAPI document: its routes read their bodies themselves, stricter than FastAPI would."""
+    document = app.openapi()
+    schema = JobSpec.model_json_schema(by_alias=True, ref_template="#/components/schemas/{model}")
+    parts: dict[str, Any] = schema.pop("$defs")
+    document["components"]["schemas"] |= {**parts, "JobSpec": schema}
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    yield
+    app.state.neighbours.database.close()

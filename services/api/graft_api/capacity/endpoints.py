@@ -1,0 +1,52 @@
+"""The route of the capacity table."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+
+from graft_api.capacity.schemas import CapacityBody, GpuClassBody, WorkerBody
+from graft_api.deps import Here
+from graft_shared.capacity import TABLE_MAX_LENGTH, CapacityTable
+from graft_shared.catalogue import Catalogue
+from graft_shared.specs import DatasetSource, JobSpec, Training
+
+router = APIRouter(tags=["capacity"])
+
+
+@router.get("/capacity", summary="The VRAM-capacity table and the live fleet")
+def get_capacity(request: Request, here: Here) -> CapacityBody:
+    """Return each GPU class, what it trains, who serves it and how long its queue is."""
+    workers, queues = here.workers.alive(), here.jobs.queue_lengths()
+    largest: dict[str, str | None] = request.app.state.largest_bases
+    data = [
+        GpuClassBody(
+            name=gpu.name,
+            memory_bytes=gpu.memory_bytes,
+            usable_bytes=gpu.usable_bytes,
+            price_per_hour=gpu.price_per_hour,
+            live_workers=sum(worker.gpu_class == gpu.name for worker in workers),
+            queue_length=queues.get(gpu.name, 0),
+            largest_base_model=largest[gpu.name],
+        )
+        for gpu in here.capacity.classes
+    ]
+    alive = [
+        WorkerBody(
+            name=worker.name,
+            gpu_class=worker.gpu_class,
+            device=worker.device,
+            stages=list(worker.stages),
+            seen_at=int(worker.seen_at.timestamp()),
+        )
+        for worker in workers
+    ]
+    return CapacityBody(data=data, workers=alive)
+
+
+def largest_bases(table: CapacityTable, catalogue: Catalogue) -> dict[str, str | None]:
+    """The largest catalogue base that each class trains with the default settings, by class."""
+    spec = JobSpec(
+        base_model="any/base", dataset=DatasetSource(file="file-any"), training=Training(max_length=TABLE_MAX_LENGTH)
+    )
+    found = {gpu.name: table.largest_base(gpu, catalogue, spec) for gpu in table.classes}
+    return {name: shape.base_model if shape else None for name, shape in found.items()}

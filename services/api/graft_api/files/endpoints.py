@@ -1,0 +1,78 @@
+"""The routes of files."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+from urllib.parse import quote
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import StreamingResponse
+
+from graft_api.auth import Tenant
+from graft_api.deps import Here
+from graft_api.files.schemas import FileBody, file_body
+from graft_api.files.service import receive
+from graft_api.paging import Limit, Page, envelope
+from graft_api.streams import chunks_of
+
+router = APIRouter(prefix="/files", tags=["files"])
+
+_FORM: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {
+                        "file": {"type": "string", "format": "binary", "description": "JSONL, UTF-8, one row a line."},
+                        "purpose": {"type": "string", "const": "fine-tune"},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+@router.post("", status_code=201, summary="Upload a dataset", openapi_extra=_FORM)
+async def create_file(request: Request, tenant: Tenant, here: Here) -> FileBody:
+    """Take a JSONL file; a line that cannot be trained on is refused with its number."""
+    return file_body(await receive(request, tenant, here))
+
+
+@router.get("", summary="List files, newest first")
+def list_files(
+    tenant: Tenant,
+    here: Here,
+    after: Annotated[str | None, Query(description="The last id of the page before.")] = None,
+    limit: Limit = 20,
+) -> Page[FileBody]:
+    """List this tenant's files."""
+    files, has_more = here.files.list(tenant, after=after, limit=limit)
+    return envelope([file_body(file) for file in files], [file.id for file in files], has_more=has_more)
+
+
+@router.get("/{file_id}", summary="One file")
+def get_file(file_id: str, tenant: Tenant, here: Here) -> FileBody:
+    """Return what is known of it."""
+    return file_body(here.files.get(tenant, file_id))
+
+
+@router.get(
+    "/{file_id}/content",
+    summary="A file's bytes",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"application/jsonl": {}}}},
+)
+def get_content(file_id: str, tenant: Tenant, here: Here) -> StreamingResponse:
+    """Stream the file as it was uploaded."""
+    file = here.files.get(tenant, file_id)
+    headers = {
+        "content-length": str(file.object.size),
+        "content-disposition": f"attachment; filename*=UTF-8''{quote(file.filename, safe='')}",
+        "cache-control": "private, no-store",
+    }
+    source = here.bucket.open(file.object.key)
+    return StreamingResponse(chunks_of(source), media_type="application/jsonl", headers=headers)

@@ -1,0 +1,79 @@
+"""Taking a file in: to disk as it arrives, checked line by line, then into the bucket, then into the database."""
+
+from __future__ import annotations
+
+import logging
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from fastapi import Request
+from starlette.concurrency import run_in_threadpool
+
+from graft_api.deps import Neighbours, limited
+from graft_api.files.multipart import FileForm
+from graft_shared.artifacts import file_key
+from graft_shared.errors import FileTooLarge
+from graft_shared.ids import new_file_id
+from graft_shared.logs import log_event
+from graft_shared.rows import MAX_LINE_BYTES, check_lines
+from graft_shared.store import StoredFile
+
+FORM_OVERHEAD_BYTES = 16_384  # boundaries and part headers around the file
+MAX_FILENAME = 255
+
+logger = logging.getLogger(__name__)
+
+
+async def receive(request: Request, tenant: str, here: Neighbours) -> StoredFile:
+    """Take the file of a multipart request.
+
+    Raises:
+        FileTooLarge: As soon as it is known.
+        MalformedBody, UnknownParameter, InvalidParameter: The form is not the one that is wanted.
+        InvalidTrainingFile: A line that cannot be trained on.
+    """
+    limit = here.settings.max_file_bytes
+    # Without a name on disk (Linux: O_TMPFILE), nothing can be left behind, however this process ends.
+    with await run_in_threadpool(_scratch_file, here) as scratch:
+        form = FileForm(request.headers.get("content-type", ""), scratch)
+        too_large = FileTooLarge(limit_bytes=limit)
+        async for chunk in limited(request, limit + FORM_OVERHEAD_BYTES, too_large):
+            await run_in_threadpool(form.feed, chunk)
+        filename = form.finish()
+        if scratch.tell() > limit:
+            raise too_large
+        return await run_in_threadpool(_store, scratch, filename, tenant, here)
+
+
+def _scratch_file(here: Neighbours) -> BinaryIO:
+    folder = here.settings.upload_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryFile(dir=folder)
+
+
+def _store(scratch: BinaryIO, filename: str, tenant: str, here: Neighbours) -> StoredFile:
+    scratch.flush()
+    scratch.seek(0)
+    report = check_lines(_lines(scratch))
+    file_id = new_file_id()
+    path = Path(f"/proc/self/fd/{scratch.fileno()}")  # a name for the nameless, as open() takes it
+    stored = here.bucket.put_file(file_key(tenant, file_id), path)
+    name = _safe_name(filename)
+    file = here.files.add(id=file_id, tenant=tenant, filename=name, object=stored, report=report.to_dict())
+    log_event(logger, "file_stored", file_id=file.id, tenant=tenant, rows=report.rows, bytes=stored.size)
+    return file
+
+
+def _lines(source: BinaryIO) -> Iterator[bytes]:
+    """The lines; one that is too long is cut, so that it is refused and never held whole."""
+    while line := source.readline(MAX_LINE_BYTES + 1):
+        yield line
+
+
+def _safe_name(filename: str) -> str:
+    """The last part of the name that the client gave, without control characters."""
+    name = PurePosixPath(re.sub(r"[\x00-\x1f\x7f]", "", filename).replace("\\", "/")).name
+    return name[:MAX_FILENAME] or "upload.jsonl"

@@ -1,0 +1,228 @@
+"""The routes of jobs."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, BackgroundTasks, Header, Query, Request, Response
+from fastapi.responses import PlainTextResponse, StreamingResponse
+from starlette.concurrency import run_in_threadpool
+
+from graft_api.auth import Tenant
+from graft_api.deps import Here, JsonBody
+from graft_api.jobs import service
+from graft_api.jobs.adapter import Archive, adapter_body, read_adapter
+from graft_api.jobs.events import all_events, event_stream
+from graft_api.jobs.queue import workers_for
+from graft_api.jobs.schemas import AdapterBody, Estimate, EventBody, JobBody, JobMetrics, MemoryForecast, Refusal
+from graft_api.jobs.views import event_body, job_bodies, job_body, metric_series, plan_body
+from graft_api.paging import Limit, Page, envelope
+from graft_api.parsing import parse_spec
+from graft_api.streams import chunks_of
+from graft_shared.artifacts import log_key
+from graft_shared.errors import InvalidParameter, NotFound, ObjectNotFound, VramCapacityExceeded
+from graft_shared.jobs import TERMINAL_STATES, JobStatus, Stage
+from graft_shared.store import JobQuery
+
+router = APIRouter(prefix="/jobs", tags=["jobs"])
+
+MAX_UNIX_SECONDS = 253_402_300_799  # the last second of the year 9999, where datetime ends
+_SPEC_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/JobSpec"}}},
+    }
+}
+_METADATA_QUERY: dict[str, Any] = {
+    "parameters": [
+        {
+            "name": "metadata",
+            "in": "query",
+            "style": "deepObject",
+            "explode": True,
+            "description": "Only jobs whose metadata has these pairs, as `metadata[team]=search`.",
+            "schema": {"type": "object", "additionalProperties": {"type": "string"}},
+        }
+    ]
+}
+_EVENT_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+    204: {"description": "The job has ended and `Last-Event-ID` was its last event: do not come back."},
+}
+_TAR: dict[int | str, dict[str, Any]] = {200: {"content": {"application/x-tar": {}}}}
+
+UnixSeconds = Annotated[int | None, Query(ge=0, le=MAX_UNIX_SECONDS, description="Unix seconds.")]
+
+
+class LogNotFound(NotFound):
+    """The job '{job_id}' has written no log yet."""
+
+
+@router.post("", status_code=202, summary="Submit a job", openapi_extra=_SPEC_BODY)
+def create_job(
+    body: JsonBody,
+    tenant: Tenant,
+    here: Here,
+    tasks: BackgroundTasks,
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+) -> JobBody:
+    """Accept a job, or refuse it with the numbers. The same `Idempotency-Key` and body give the same job."""
+    job, is_new = service.submit(tenant, body, idempotency_key, here)
+    if is_new:
+        tasks.add_task(service.ring, job, here)
+    return job_body(job, here)
+
+
+@router.post("/estimate", summary="What submitting this job would decide", openapi_extra=_SPEC_BODY)
+def estimate_job(body: JsonBody, tenant: Tenant, here: Here) -> Estimate | Refusal:
+    """Decide as POST /jobs would, without a job. What does not fit anywhere is answered with what would."""
+    spec = parse_spec(body)
+    try:
+        _, placement = service.admit(tenant, spec, here)
+    except VramCapacityExceeded as refusal:
+        facts = {**refusal.facts, "spec": service.normalised(spec), "code": refusal.code, "message": refusal.message}
+        return Refusal.model_validate(facts)
+    gpu_class = placement.gpu_class.name
+    return Estimate(
+        spec=service.normalised(spec),
+        gpu_class=gpu_class,
+        plan=plan_body(placement.plan),
+        target_modules=list(placement.target_modules),
+        memory=MemoryForecast.model_validate(placement.estimate.to_dict()),
+        live_workers=len(workers_for(Stage.TRAIN, gpu_class, here.workers.alive(), here.capacity)),
+        warnings=list(placement.warnings),
+    )
+
+
+@router.get("", summary="List jobs, newest first", openapi_extra=_METADATA_QUERY)
+def list_jobs(
+    request: Request,
+    tenant: Tenant,
+    here: Here,
+    status: JobStatus | None = None,
+    base_model: Annotated[str | None, Query(max_length=200)] = None,
+    created_after: UnixSeconds = None,
+    created_before: UnixSeconds = None,
+    after: Annotated[str | None, Query(description="The last id of the page before.")] = None,
+    limit: Limit = 20,
+) -> Page[JobBody]:
+    """List this tenant's jobs."""
+    query = JobQuery(
+        status=status,
+        base_model=base_model,
+        metadata=_metadata_of(request),
+        created_after=_moment(created_after),
+        created_before=_moment(created_before),
+        after=after,
+        limit=limit,
+    )
+    jobs, has_more = here.jobs.list(tenant, query)
+    return envelope(job_bodies(jobs, here), [job.id for job in jobs], has_more=has_more)
+
+
+@router.get("/{job_id}", summary="One job")
+def get_job(job_id: str, tenant: Tenant, here: Here) -> JobBody:
+    """Return the job."""
+    return job_body(here.jobs.get(tenant, job_id), here)
+
+
+@router.post("/{job_id}/cancel", summary="End a job before its time")
+def cancel_job(job_id: str, tenant: Tenant, here: Here) -> JobBody:
+    """Cancel a queued job at once and stop a running one soon; 409 when it has ended already."""
+    return job_body(here.jobs.cancel(tenant, job_id), here)
+
+
+@router.get(
+    "/{job_id}/events",
+    summary="A job's history, as a page or live",
+    response_model=Page[EventBody],
+    responses=_EVENT_STREAM,
+)
+async def list_events(
+    request: Request,
+    job_id: str,
+    tenant: Tenant,
+    here: Here,
+    after: Annotated[int, Query(ge=0, le=2**31 - 1, description="The id of the last event that is known.")] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    last_event_id: Annotated[int | None, Header(ge=0, le=2**31 - 1)] = None,
+) -> Page[EventBody] | Response:
+    """Return a page, oldest first; with `Accept: text/event-stream`, a stream that ends with the job."""
+    if "text/event-stream" not in request.headers.get("accept", ""):
+        page, has_more = await run_in_threadpool(here.jobs.events, tenant, job_id, after=after, limit=limit)
+        return envelope([event_body(event) for event in page], [event.id for event in page], has_more=has_more)
+    return await _live(job_id, tenant, here, last_event_id if last_event_id is not None else after)
+
+
+async def _live(job_id: str, tenant: str, here: Here, after: int) -> Response:
+    job = await run_in_threadpool(here.jobs.get, tenant, job_id)
+    first, _ = await run_in_threadpool(here.jobs.events, tenant, job_id, after=after)
+    if not first and job.state in TERMINAL_STATES:
+        return Response(status_code=204)
+    stream = event_stream(here.jobs, tenant, job_id, first, after=after)
+    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+    return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+
+
+@router.get("/{job_id}/metrics", summary="Losses and speeds by step")
+def get_metrics(job_id: str, tenant: Tenant, here: Here) -> JobMetrics:
+    """Return series for plotting."""
+    return metric_series(job_id, all_events(here.jobs, tenant, job_id))
+
+
+@router.get(
+    "/{job_id}/logs",
+    summary="The log of the job's last run",
+    response_class=PlainTextResponse,
+    responses={200: {"content": {"text/plain": {}}}},
+)
+def get_logs(job_id: str, tenant: Tenant, here: Here) -> StreamingResponse:
+    """Stream the log that the latest epoch left."""
+    job = here.jobs.get(tenant, job_id)
+    for epoch in range(job.epoch, 0, -1):
+        try:
+            source = here.bucket.open(log_key(tenant, job.id, epoch))
+        except ObjectNotFound:
+            continue
+        return StreamingResponse(chunks_of(source), media_type="text/plain; charset=utf-8")
+    raise LogNotFound(job_id=job_id)
+
+
+@router.get("/{job_id}/adapter", summary="The adapter's manifest, with a link per file")
+def get_adapter(request: Request, job_id: str, tenant: Tenant, here: Here) -> AdapterBody:
+    """Return what the adapter consists of; 409 until the job has succeeded."""
+    adapter = read_adapter(here.jobs.get(tenant, job_id), here.bucket)
+    return adapter_body(adapter, here.bucket, here.settings, str(request.base_url))
+
+
+@router.get(
+    "/{job_id}/adapter/archive", summary="The adapter as one .tar", response_class=StreamingResponse, responses=_TAR
+)
+def get_archive(job_id: str, tenant: Tenant, here: Here) -> StreamingResponse:
+    """Stream the adapter's files and its manifest, each proven by its sha256 on the way."""
+    job = here.jobs.get(tenant, job_id)
+    mtime = int((job.finished_at or job.created_at).timestamp())
+    archive = Archive(adapter=read_adapter(job, here.bucket), bucket=here.bucket, folder=job.id, mtime=mtime)
+    archive.check()
+    headers = {
+        "content-length": str(archive.size),
+        "content-disposition": f'attachment; filename="{job.id}.tar"',
+        "cache-control": "private, no-store",
+    }
+    return StreamingResponse(archive.chunks(), media_type="application/x-tar", headers=headers)
+
+
+def _metadata_of(request: Request) -> dict[str, str]:
+    pairs = {}
+    for name, value in request.query_params.multi_items():
+        if name.startswith("metadata["):
+            key = name.removeprefix("metadata[").removesuffix("]")
+            if not key:
+                raise InvalidParameter(param="metadata", reason="name the key, as in metadata[team]=search")
+            pairs[key] = value
+    return pairs
+
+
+def _moment(seconds: int | None) -> datetime | None:
+    return datetime.fromtimestamp(seconds, tz=UTC) if seconds is not None else None

@@ -1,0 +1,48 @@
+"""Why a queued job waits, in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from graft_api.jobs.schemas import Queue
+from graft_shared.capacity import CapacityTable
+from graft_shared.jobs import Job, JobState, Stage
+from graft_shared.store import Jobs, LiveWorker
+
+
+def queue_of(job: Job, jobs: Jobs, workers: Sequence[LiveWorker], table: CapacityTable) -> Queue | None:
+    """The place and the reason of a queued job; None for any other."""
+    position = jobs.queue_position(job)
+    if position is None or job.state is not JobState.QUEUED:
+        return None
+    able = workers_for(job.stage, job.gpu_class, workers, table)
+    return Queue(position=position, reason=reason_to_wait(job, position, len(able), jobs.waits_until(job)))
+
+
+def workers_for(stage: Stage, gpu_class: str, workers: Sequence[LiveWorker], table: CapacityTable) -> list[LiveWorker]:
+    """The live workers that would claim such a job: larger GPUs take smaller classes too, any of them prepares."""
+    able = [worker for worker in workers if stage in worker.stages]
+    return able if stage is Stage.PREPARE else [w for w in able if _takes(w.gpu_class, gpu_class, table)]
+
+
+def reason_to_wait(job: Job, position: int, able_workers: int, waits_until: datetime | None) -> str:
+    """Say what the job waits for: the thing that would have to change first."""
+    preparing = job.stage is Stage.PREPARE
+    if able_workers == 0:
+        return "No live worker prepares data." if preparing else f"No live worker of class {job.gpu_class}."
+    if waits_until is not None:
+        return f"The last run failed; the next one starts after {waits_until:%H:%M:%S} UTC."
+    ahead = "" if position == 1 else f"{position - 1} {'job' if position == 2 else 'jobs'} before it"
+    if preparing:
+        return f"Waiting for data preparation{f', {ahead}' if ahead else ''}."
+    return f"{ahead or 'Next in line'} for a worker of class {job.gpu_class}."
+
+
+def _takes(worker_class: str, job_class: str, table: CapacityTable) -> bool:
+    if worker_class == job_class:
+        return True
+    own, asked = table.get(worker_class), table.get(job_class)
+    if own is None or asked is None or own.is_cpu:
+        return False
+    return asked.is_cpu or asked.memory_bytes < own.memory_bytes

@@ -1,0 +1,188 @@
+"""How a job and its history look over HTTP."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from graft_shared.jobs import Fault, JobStatus, Phase
+
+UnixSeconds = Annotated[int, Field(description="Unix seconds.")]
+
+
+class Progress(BaseModel):
+    """How far training is."""
+
+    step: int = 0
+    total_steps: int | None = None
+    epoch: float = 0.0
+    percent: float = 0.0
+    tokens_seen: int = 0
+    tokens_per_second: float | None = None
+    eta_seconds: float | None = None
+
+
+class Queue(BaseModel):
+    """Where a queued job stands, and what it waits for."""
+
+    position: int
+    reason: str
+
+
+class Memory(BaseModel):
+    """Bytes on the device at the worst moment."""
+
+    predicted_peak_bytes: int | None
+    measured_peak_bytes: int | None
+
+
+class Metrics(BaseModel):
+    """The last losses, in nats per learnt token, and whatever else the trainer measured."""
+
+    model_config = ConfigDict(extra="allow")
+
+    train_loss: float | None = None
+    eval_loss: float | None = None
+
+
+class AdapterLink(BaseModel):
+    """Where the finished adapter is."""
+
+    uri: str
+    manifest: str = Field(description="The route that gives the manifest with a link per file.")
+    archive: str = Field(description="The route that streams one .tar.")
+
+
+class JobError(BaseModel):
+    """Why a job failed."""
+
+    model_config = ConfigDict(extra="allow")
+
+    code: str
+    message: str
+    category: Fault
+    param: str | None
+
+
+class JobWarning(BaseModel):
+    """Something the user should know, that stops nothing."""
+
+    code: str
+    message: str
+
+
+class JobBody(BaseModel):
+    """One fine-tune."""
+
+    id: str
+    object: Literal["fine_tuning.job"] = "fine_tuning.job"
+    status: JobStatus
+    phase: Phase | None
+    created_at: UnixSeconds
+    started_at: UnixSeconds | None
+    finished_at: UnixSeconds | None
+    estimated_finish: UnixSeconds | None
+    base_model: str
+    spec: dict[str, Any] = Field(description="As posted, normalised: defaults filled in, aliases under one name.")
+    plan: dict[str, Any] = Field(description="How it is trained; `mode` is 'speed' or 'memory'.")
+    gpu_class: str
+    attempt: int
+    max_attempts: int
+    progress: Progress
+    queue: Queue | None
+    memory: Memory
+    cost: float | None = Field(default=None, description="Not computed yet.")
+    metrics: Metrics
+    adapter: AdapterLink | None
+    error: JobError | None
+    warnings: list[JobWarning]
+    metadata: dict[str, str]
+
+
+class EventBody(BaseModel):
+    """One line of a job's history; ids count 1, 2, 3 … within the job."""
+
+    object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
+    id: int
+    job_id: str
+    epoch: int
+    type: str
+    level: str
+    message: str
+    data: dict[str, Any]
+    created_at: UnixSeconds
+
+
+class MetricSeries(BaseModel):
+    """Values by optimizer step, for plotting: the same length each."""
+
+    steps: list[int]
+    values: list[float]
+
+
+class JobMetrics(BaseModel):
+    """What was measured while training; a step that was done twice stands once, as it was done last."""
+
+    object: Literal["fine_tuning.job.metrics"] = "fine_tuning.job.metrics"
+    job_id: str
+    series: dict[str, MetricSeries]
+
+
+class AdapterFile(BaseModel):
+    """One file of an adapter, its proof, and a link that holds for some minutes."""
+
+    name: str
+    size: int
+    sha256: str
+    url: str
+
+
+class AdapterBody(BaseModel):
+    """The manifest of a finished adapter."""
+
+    object: Literal["adapter"] = "adapter"
+    job_id: str
+    epoch: int
+    base_model: str
+    base_revision: str
+    files: list[AdapterFile]
+    links_expire_at: UnixSeconds
+    archive: str
+    proof: dict[str, Any]
+    versions: dict[str, str]
+
+
+class MemoryForecast(BaseModel):
+    """Bytes on the device at the worst moment, by component."""
+
+    components: dict[str, int]
+    low_bytes: int
+    expected_bytes: int
+    high_bytes: int
+
+
+class Estimate(BaseModel):
+    """What POST /jobs would decide: this class and plan."""
+
+    object: Literal["estimate"] = "estimate"
+    fits: Literal[True] = True
+    spec: dict[str, Any]
+    gpu_class: str
+    plan: dict[str, Any]
+    target_modules: list[str]
+    memory: MemoryForecast
+    live_workers: int = Field(description="Workers alive now that take jobs of this class.")
+    warnings: list[JobWarning]
+
+
+class Refusal(BaseModel):
+    """What POST /jobs would decide: no class of this service holds the job; and what would fit."""
+
+    model_config = ConfigDict(extra="allow")
+
+    object: Literal["estimate"] = "estimate"
+    fits: Literal[False] = False
+    spec: dict[str, Any]
+    code: str
+    message: str

@@ -1,0 +1,124 @@
+"""Admission: from a spec to a committed job or a refusal. What fits where is decided in `graft_shared`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict
+from typing import Any
+
+from graft_api.deps import Neighbours
+from graft_api.parsing import parse_spec
+from graft_shared.capacity import Placement
+from graft_shared.catalogue import ModelShape
+from graft_shared.dispatch import queue_for
+from graft_shared.errors import FileNotFound, InvalidParameter, NeighbourUnavailable
+from graft_shared.ids import new_job_id
+from graft_shared.jobs import Job
+from graft_shared.logs import log_event
+from graft_shared.specs import JobSpec
+from graft_shared.store import NewJob
+
+logger = logging.getLogger(__name__)
+
+
+def submit(tenant: str, body: Any, idempotency_key: str | None, here: Neighbours) -> tuple[Job, bool]:
+    """Commit the job that the body asks for; return it, and whether it is new.
+
+    A key that was used before gives its job back before anything else is looked at: neither a catalogue nor a file
+    that has changed since can turn a repeated POST into a refusal.
+
+    Raises:
+        IdempotencyConflict: The key was used with another body.
+        Everything that `parse_spec` and `admit` raise.
+    """
+    spec = parse_spec(body)
+    request_sha256 = _fingerprint(body)
+    if idempotency_key is not None:
+        earlier = here.jobs.find_by_key(tenant, idempotency_key, request_sha256)
+        if earlier is not None:
+            return earlier, False
+    shape, placement = admit(tenant, spec, here)
+    job, is_new = here.jobs.submit(_new_job(tenant, spec, shape, placement, request_sha256, idempotency_key))
+    if is_new:
+        log_event(
+            logger, "job_submitted", job_id=job.id, tenant=tenant, base_model=spec.base_model, gpu_class=job.gpu_class
+        )
+    return job, is_new
+
+
+def admit(tenant: str, spec: JobSpec, here: Neighbours) -> tuple[ModelShape, Placement]:
+    """Decide where a job would be trained.
+
+    Raises:
+        UnknownBaseModel, GatedBaseModel, UnsupportedBaseModel, BaseModelUnavailable: Of the base.
+        InvalidParameter: A file, bucket, class, target or length that does not exist here.
+        VramCapacityExceeded: No GPU class holds it.
+    """
+    shape = here.bases.resolve(spec.base_model, spec.revision)
+    placement = here.capacity.place(shape, spec, here.bases.catalogue)
+    _check_sources(tenant, spec, here)
+    return shape, placement
+
+
+def ring(job: Job, here: Neighbours) -> None:
+    """Wake a worker; whatever goes wrong here, the reconciler rings again."""
+    if not here.doorbell.ring(job.id, queue_for(job.stage, job.gpu_class)):
+        return
+    try:
+        here.leases.mark_rung(job.id)
+    except NeighbourUnavailable as error:
+        log_event(logger, "bell_not_marked", level=logging.WARNING, job_id=job.id, reason=error.message)
+
+
+def normalised(spec: JobSpec) -> dict[str, Any]:
+    """The spec as it is stored and echoed."""
+    return spec.model_dump(mode="json", by_alias=True)
+
+
+def _fingerprint(body: Any) -> str:
+    """What makes two bodies the same: their values, not their spelling."""
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _new_job(
+    tenant: str, spec: JobSpec, shape: ModelShape, placement: Placement, request_sha256: str, key: str | None
+) -> NewJob:
+    return NewJob(
+        id=new_job_id(),
+        tenant=tenant,
+        spec=normalised(spec),
+        plan=placement.plan.to_dict(),
+        placement={
+            "target_modules": list(placement.target_modules),
+            "max_position_embeddings": shape.max_position_embeddings,
+            "estimate": placement.estimate.to_dict(),
+            "gpu": asdict(placement.gpu_class),
+        },
+        gpu_class=placement.gpu_class.name,
+        request_sha256=request_sha256,
+        idempotency_key=key,
+        warnings=[dict(warning) for warning in placement.warnings],
+    )
+
+
+def _check_sources(tenant: str, spec: JobSpec, here: Neighbours) -> None:
+    _check_file(tenant, "dataset.file", spec.dataset.file, here)
+    _check_file(tenant, "validation.file", spec.validation.file if spec.validation else None, here)
+    if spec.dataset.uri is not None:
+        bucket = spec.dataset.uri.removeprefix("s3://").partition("/")[0]
+        allowed = here.settings.dataset_buckets
+        if bucket not in allowed:
+            there_are = f"datasets may come from {', '.join(allowed)}" if allowed else "the operator has allowed none"
+            raise InvalidParameter(param="dataset.uri", reason=f"the bucket '{bucket}' is not allowed; {there_are}")
+
+
+def _check_file(tenant: str, param: str, file_id: str | None, here: Neighbours) -> None:
+    if file_id is None:
+        return
+    try:
+        here.files.get(tenant, file_id)
+    except FileNotFound as error:
+        reason = f"there is no file '{file_id}'; POST /files gives an id"
+        raise InvalidParameter(param=param, reason=reason) from error

@@ -1,0 +1,120 @@
+"""From rows to bodies."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+
+from graft_api.deps import Neighbours
+from graft_api.jobs.queue import queue_of
+from graft_api.jobs.schemas import (
+    AdapterLink,
+    EventBody,
+    JobBody,
+    JobError,
+    JobMetrics,
+    JobWarning,
+    Memory,
+    Metrics,
+    MetricSeries,
+    Progress,
+)
+from graft_shared.jobs import Job, JobEvent, JobState
+from graft_shared.memory import TrainingPlan
+
+SERIES = ("loss", "eval_loss", "grad_norm", "learning_rate", "tokens_per_second")
+
+
+def job_bodies(jobs: Sequence[Job], here: Neighbours) -> list[JobBody]:
+    """Jobs as their users see them; the fleet is looked at once."""
+    queued = any(job.state is JobState.QUEUED for job in jobs)
+    workers = here.workers.alive() if queued else []
+    return [_body(job).model_copy(update={"queue": queue_of(job, here.jobs, workers, here.capacity)}) for job in jobs]
+
+
+def job_body(job: Job, here: Neighbours) -> JobBody:
+    """One job as its user sees it."""
+    return job_bodies([job], here)[0]
+
+
+def event_body(event: JobEvent) -> EventBody:
+    """One line of a job's history."""
+    return EventBody(
+        id=event.id,
+        job_id=event.job_id,
+        epoch=event.epoch,
+        type=event.type,
+        level=event.level,
+        message=event.message,
+        data=event.data,
+        created_at=_seconds(event.created_at),
+    )
+
+
+def metric_series(job_id: str, events: Iterable[JobEvent]) -> JobMetrics:
+    """Gather `metrics` events, oldest first, into one series a name."""
+    by_name: dict[str, dict[int, float]] = {name: {} for name in SERIES}
+    for event in events:
+        if event.type != "metrics":
+            continue
+        for name in SERIES:
+            if name in event.data:
+                by_name[name][event.data["step"]] = event.data[name]
+    series = {
+        name: MetricSeries(steps=sorted(values), values=[values[step] for step in sorted(values)])
+        for name, values in by_name.items()
+        if values
+    }
+    return JobMetrics(job_id=job_id, series=series)
+
+
+def plan_body(plan: TrainingPlan) -> dict[str, object]:
+    """A plan and its word."""
+    return {"mode": plan.mode, **plan.to_dict()}
+
+
+def _body(job: Job) -> JobBody:
+    estimate = job.placement.get("estimate", {})
+    return JobBody(
+        id=job.id,
+        status=job.status,
+        phase=job.phase,
+        created_at=_seconds(job.created_at),
+        started_at=_seconds(job.started_at) if job.started_at else None,
+        finished_at=_seconds(job.finished_at) if job.finished_at else None,
+        estimated_finish=_estimated_finish(job),
+        base_model=job.spec["base_model"],
+        spec=job.spec,
+        plan=plan_body(TrainingPlan.from_dict(job.plan)) if job.plan else {},
+        gpu_class=job.gpu_class,
+        attempt=job.attempt,
+        max_attempts=job.spec["max_attempts"],
+        progress=Progress.model_validate(job.progress),
+        queue=None,
+        memory=Memory(
+            predicted_peak_bytes=estimate.get("expected_bytes"),
+            measured_peak_bytes=job.memory.get("measured_peak_bytes"),
+        ),
+        metrics=Metrics.model_validate(job.metrics),
+        adapter=_adapter(job),
+        error=JobError.model_validate(job.error) if job.error else None,
+        warnings=[JobWarning.model_validate(warning) for warning in job.warnings],
+        metadata=job.spec["metadata"],
+    )
+
+
+def _adapter(job: Job) -> AdapterLink | None:
+    if job.adapter is None:
+        return None
+    route = f"/jobs/{job.id}/adapter"
+    return AdapterLink(uri=job.adapter["uri"], manifest=route, archive=f"{route}/archive")
+
+
+def _estimated_finish(job: Job) -> int | None:
+    eta_seconds = job.progress.get("eta_seconds")
+    return int(time.time() + eta_seconds) if job.state is JobState.RUNNING and eta_seconds is not None else None
+
+
+def _seconds(moment: datetime) -> int:
+    return int(moment.timestamp())
