@@ -20,7 +20,7 @@ from base_text import prose, small_talk
 
 VOCABULARY = 2048
 ROW_TOKENS = 128
-BATCH_ROWS = 16
+BATCH_ROWS = 6
 SECONDS = 75.0
 LEARNING_RATE = 2e-3
 WARMUP_STEPS = 20
