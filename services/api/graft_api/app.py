@@ -35,16 +35,18 @@ DESCRIPTION = (
 def build_app(settings: ApiSettings) -> FastAPI:
     """The app with the neighbours that the settings name; connects to none of them yet."""
     return create_app(
-        settings=settings,
-        database=open_database(settings.database),
-        bucket=open_bucket(settings),
-        doorbell=CeleryDoorbell(settings.broker_url),
-        catalogue=load_catalogue(settings.catalogue_path),
-        capacity=load_capacity(settings.capacity_path),
+        neighbours_of(
+            settings=settings,
+            database=open_database(settings.database),
+            bucket=open_bucket(settings),
+            doorbell=CeleryDoorbell(settings.broker_url),
+            catalogue=load_catalogue(settings.catalogue_path),
+            capacity=load_capacity(settings.capacity_path),
+        )
     )
 
 
-def create_app(
+def neighbours_of(
     *,
     settings: ApiSettings,
     database: Database,
@@ -53,7 +55,26 @@ def create_app(
     catalogue: Catalogue,
     capacity: CapacityTable,
     hub: HubConfigs | None = None,
-) -> FastAPI:
+) -> Neighbours:
+    """Everything that the routes are handed, made from what was chosen."""
+    return Neighbours(
+        settings=settings,
+        database=database,
+        jobs=Jobs(database),
+        files=Files(database),
+        workers=Workers(database),
+        leases=Leases(database, settings.lease),
+        bucket=bucket,
+        doorbell=doorbell,
+        capacity=capacity,
+        largest_bases=capacity_routes.largest_bases(capacity, catalogue),
+        bases=BaseModels(
+            registered_dir=settings.registered_models_dir, catalogue=catalogue, hub=hub or _hub_of(settings)
+        ),
+    )
+
+
+def create_app(neighbours: Neighbours) -> FastAPI:
     """The app with these neighbours. It closes the database when it ends."""
     app = FastAPI(
         title="Graft",
@@ -66,22 +87,8 @@ def create_app(
         docs_url=None,  # its page loads scripts from elsewhere
         redoc_url=None,
     )
-    app.state.neighbours = Neighbours(
-        settings=settings,
-        database=database,
-        jobs=Jobs(database),
-        files=Files(database),
-        workers=Workers(database),
-        leases=Leases(database, settings.lease),
-        bucket=bucket,
-        doorbell=doorbell,
-        capacity=capacity,
-        bases=BaseModels(
-            registered_dir=settings.registered_models_dir, catalogue=catalogue, hub=hub or _hub_of(settings)
-        ),
-    )
-    app.state.largest_bases = capacity_routes.largest_bases(capacity, catalogue)
-    _add_routes(app, bucket)
+    app.state.neighbours = neighbours
+    _add_routes(app, neighbours.bucket)
     install_handlers(app)
     app.add_middleware(Exchanges)
     _describe_spec(app)

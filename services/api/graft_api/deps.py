@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -32,6 +32,7 @@ class Neighbours:
     bucket: Bucket
     doorbell: Doorbell
     capacity: CapacityTable
+    largest_bases: Mapping[str, str | None]  # by class, as `capacity.endpoints` computes it
     bases: BaseModels
 
 

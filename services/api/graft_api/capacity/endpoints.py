@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 
 from graft_api.capacity.schemas import CapacityBody, GpuClassBody, WorkerBody
 from graft_api.deps import Here
@@ -14,10 +14,9 @@ router = APIRouter(tags=["capacity"])
 
 
 @router.get("/capacity", summary="The VRAM-capacity table and the live fleet")
-def get_capacity(request: Request, here: Here) -> CapacityBody:
+def get_capacity(here: Here) -> CapacityBody:
     """Return each GPU class, what it trains, who serves it and how long its queue is."""
     workers, queues = here.workers.alive(), here.jobs.queue_lengths()
-    largest: dict[str, str | None] = request.app.state.largest_bases
     data = [
         GpuClassBody(
             name=gpu.name,
@@ -26,7 +25,7 @@ def get_capacity(request: Request, here: Here) -> CapacityBody:
             price_per_hour=gpu.price_per_hour,
             live_workers=sum(worker.gpu_class == gpu.name for worker in workers),
             queue_length=queues.get(gpu.name, 0),
-            largest_base_model=largest[gpu.name],
+            largest_base_model=here.largest_bases[gpu.name],
         )
         for gpu in here.capacity.classes
     ]

@@ -1,0 +1,456 @@
+"""Jobs over HTTP: admission, reading, listing, cancelling; the real app on real SQLite and a real directory."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from graft_shared.jobs import Failure, FailureReason, Stage
+from graft_shared.memory import TrainingPlan
+from tests.api_service import LLAMA, ApiService, error_of, make_service, migrated_database
+
+GIB = 1024**3
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return migrated_database(tmp_path_factory.mktemp("template"))
+
+
+@pytest.fixture
+def api(tmp_path: Path, template: Path) -> Iterator[ApiService]:
+    service = make_service(tmp_path, template)
+    yield service
+    service.database.close()
+
+
+@pytest.fixture(scope="module")
+def refusing(tmp_path_factory: pytest.TempPathFactory, template: Path) -> Iterator[ApiService]:
+    """One service for everything that is refused and leaves nothing behind."""
+    service = make_service(tmp_path_factory.mktemp("refusing"), template)
+    yield service
+    service.database.close()
+
+
+@pytest.fixture
+def small(tmp_path: Path, template: Path) -> Iterator[ApiService]:
+    """A fleet whose largest class is 24 GB."""
+    service = make_service(tmp_path, template, classes=["cpu", "16gb", "24gb"])
+    yield service
+    service.database.close()
+
+
+def test_an_accepted_job_is_stored_rung_for_and_shown_whole(api: ApiService) -> None:
+    spec = api.spec(metadata={"team": "search"}, name="bot")
+    answer = api.post(spec)
+    assert answer.status_code == 202
+    job = answer.json()
+    assert job["id"].startswith("ftjob-") and job["object"] == "fine_tuning.job"
+    assert (job["status"], job["gpu_class"], job["attempt"], job["max_attempts"]) == ("validating_files", "16gb", 0, 3)
+    assert job["spec"]["dataset"]["file"] == spec["dataset"]["file"]
+    assert job["spec"]["gpu"] == {"class": "auto", "count": 1}
+    assert job["plan"]["mode"] in ("speed", "memory")
+    assert TrainingPlan.from_dict(job["plan"]).mode == job["plan"]["mode"]
+    assert 4 * GIB < job["memory"]["predicted_peak_bytes"] < 16 * GIB
+    assert job["memory"]["measured_peak_bytes"] is None
+    assert job["metadata"] == {"team": "search"}
+    assert abs(job["created_at"] - time.time()) < 60 and job["started_at"] is None
+    assert job["queue"]["position"] == 1
+    assert api.http.get(f"/jobs/{job['id']}").json() == job
+    assert api.doorbell.rung == [(job["id"], "cpu")], "data is prepared first, by a CPU worker"
+    assert api.leases.take_lost_bells(timedelta(seconds=30), 10) == [], "the bell is marked as rung"
+
+
+def test_what_a_worker_needs_stands_in_the_placement(api: ApiService) -> None:
+    stored = api.jobs.get("default", api.new_job()["id"])
+    assert stored.placement["target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert stored.placement["max_position_embeddings"] == 4096
+    assert stored.placement["estimate"]["components"]["base_weights"] > 3 * GIB
+
+
+def test_a_dead_broker_does_not_fail_a_post(api: ApiService) -> None:
+    api.doorbell.works = False
+    job = api.new_job()
+    (lost,) = api.leases.take_lost_bells(timedelta(seconds=30), 10)
+    assert lost.job_id == job["id"], "the reconciler finds it"
+
+
+def test_aliases_are_echoed_under_one_name(api: ApiService) -> None:
+    job = api.new_job(lora={"rank": 8, "alpha": 16, "task_type": "CAUSAL_LM"}, training={"max_seq_length": 512})
+    assert (job["spec"]["lora"]["r"], job["spec"]["lora"]["lora_alpha"]) == (8, 16)
+    assert job["spec"]["training"]["max_length"] == 512
+
+
+@pytest.mark.parametrize(
+    ("body", "word"),
+    [
+        (b"", "empty"),
+        (b'{"base_model": ', "column"),
+        (b'{"a": NaN}', "NaN"),
+        (b'{"a": -Infinity}', "Infinity"),
+        (b'{"a": 1, "a": 2}', "'a' is given twice"),
+        (b'{"a": "\xff"}', "UTF-8"),
+        (b'{"a": "\\ud800"}', "surrogate"),
+        (b'{"a": "\\u0000"}', "NUL"),
+        (b"[" * 100_000, "deep"),
+        (b"1" * 5000, "digits"),
+    ],
+)
+def test_a_malformed_body_is_refused_with_what_is_wrong(refusing: ApiService, body: bytes, word: str) -> None:
+    error = error_of(refusing.http.post("/jobs", content=body, headers={"content-type": "application/json"}), 400)
+    assert (error["code"], error["type"]) == ("malformed_body", "invalid_request_error")
+    assert word in error["message"]
+
+
+def test_broken_json_is_refused_with_its_position(api: ApiService) -> None:
+    body = b'{\n "base_model" 7\n}'
+    error = error_of(api.http.post("/jobs", content=body, headers={"content-type": "application/json"}), 400)
+    assert (error["line"], error["column"], error["position"]) == (2, 15, body.index(b"7"))
+
+
+def test_a_body_that_is_not_sent_as_json_is_refused(api: ApiService) -> None:
+    error = error_of(api.http.post("/jobs", content=b"{}", headers={"content-type": "text/plain"}), 415)
+    assert error["code"] == "unsupported_media_type"
+    assert "text/plain" in error["message"]
+
+
+@pytest.mark.parametrize("declares_its_length", [True, False])
+def test_a_body_over_the_limit_is_refused(api: ApiService, declares_its_length: bool) -> None:
+    body = b'{"name": "' + b"x" * 1_000_001 + b'"}'
+    content: Any = body if declares_its_length else iter([body[:500_000], body[500_000:]])
+    error = error_of(api.http.post("/jobs", content=content, headers={"content-type": "application/json"}), 413)
+    assert (error["code"], error["limit_bytes"]) == ("body_too_large", 1_000_000)
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "hint"),
+    [
+        ({"lora": {"rnak": 8}}, "lora.rnak", "lora_dropout, target_modules"),
+        ({"lora": {"lora_aplha": 8}}, "lora.lora_aplha", "Did you mean 'lora_alpha'?"),
+        ({"learning_rate": 1e-4}, "learning_rate", "Did you mean 'training.learning_rate'?"),
+        ({"base_modle": "x"}, "base_modle", "Did you mean 'base_model'?"),
+        ({"gpu": {"clas": "24gb"}}, "gpu.clas", "Did you mean 'class'?"),
+        ({"validation": {"spilt": 0.1}}, "validation.spilt", "Did you mean 'split'?"),
+        ({"trust_remote_code": True}, "trust_remote_code", "Known here: base_model"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_one_that_was_meant(
+    refusing: ApiService, changes: dict[str, Any], param: str, hint: str
+) -> None:
+    error = error_of(refusing.post(refusing.spec(**changes)), 400)
+    assert (error["code"], error["param"]) == ("unknown_parameter", param)
+    assert hint in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "word"),
+    [
+        ({"lora": {"r": 900}}, "lora.r", "less than or equal to 512"),
+        ({"lora": {"r": "8"}}, "lora.r", "found the text"),
+        ({"training": {"packing": "yes"}}, "training.packing", "boolean"),
+        ({"training": {"max_steps": True}}, "training.max_steps", "number"),
+        ({"training": {"learning_rate": "2e-4"}}, "training.learning_rate", "number"),
+        ({"training": {"gradient_checkpointing": "sometimes"}}, "training.gradient_checkpointing", "'auto'"),
+        ({"training": {"optim": "sgd"}}, "training.optim", "paged_adamw_8bit"),
+        ({"training": {"max_length": 100_000}}, "training.max_length", "4096 positions"),
+        ({"training": {"early_stopping_patience": 2}}, None, "needs 'validation'"),
+        ({"lora": {"target_modules": ["q_proj", 7]}}, "lora.target_modules[1]", "string"),
+        ({"lora": {"target_modules": ["q_porj"]}}, "lora.target_modules", "q_proj"),
+        ({"gpu": {"count": 2}}, "gpu.count", "exactly 1"),
+        ({"gpu": {"class": "7gb"}}, "gpu.class", "there are cpu"),
+        ({"dataset": {}}, "dataset", "exactly one"),
+        ({"dataset": {"file": "file-nope"}}, "dataset.file", "POST /files"),
+        ({"dataset": {"uri": "s3://theirs/rows.jsonl"}}, "dataset.uri", "'theirs' is not allowed"),
+        ({"validation": {"file": "file-nope"}}, "validation.file", "POST /files"),
+        ({"metadata": {"a b": "c"}}, "metadata", "blanks"),
+        ({"metadata": {"team": 7}}, "metadata.team", "string"),
+        ({"base_model": "../etc"}, "base_model", "pattern"),
+    ],
+)
+def test_a_refused_value_is_named_with_its_bound(
+    refusing: ApiService, changes: dict[str, Any], param: str | None, word: str
+) -> None:
+    error = error_of(refusing.post({**refusing.spec(), **changes}), 422)
+    assert (error["code"], error["param"]) == ("invalid_parameter", param)
+    assert word in error["message"]
+
+
+def test_bounds_stand_in_the_facts_and_every_wrong_value_is_told(api: ApiService) -> None:
+    error = error_of(api.post(api.spec(lora={"r": 0}, training={"weight_decay": 7})), 422)
+    assert error["bounds"] == {"ge": 1}
+    assert [wrong["param"] for wrong in error["errors"]] == ["lora.r", "training.weight_decay"]
+
+
+def test_a_body_that_is_no_object_and_a_missing_key_are_told(api: ApiService) -> None:
+    assert "object" in error_of(api.http.post("/jobs", json=[1]), 422)["message"]
+    missing = error_of(api.http.post("/jobs", json={"base_model": LLAMA}), 422)
+    assert (missing["param"], "required" in missing["message"]) == ("dataset", True)
+
+
+def test_an_unknown_base_is_refused_with_near_names(api: ApiService) -> None:
+    error = error_of(api.post(api.spec(base_model="meta-llama/Lama-2-7b-hf")), 422)
+    assert (error["code"], error["param"]) == ("unknown_base_model", "base_model")
+    assert LLAMA in error["suggestions"]
+    assert "Did you mean" in error["message"]
+
+
+def test_a_registered_folder_is_a_base_and_goes_before_the_catalogue(api: ApiService) -> None:
+    folder = api.settings.registered_models_dir / "graft" / "tiny"
+    folder.mkdir(parents=True)
+    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 4, "vocab_size": 320, "max_position_embeddings": 256}
+    (folder / "config.json").write_text(json.dumps(config))
+    job = api.new_job(base_model="graft/tiny", training={"max_length": 128})
+    assert job["gpu_class"] == "cpu"
+    listed = api.http.get("/models").json()["data"]
+    assert (listed[0]["id"], listed[0]["source"]) == ("graft/tiny", "registered")
+    assert api.http.get("/models/graft/tiny").json()["max_length"] == 256
+    (folder / "config.json").write_text("{")
+    assert error_of(api.post(api.spec(base_model="graft/tiny")), 422)["code"] == "unsupported_base_model"
+    assert api.http.get("/models").json()["data"][0]["source"] == "catalogue", "an unusable folder is left out"
+
+
+def test_a_job_too_big_for_the_fleet_is_refused_fast_with_its_numbers(small: ApiService) -> None:
+    spec = small.spec(base_model="meta-llama/Llama-2-70b-hf")
+    small.post(spec)
+    started = time.perf_counter()
+    answer = small.post(spec)
+    seconds = time.perf_counter() - started
+    error = error_of(answer, 422)
+    assert error["code"] == "vram_capacity_exceeded"
+    assert error["needed_bytes"] > error["available_bytes"]
+    assert error["needed"]["base_weights"] > 30 * GIB
+    assert error["available"]["usable"] == error["available_bytes"]
+    assert (error["largest_class"], error["required_class"]) == ("24gb", "48gb")
+    assert error["fits_here"]
+    assert seconds < 0.1
+    assert small.doorbell.rung == []
+
+
+def test_every_change_that_a_refusal_offers_is_accepted(small: ApiService) -> None:
+    spec = small.spec(base_model="meta-llama/Llama-2-13b-hf", training={"max_length": 4096, "packing": False})
+    spec["training"] |= {"gradient_checkpointing": False}
+    changes = error_of(small.post(spec), 422)["changes"]
+    assert len(changes) >= 2
+    for change in changes:
+        body = json.loads(json.dumps(spec))
+        *path, name = change["param"].split(".")
+        part = body
+        for section in path:
+            part = part.setdefault(section, {})
+        part[name] = change["to"]
+        answer = small.post(body)
+        assert answer.status_code == 202, (change, answer.text)
+        assert answer.json()["gpu_class"] == change["gpu_class"]
+
+
+def test_an_estimate_decides_as_a_post_would_and_makes_no_job(api: ApiService) -> None:
+    spec = api.spec()
+    estimate = api.http.post("/jobs/estimate", json=spec).json()
+    assert api.http.get("/jobs").json()["data"] == []
+    job = api.post(spec).json()
+    assert estimate["fits"] is True
+    assert {name: estimate[name] for name in ("spec", "plan", "gpu_class")} == {
+        name: job[name] for name in ("spec", "plan", "gpu_class")
+    }
+    assert estimate["memory"]["expected_bytes"] == job["memory"]["predicted_peak_bytes"]
+    assert sum(estimate["memory"]["components"].values()) == estimate["memory"]["expected_bytes"]
+    assert error_of(api.http.post("/jobs/estimate", json={**spec, "x": 1}), 400)["code"] == "unknown_parameter"
+
+
+def test_an_estimate_of_what_does_not_fit_names_the_changes(small: ApiService) -> None:
+    spec = small.spec(base_model="meta-llama/Llama-2-70b-hf")
+    answer = small.http.post("/jobs/estimate", json=spec)
+    refused = error_of(small.post(spec), 422)
+    assert answer.status_code == 200
+    body = answer.json()
+    assert (body["fits"], body["code"]) == (False, "vram_capacity_exceeded")
+    assert "error" not in body
+    assert (body["changes"], body["needed"]) == (refused["changes"], refused["needed"])
+
+
+def test_the_same_key_and_body_give_the_same_job_and_ring_once(api: ApiService) -> None:
+    spec = api.spec()
+    first = api.post(spec, **{"idempotency-key": "k1"})
+    reordered = dict(reversed(spec.items()))
+    second = api.post(reordered, **{"idempotency-key": "k1"})
+    assert (first.status_code, second.status_code) == (202, 202)
+    assert first.json()["id"] == second.json()["id"]
+    assert len(api.doorbell.rung) == 1
+    assert api.post(spec, **{"idempotency-key": "k2"}).json()["id"] != first.json()["id"]
+
+
+def test_the_same_key_with_another_body_is_refused(api: ApiService) -> None:
+    spec = api.spec()
+    api.post(spec, **{"idempotency-key": "k1"})
+    error = error_of(api.post({**spec, "name": "other"}, **{"idempotency-key": "k1"}), 422)
+    assert error["code"] == "idempotency_conflict"
+
+
+def test_a_repeated_post_is_answered_before_admission_looks(api: ApiService) -> None:
+    folder = api.settings.registered_models_dir / "graft" / "tiny"
+    folder.mkdir(parents=True)
+    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 4, "vocab_size": 320, "max_position_embeddings": 2048}
+    (folder / "config.json").write_text(json.dumps(config))
+    spec = api.spec(base_model="graft/tiny")
+    job = api.post(spec, **{"idempotency-key": "k"}).json()
+    (folder / "config.json").unlink()
+    assert api.post(spec, **{"idempotency-key": "k"}).json()["id"] == job["id"]
+    assert error_of(api.post(spec), 422)["code"] == "unknown_base_model"
+
+
+def test_a_key_that_is_too_long_is_refused(api: ApiService) -> None:
+    error = error_of(api.post(api.spec(), **{"idempotency-key": "k" * 256}), 422)
+    assert (error["code"], error["param"]) == ("invalid_parameter", "idempotency-key")
+
+
+def test_a_queued_job_is_cancelled_at_once_and_asking_again_changes_nothing(api: ApiService) -> None:
+    job = api.new_job()
+    cancelled = api.http.post(f"/jobs/{job['id']}/cancel")
+    assert (cancelled.status_code, cancelled.json()["status"]) == (200, "cancelled")
+    assert cancelled.json()["queue"] is None
+    again = api.http.post(f"/jobs/{job['id']}/cancel")
+    assert (again.status_code, again.json()["status"]) == (200, "cancelled")
+
+
+def test_a_running_job_is_asked_to_stop(api: ApiService) -> None:
+    job = api.new_job()
+    claimed = api.train(job["id"])
+    assert api.http.post(f"/jobs/{job['id']}/cancel").json()["status"] == "cancelling"
+    assert api.leases.renew(job["id"], claimed.epoch).cancel
+
+
+def test_a_finished_job_cannot_be_cancelled(api: ApiService) -> None:
+    job = api.new_job()
+    api.succeed(job["id"])
+    answer = api.http.post(f"/jobs/{job['id']}/cancel")
+    error = error_of(answer, 409)
+    assert (error["code"], error["type"]) == ("job_finished", "conflict_error")
+    assert answer.headers["x-should-retry"] == "false"
+
+
+def test_a_running_job_shows_its_progress_and_a_finished_one_its_end(api: ApiService) -> None:
+    job_id = api.new_job()["id"]
+    api.train(job_id)
+    running = api.http.get(f"/jobs/{job_id}").json()
+    assert (running["status"], running["phase"], running["queue"]) == ("running", "fetching", None)
+    assert (running["progress"]["step"], running["progress"]["total_steps"]) == (3, 10)
+    assert running["metrics"]["train_loss"] == 1.0
+    assert abs(running["estimated_finish"] - (time.time() + 70)) < 30
+    claimed = api.jobs.get("default", job_id)
+    failure = Failure(reason=FailureReason.LOSS_NOT_FINITE, message="The loss is nan.", param="training.learning_rate")
+    api.leases.settle_failure(job_id, claimed.epoch, failure)
+    failed = api.http.get(f"/jobs/{job_id}").json()
+    assert (failed["status"], failed["estimated_finish"]) == ("failed", None)
+    assert failed["finished_at"] >= failed["started_at"] >= failed["created_at"]
+    assert (failed["error"]["code"], failed["error"]["category"]) == ("loss_not_finite", "user")
+    assert failed["error"]["param"] == "training.learning_rate"
+
+
+def test_jobs_are_listed_page_by_page_newest_first(api: ApiService) -> None:
+    spec = api.spec()
+    ids = [api.post(spec).json()["id"] for _ in range(5)]
+    first = api.http.get("/jobs", params={"limit": 2}).json()
+    assert (first["object"], first["has_more"]) == ("list", True)
+    assert (first["first_id"], first["last_id"]) == (first["data"][0]["id"], first["data"][1]["id"])
+    seen = [job["id"] for job in first["data"]]
+    page = first
+    while page["has_more"]:
+        page = api.http.get("/jobs", params={"limit": 2, "after": page["last_id"]}).json()
+        seen += [job["id"] for job in page["data"]]
+    assert sorted(seen) == sorted(ids) and len(seen) == 5
+    assert seen[0] == ids[-1]
+    empty = api.http.get("/jobs", params={"status": "failed"}).json()
+    assert empty == {"object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False}
+
+
+def test_jobs_are_filtered(api: ApiService) -> None:
+    mine = api.new_job(metadata={"team": "search", "stage": "one"})["id"]
+    other = api.new_job(base_model="huggyllama/llama-7b", metadata={"team": "ads"})["id"]
+    api.http.post(f"/jobs/{other}/cancel")
+
+    def found(**params: Any) -> list[str]:
+        return [job["id"] for job in api.http.get("/jobs", params=params).json()["data"]]
+
+    assert found(status="cancelled") == [other]
+    assert found(base_model=LLAMA) == [mine]
+    assert found(**{"metadata[team]": "search", "metadata[stage]": "one"}) == [mine]
+    assert found(**{"metadata[team]": "search", "metadata[stage]": "two"}) == []
+    assert sorted(found(created_after=int(time.time()) - 3600)) == sorted([mine, other])
+    assert found(created_before=int(time.time()) - 3600) == []
+
+
+@pytest.mark.parametrize(
+    ("query", "status", "code", "param"),
+    [
+        ("limt=3", 400, "unknown_parameter", "limt"),
+        ("metadata=x", 400, "unknown_parameter", "metadata"),
+        ("status[a]=x", 400, "unknown_parameter", "status[a]"),
+        ("metadata[]=x", 422, "invalid_parameter", "metadata"),
+        ("base_model=%00", 400, "bad_request", "base_model"),
+        ("limit=0", 422, "invalid_parameter", "limit"),
+        ("limit=101", 422, "invalid_parameter", "limit"),
+        ("limit=ten", 422, "invalid_parameter", "limit"),
+        ("status=waiting", 422, "invalid_parameter", "status"),
+        ("created_after=99999999999999999999", 422, "invalid_parameter", "created_after"),
+        ("after=ftjob-nope", 404, "job_not_found", None),
+    ],
+)
+def test_a_query_that_is_not_understood_is_refused(
+    refusing: ApiService, query: str, status: int, code: str, param: str | None
+) -> None:
+    error = error_of(refusing.http.get(f"/jobs?{query}"), status)
+    assert (error["code"], error["param"]) == (code, param)
+
+
+def test_an_unknown_query_parameter_gets_the_one_that_was_meant(api: ApiService) -> None:
+    assert "Did you mean 'limit'?" in error_of(api.http.get("/jobs?limt=3"), 400)["message"]
+    assert "takes none" in error_of(api.http.get("/healthz?verbose=1"), 400)["message"]
+
+
+@pytest.mark.parametrize("route", ["", "/events", "/metrics", "/logs", "/adapter", "/adapter/archive"])
+def test_a_foreign_job_is_answered_exactly_as_an_unknown_one(api: ApiService, route: str) -> None:
+    foreign = api.jobs.submit(_foreign_job(api))[0].id
+    unknown = "ftjob-" + "x" * 24
+
+    def answer(job_id: str) -> Any:
+        headers = {"accept": "text/event-stream"} if route == "/events" else {}
+        return error_of(api.http.get(f"/jobs/{job_id}{route}", headers=headers), 404)
+
+    expected = json.loads(json.dumps(answer(unknown)).replace(unknown, foreign))
+    assert answer(foreign) == expected
+    assert expected["code"] == "job_not_found"
+    assert error_of(api.http.post(f"/jobs/{foreign}/cancel"), 404)["code"] == "job_not_found"
+
+
+def test_a_queued_job_says_what_it_waits_for(api: ApiService) -> None:
+    first, second = api.new_job()["id"], api.new_job()["id"]
+
+    def reason(job_id: str) -> str:
+        return str(api.http.get(f"/jobs/{job_id}").json()["queue"]["reason"])
+
+    assert reason(first) == "No live worker prepares data."
+    api.workers.beat(name="c", gpu_class="cpu", device="CPU", stages=(Stage.PREPARE, Stage.TRAIN))
+    assert reason(first) == "Waiting for data preparation."
+    assert reason(second) == "Waiting for data preparation, 1 job before it."
+    prepared = api.claim(first)
+    api.leases.hand_to_training(first, prepared.epoch, {"report": {}})
+    assert reason(first) == "No live worker of class 16gb."
+    api.workers.beat(name="g", gpu_class="80gb", device="A100", stages=(Stage.TRAIN,))
+    assert reason(first) == "Next in line for a worker of class 16gb."
+    running = api.claim(first, Stage.TRAIN)
+    api.leases.settle_failure(first, running.epoch, Failure(reason=FailureReason.CRASH, message="It crashed."))
+    assert reason(first).startswith("The last run failed; the next one starts after ")
+
+
+def _foreign_job(api: ApiService) -> Any:
+    from tests.store_factories import a_new_job
+
+    return a_new_job(tenant="other")
