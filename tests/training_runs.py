@@ -31,8 +31,9 @@ def a_request(
     base: Path, train: Path, *, spec: dict[str, Any] | None = None, plan: dict[str, Any] | None = None, **changes: Any
 ) -> TrainRequest:
     """A request for a short run on a tiny base."""
-    training = {"max_steps": 8, "learning_rate": 1e-2, "max_length": 64, **(spec or {}).pop("training", {})}
-    body = {"base_model": "graft/tiny", "dataset": {"file": "file-a"}, "training": training, **(spec or {})}
+    usual_training = {"max_steps": 8, "learning_rate": 1e-2, "max_length": 64}
+    body: dict[str, Any] = {"base_model": "graft/tiny", "dataset": {"file": "file-a"}, **(spec or {})}
+    body["training"] = {**usual_training, **body.get("training", {})}
     made = JobSpec.model_validate(body)
     usual = {"recompute": "none", "recompute_every_n": 0, "microbatch_tokens": 64, "packing": made.training.packing}
     return TrainRequest(
@@ -52,7 +53,7 @@ def a_request(
 
 def run_trainer(workdir: Path, request: TrainRequest, **environment: str) -> Ended:
     """Run `python -m graft_worker.training` to its end."""
-    workdir.mkdir(parents=True)
+    workdir.mkdir(parents=True, exist_ok=True)
     (workdir / REQUEST_NAME).write_text(request.model_dump_json())
     command = [sys.executable, "-m", "graft_worker.training", str(workdir)]
     with (workdir / "log").open("wb") as log:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from graft_shared.specs import ComputeDtype, Quantization
 from graft_worker.training.attention import ATTENTION, register_attention
 
+# Architectures that transformers has not moved to its attention interface: they get a dense block mask instead.
+DENSE_MASK_MODEL_TYPES = frozenset({"falcon"})
 BF16_CAPABILITY = (8, 0)  # older cards have no bfloat16 products
 
 
@@ -48,6 +50,8 @@ def choose_precision(wanted: ComputeDtype) -> Precision:
 def load_base(path: Path, quantization: Quantization, precision: Precision) -> Any:
     """Load the base from a local folder of safetensors; every parameter is frozen."""
     register_attention()
+    model_type = AutoConfig.from_pretrained(path, local_files_only=True).model_type
+    attention = "sdpa" if model_type in DENSE_MASK_MODEL_TYPES else ATTENTION
     config = None
     if quantization.load_in_4bit:
         config = BitsAndBytesConfig(
@@ -61,7 +65,7 @@ def load_base(path: Path, quantization: Quantization, precision: Precision) -> A
         dtype=precision.base,
         quantization_config=config,
         device_map={"": 0} if precision.device.type == "cuda" else {"": "cpu"},
-        attn_implementation=ATTENTION,
+        attn_implementation=attention,
         use_safetensors=True,
         local_files_only=True,
     )

@@ -30,11 +30,16 @@ class Progress:
     step: int = 0
     tokens_seen: int = 0
     tokens_learnt: int = 0
-    losses: list[float] = field(default_factory=list)
-    evaluations: list[dict[str, float]] = field(default_factory=list)
+    last_loss: float = 0.0
+    lines: list[dict[str, Any]] = field(default_factory=list)  # what metrics.jsonl will hold
     evaluations_without_gain: int = 0
     loss_scale: float = 1.0
     scale_good_steps: int = 0
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The held-out losses so far, in order."""
+        return [line for line in self.lines if "eval_loss" in line]
 
 
 def fingerprint(request: TrainRequest) -> str:

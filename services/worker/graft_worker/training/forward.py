@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from graft_worker.training.attention import ATTENTION, block_mask
 from graft_worker.training.base import Precision
 from graft_worker.training.batches import Microbatch
 from graft_worker.training.loss import Head, head_of, summed_cross_entropy
@@ -22,6 +23,7 @@ class Forward:
         self._head: Head = head_of(base)
         self._vocab_size = int(base.config.get_text_config().vocab_size)
         self._precision = precision
+        self.packs_densely = base.config.get_text_config()._attn_implementation != ATTENTION
 
     def loss(self, batch: Microbatch) -> torch.Tensor:
         """The sum of the losses of the batch's learnt tokens, in nats; fp32 scalar, differentiable."""
@@ -29,14 +31,26 @@ class Forward:
             hidden = self._backbone(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
-                attention_mask=None,
                 use_cache=False,
-                cu_seq_lens_q=batch.cu_seq_lens,
-                cu_seq_lens_k=batch.cu_seq_lens,
-                max_length_q=batch.max_length,
-                max_length_k=batch.max_length,
+                **self._boundaries(batch),
             ).last_hidden_state
             return summed_cross_entropy(hidden[0, batch.predictors], batch.targets, self._head, self._vocab_size)
+
+    def _boundaries(self, batch: Microbatch) -> dict[str, Any]:
+        """What keeps the sequences of a packed row apart: their borders, or a mask where only that is understood."""
+        if self.packs_densely:
+            allowed = block_mask(batch.cu_seq_lens, batch.input_ids.shape[1])
+            forbidden = torch.finfo(self._precision.base).min
+            mask = torch.zeros(allowed.shape, dtype=self._precision.base, device=allowed.device)
+            return {"attention_mask": mask.masked_fill(~allowed, forbidden)[None, None]}
+        borders, longest = batch.cu_seq_lens, batch.max_length
+        return {
+            "attention_mask": None,
+            "cu_seq_lens_q": borders,
+            "cu_seq_lens_k": borders,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
 
     @torch.no_grad()
     def mean_loss(self, batches: Iterable[Microbatch]) -> float:

@@ -7,7 +7,7 @@ import random
 import resource
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,6 @@ class Run:
     optimizer: FlatOptimizer
     progress: Progress
     total_steps: int
-    lines: list[dict[str, Any]] = field(default_factory=list)
 
 
 def train(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guard) -> None:
@@ -118,6 +117,10 @@ def load(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guard
     progress = Progress(loss_scale=FIRST_LOSS_SCALE if precision.scales_loss else 1.0)
     if request.checkpoint_path is not None:
         progress = resume_from(Path(request.checkpoint_path), request, optimizer)
+    forward = Forward(model, precision)
+    if forward.packs_densely:
+        message = "This architecture keeps packed sequences apart by a dense mask: exact, but slower."
+        events.emit(WarningEvent(code="dense_attention_mask", message=message))
     return Run(
         workdir=workdir,
         request=request,
@@ -129,7 +132,7 @@ def load(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guard
         train=split,
         validation=Split.load(Path(request.validation_file)) if request.validation_file else None,
         model=model,
-        forward=Forward(model, precision),
+        forward=forward,
         optimizer=optimizer,
         progress=progress,
         total_steps=total_steps(spec.training, len(split)),
@@ -187,7 +190,7 @@ def update(run: Run) -> tuple[float, float, float]:
     progress.tokens_seen += tokens
     progress.tokens_learnt += learnt
     if learnt:
-        progress.losses.append(mean)
+        progress.last_loss = mean
     return mean, norm, learning_rate
 
 
@@ -231,7 +234,7 @@ def report(run: Run, loss: float, norm: float, learning_rate: float, window: deq
         learning_rate=learning_rate,
     )
     run.events.emit(event)
-    run.lines.append(event.model_dump(exclude={"event"}))
+    run.progress.lines.append(event.model_dump(exclude={"event"}))
 
 
 def evaluate(run: Run) -> None:
@@ -245,8 +248,7 @@ def evaluate(run: Run) -> None:
         raise NotFinite(f"the held-out loss is {loss} after step {run.progress.step}")
     best = min((line["eval_loss"] for line in run.progress.evaluations), default=math.inf)
     run.progress.evaluations_without_gain = 0 if loss < best else run.progress.evaluations_without_gain + 1
-    run.progress.evaluations.append({"step": run.progress.step, "eval_loss": loss})
-    run.lines.append({"step": run.progress.step, "eval_loss": loss})
+    run.progress.lines.append({"step": run.progress.step, "eval_loss": loss})
     run.events.emit(EvaluationEvent(step=run.progress.step, eval_loss=loss))
     run.events.emit(PhaseEvent(phase=Phase.TRAINING))
 
@@ -270,7 +272,7 @@ def finish(run: Run) -> None:
     run.guard.check()
     proof = prove(run.model, run.forward, batches, folder, progress)
     metrics: dict[str, Any] = {
-        "train_loss": progress.losses[-1],
+        "train_loss": progress.last_loss,
         "steps": progress.step,
         "tokens_seen": progress.tokens_seen,
     }
@@ -278,7 +280,7 @@ def finish(run: Run) -> None:
         metrics["base_eval_loss"] = progress.evaluations[0]["eval_loss"]
         metrics["eval_loss"] = progress.evaluations[-1]["eval_loss"]
     used = versions()
-    write_metrics(folder, run.lines)
+    write_metrics(folder, progress.lines)
     write_card(run.request, folder, metrics, used)
     run.events.emit(TrainedEvent(proof=proof, metrics=metrics, memory=peak_memory(), versions=used))
 

@@ -1,0 +1,332 @@
+"""The trainer: exact where it claims to be, honest in how it ends. Real 4-bit bases on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, get_scheduler
+
+from graft_shared.clock import boottime
+from graft_shared.jobs import FailureReason
+from graft_shared.memory import Recompute, TrainingPlan
+from graft_shared.specs import ComputeDtype, Lora, Optim, Quantization, Scheduler, Training
+from graft_worker.protocol import (
+    REQUEST_NAME,
+    CheckpointEvent,
+    EvaluationEvent,
+    ExitCode,
+    FailureEvent,
+    ProgressEvent,
+    TrainedEvent,
+    WarningEvent,
+    write_deadline,
+)
+from graft_worker.training import loss as loss_module
+from graft_worker.training.adapters import apply_recompute, attach_adapter, trainable
+from graft_worker.training.attention import block_mask
+from graft_worker.training.base import choose_precision, load_base
+from graft_worker.training.batches import Split, microbatches, pack, update_rows
+from graft_worker.training.forward import Forward
+from graft_worker.training.loss import summed_cross_entropy
+from graft_worker.training.optimizer import FlatOptimizer
+from graft_worker.training.schedule import learning_rate_at, total_steps
+from tests.factories import make_prepared_split, make_tiny_base
+from tests.training_runs import a_request, metrics_lines, run_trainer
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ROWS = [[5 + (row * 7 + position) % 40 for position in range(6 + row % 9)] for row in range(40)]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def train_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_prepared_split(tmp_path_factory.mktemp("data") / "train.safetensors", ROWS, prompt_tokens=2)
+
+
+def loaded(base: Path, *, targets: list[str] = ALL, load_in_4bit: bool = True) -> tuple[Any, Forward]:
+    precision = choose_precision(ComputeDtype.AUTO)
+    model = load_base(base, Quantization(load_in_4bit=load_in_4bit), precision)
+    torch.manual_seed(0)
+    adapted = attach_adapter(model, Lora(lora_dropout=0.0, r=4), targets, base_model="a/b", revision="main")
+    with torch.no_grad():
+        for parameter in trainable(adapted):
+            parameter.copy_(torch.randn_like(parameter) * 0.05)  # a fresh lora_B is zero and would hide errors
+    adapted.train()
+    return adapted, Forward(adapted, precision)
+
+
+def gradients(model: Any, forward: Forward, split: Split, groups: list[list[int]], budget: int) -> torch.Tensor:
+    """The summed gradient of all groups of rows, flat."""
+    model.zero_grad()
+    for rows in groups:
+        for batch in microbatches(split, np.array(rows), budget=budget, packing=True, device=CPU):
+            forward.loss(batch).backward()
+    return torch.cat([parameter.grad.flatten() for parameter in trainable(model)])
+
+
+def test_a_packed_batch_has_the_gradients_of_its_sequences_alone(base: Path, train_file: Path) -> None:
+    model, forward = loaded(base)
+    split, rows = Split.load(train_file), list(range(12))
+    packed = gradients(model, forward, split, [rows], budget=64)
+    alone = gradients(model, forward, split, [[row] for row in rows], budget=64)
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+    assert packed.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("recompute", [mode for mode in Recompute if mode is not Recompute.NONE])
+def test_recomputing_changes_no_gradient(base: Path, train_file: Path, recompute: Recompute) -> None:
+    split, rows = Split.load(train_file), list(range(8))
+    kept = gradients(*loaded(base), split, [rows], budget=64)
+    model, forward = loaded(base)
+    every_n = 2 if recompute is Recompute.EVERY_N else 1
+    optim = Optim.ADAMW_TORCH
+    plan = TrainingPlan(recompute=recompute, recompute_every_n=every_n, microbatch_tokens=64, packing=True, optim=optim)
+    apply_recompute(model, plan)
+    torch.testing.assert_close(gradients(model, forward, split, [rows], budget=64), kept, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [
+        ("llama", {}),
+        ("mistral", {"sliding_window": 4}),
+        ("qwen2", {}),
+        ("qwen3", {"head_dim": 16}),
+        ("gemma", {"head_dim": 16}),
+        ("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 4}),
+        ("phi3", {"pad_token_id": 0}),
+        ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False}),
+    ],
+)
+def test_our_forward_agrees_with_transformers_own(tmp_path: Path, model_type: str, sizes: dict[str, Any]) -> None:
+    base = make_tiny_base(tmp_path / "base", model_type=model_type, **sizes)
+    split = Split.load(make_prepared_split(tmp_path / "split.safetensors", ROWS[:6]))
+    targets = ["query_key_value"] if model_type == "falcon" else ["qkv_proj"] if model_type == "phi3" else ["q_proj"]
+    _, forward = loaded(base, targets=targets, load_in_4bit=False)
+    model, _ = loaded(base, targets=targets, load_in_4bit=False)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    theirs = attach_adapter(plain, Lora(lora_dropout=0.0, r=4), targets, base_model="a/b", revision="main")
+    theirs.load_state_dict(model.state_dict(), strict=True)
+    expected, learnt = 0.0, 0
+    for row in ROWS[:6]:
+        ids = torch.tensor([row])
+        expected += theirs.eval()(input_ids=ids, labels=ids).loss.item() * (len(row) - 1)
+        learnt += len(row) - 1
+    ours = forward.mean_loss(microbatches(split, np.arange(6), budget=64, packing=True, device=CPU))
+    assert ours == pytest.approx(expected / learnt, rel=1e-4)
+
+
+def test_the_loss_without_logits_is_the_plain_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "FEWEST_CHUNK_TOKENS", 3)
+    monkeypatch.setattr(loss_module, "LOSS_CHUNK_BYTES", 0)
+    torch.manual_seed(0)
+    weight, targets = torch.randn(50, 16), torch.randint(50, (10,))
+    ours = torch.randn(10, 16, requires_grad=True)
+    plain = ours.detach().clone().requires_grad_()
+    loss = summed_cross_entropy(ours, targets, lambda states: states @ weight.T, 50)
+    expected = functional.cross_entropy(plain @ weight.T, targets, reduction="sum")
+    (2 * loss).backward()
+    (2 * expected).backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(ours.grad, plain.grad)
+
+
+def test_sequences_of_a_row_do_not_see_each_other_nor_the_future() -> None:
+    mask = block_mask(torch.tensor([0, 2, 5], dtype=torch.int32), 5)
+    expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
+    assert mask.int().tolist() == expected
+    assert block_mask(torch.tensor([0, 3], dtype=torch.int32), 3, sliding_window=2).int().tolist()[2] == [0, 1, 1]
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60))
+def test_packing_keeps_every_sequence_once_and_the_budget(lengths: list[int]) -> None:
+    rows = pack(lengths, 50)
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    assert all(sum(lengths[index] for index in row) <= 50 for row in rows)
+
+
+@given(rows=st.integers(1, 50), per_update=st.integers(1, 16), seed=st.integers(0, 99))
+def test_an_epoch_visits_every_row_once(rows: int, per_update: int, seed: int) -> None:
+    split = Split(np.zeros(rows, np.int32), np.ones(rows, np.uint8), np.arange(rows + 1))
+    steps = -(-rows // per_update)
+    seen = [
+        row for step in range(steps) for row in update_rows(split, step, sequences_per_update=per_update, seed=seed)
+    ]
+    assert sorted(seen) == list(range(rows))
+
+
+@pytest.mark.parametrize("scheduler", list(Scheduler))
+def test_the_schedule_is_that_of_transformers(scheduler: Scheduler) -> None:
+    training = Training(learning_rate=1e-3, lr_scheduler_type=scheduler, warmup_steps=5, max_steps=40)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    name = "constant_with_warmup" if scheduler is Scheduler.CONSTANT else scheduler.value
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=5, num_training_steps=40)
+    for step in range(40):
+        assert learning_rate_at(step, training, total_steps(training, 1)) == pytest.approx(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+
+
+@pytest.mark.parametrize("optim", list(Optim))
+def test_the_flat_optimizer_goes_on_from_its_state_to_the_last_bit(optim: Optim) -> None:
+    def made() -> tuple[list[torch.nn.Parameter], FlatOptimizer]:
+        torch.manual_seed(1)
+        weights = [torch.nn.Parameter(torch.randn(64, 80)), torch.nn.Parameter(torch.randn(80, 32))]
+        return weights, FlatOptimizer(weights, Training(optim=optim, weight_decay=0.01), torch.float32)
+
+    def step(weights: list[torch.nn.Parameter], optimizer: FlatOptimizer, number: int) -> None:
+        for weight in weights:
+            assert weight.grad is not None
+            weight.grad.copy_(torch.sin(weight.detach() * 10 + number))
+        optimizer.step(1e-2, 1.0)
+
+    weights, straight = made()
+    for number in range(3):
+        step(weights, straight, number)
+    saved = straight.state()
+    resumed_weights, resumed = made()
+    resumed.load(*saved)
+    for number in range(3, 6):
+        step(weights, straight, number)
+        step(resumed_weights, resumed, number)
+    for one, other in zip(weights, resumed_weights, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(base: Path, train_file: Path, tmp_path: Path) -> None:
+    spec = {"training": {"max_steps": 6, "save_steps": 3}, "lora": {"lora_dropout": 0.1}, "validation": {"split": 0.1}}
+    whole = run_trainer(tmp_path / "whole", a_request(base, train_file, spec=spec, validation_file=str(train_file)))
+    assert whole.code == ExitCode.DONE
+    (checkpoint,) = whole.of(CheckpointEvent)
+    request = a_request(base, train_file, spec=spec, validation_file=str(train_file), checkpoint_path=checkpoint.path)
+    resumed = run_trainer(tmp_path / "resumed", request)
+    assert resumed.code == ExitCode.DONE
+    losses = [event.loss for event in whole.of(ProgressEvent)]
+    assert [event.loss for event in resumed.of(ProgressEvent)] == losses[3:]
+    assert [event.eval_loss for event in whole.of(EvaluationEvent)][-1] == resumed.of(EvaluationEvent)[-1].eval_loss
+    steps = [line["step"] for line in metrics_lines(whole.workdir)]
+    assert [line["step"] for line in metrics_lines(resumed.workdir)] == steps
+    name = "adapter/adapter_model.safetensors"
+    assert (resumed.workdir / name).read_bytes() == (whole.workdir / name).read_bytes()
+
+
+def test_a_finished_adapter_is_complete_and_says_nothing_of_this_machine(
+    base: Path, train_file: Path, tmp_path: Path
+) -> None:
+    ended = run_trainer(tmp_path / "run", a_request(base, train_file, target_modules=ALL))
+    (trained,) = ended.of(TrainedEvent)
+    folder = ended.workdir / "adapter"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "graft/tiny"
+    assert config["revision"] is None
+    assert set(config["target_modules"]) == set(ALL)
+    assert (folder / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    for path in folder.iterdir():
+        assert str(base).encode() not in path.read_bytes(), path.name
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert trained.proof["reloaded_loss"] == pytest.approx(trained.proof["trained_loss"], rel=1e-3)
+    assert {"torch", "transformers", "peft", "bitsandbytes"} <= set(trained.versions)
+    assert [warning.code for warning in ended.of(WarningEvent)] == ["optimizer_not_paged"]
+
+
+def test_fp4_without_double_quantisation_and_every_target_trains(base: Path, train_file: Path, tmp_path: Path) -> None:
+    spec = {
+        "quantization": {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False},
+        "training": {"packing": False, "optim": "paged_adamw_32bit", "max_steps": 3, "lr_scheduler_type": "linear"},
+        "lora": {"use_rslora": True},
+    }
+    ended = run_trainer(tmp_path / "run", a_request(base, train_file, spec=spec, target_modules=ALL))
+    assert ended.code == ExitCode.DONE
+    losses = [event.loss for event in ended.of(ProgressEvent)]
+    assert losses[-1] < losses[0]
+
+
+def test_a_loss_that_is_no_number_fails_the_run(base: Path, train_file: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in base.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    ended = run_trainer(tmp_path / "run", a_request(broken, train_file))
+    assert ended.code == ExitCode.USER_ERROR
+    assert [failure.reason for failure in ended.of(FailureEvent)] == [FailureReason.LOSS_NOT_FINITE]
+    assert not (ended.workdir / "adapter").exists()
+
+
+def test_rows_that_teach_nothing_fail_the_run(base: Path, tmp_path: Path) -> None:
+    masked = make_prepared_split(tmp_path / "masked.safetensors", ROWS, prompt_tokens=99)
+    ended = run_trainer(tmp_path / "run", a_request(base, masked))
+    assert ended.code == ExitCode.USER_ERROR
+    assert [failure.reason for failure in ended.of(FailureEvent)] == [FailureReason.NO_TRAINABLE_TOKENS]
+
+
+def test_after_the_leases_deadline_nothing_is_made(base: Path, train_file: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    write_deadline(workdir, boottime() - 1)
+    ended = run_trainer(workdir, a_request(base, train_file))
+    assert ended.code == ExitCode.STOPPED
+    assert ended.of(ProgressEvent) == []
+    assert not (workdir / "checkpoints").exists()
+
+
+def test_sigterm_saves_the_last_finished_step_and_leaves(base: Path, train_file: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    request = a_request(base, train_file, spec={"training": {"max_steps": 100_000}})
+    (workdir / REQUEST_NAME).write_text(request.model_dump_json())
+    command = [sys.executable, "-m", "graft_worker.training", str(workdir)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert child.stdout is not None
+    lines = (line for line in child.stdout)
+    next(line for line in lines if '"step":5' in line)
+    os.kill(child.pid, signal.SIGTERM)
+    rest = [json.loads(line) for line in lines]
+    assert child.wait() == ExitCode.STOPPED
+    assert rest[-1]["event"] == "checkpoint"
+    assert rest[-1]["step"] >= 5
+    assert (Path(rest[-1]["path"]) / "state.safetensors").exists()
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(base: Path, train_file: Path, tmp_path: Path) -> None:
+    first = run_trainer(
+        tmp_path / "one", a_request(base, train_file, spec={"training": {"max_steps": 4, "save_steps": 2}})
+    )
+    (checkpoint,) = first.of(CheckpointEvent)
+    other = a_request(
+        base,
+        train_file,
+        spec={"training": {"max_steps": 4, "save_steps": 2, "seed": 7}},
+        checkpoint_path=checkpoint.path,
+    )
+    ended = run_trainer(tmp_path / "two", other)
+    assert ended.code == ExitCode.CRASHED
+    assert "another recipe" in ended.of(FailureEvent)[0].message
+
+
+def test_the_base_is_frozen_and_keeps_its_types(base: Path) -> None:
+    model, _ = loaded(base)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all("lora_" in name for name in trained)
