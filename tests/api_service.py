@@ -15,6 +15,7 @@ from sqlalchemy import create_engine
 from starlette.testclient import TestClient
 
 from graft_api.app import create_app, neighbours_of
+from graft_api.models.bases import HubConfigs
 from graft_api.settings import ApiSettings
 from graft_shared.artifacts import MANIFEST_NAME, AdapterManifest, FileProof, adapter_prefix
 from graft_shared.buckets.directory import DirectoryBucket
@@ -130,7 +131,9 @@ class ApiService:
         return job
 
 
-def make_service(folder: Path, template: Path, *, classes: list[str] | None = None, **settings: Any) -> ApiService:
+def make_service(
+    folder: Path, template: Path, *, classes: list[str] | None = None, hub: HubConfigs | None = None, **settings: Any
+) -> ApiService:
     """A service on a folder of its own; `classes` restricts the fleet's table."""
     shutil.copy(template, folder / "graft.db")
     chosen = ApiSettings(state_dir=folder, **settings)
@@ -145,6 +148,7 @@ def make_service(folder: Path, template: Path, *, classes: list[str] | None = No
         doorbell=doorbell,
         catalogue=catalogue(),
         capacity=table.restricted_to(classes) if classes else table,
+        hub=hub,
     )
     http = TestClient(app)
     return ApiService(app=app, http=http, settings=chosen, database=database, bucket=bucket, doorbell=doorbell)

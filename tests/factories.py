@@ -18,16 +18,9 @@ _SENTENCES = [
 def make_tiny_base(path: Path, *, model_type: str = "llama", **config: Any) -> Path:
     """Write a base of some ten thousand random weights, with a real fast tokenizer; returns its folder."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator(_SENTENCES, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast = make_tokenizer()
     sizes: dict[str, Any] = {
         "initializer_range": 0.15,  # so that an adapter on the layers alone can move the output
         "hidden_size": 64,
@@ -47,6 +40,20 @@ def make_tiny_base(path: Path, *, model_type: str = "llama", **config: Any) -> P
     model.save_pretrained(path)
     fast.save_pretrained(path)
     return path
+
+
+def make_tokenizer() -> Any:
+    """A byte-level BPE of 320 tokens, as transformers loads it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(_SENTENCES, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
 def make_prepared_split(path: Path, rows: list[list[int]], *, prompt_tokens: int = 0) -> Path:

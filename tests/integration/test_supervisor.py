@@ -29,8 +29,8 @@ from graft_worker.supervisor.child import child_environment
 from graft_worker.supervisor.neighbours import Neighbours
 from graft_worker.tasks import slots_of, work_until_idle
 from tests.fakes.doorbell import FakeDoorbell
-from tests.servers import wait_until
 from tests.store_factories import a_new_job
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 

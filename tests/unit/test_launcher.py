@@ -23,7 +23,7 @@ from graft_local.devices import parse_listing, visible
 from graft_local.doctor import Verdict
 from graft_local.launcher import CannotStart, check_port, launch, service
 from graft_local.output import Output
-from tests.servers import free_port, wait_until
+from tests.waiting import free_port, wait_until
 
 ROOT = Path(__file__).parents[2]
 QUICK = {"first_pause_seconds": 0.01, "longest_pause_seconds": 0.02, "ready_seconds": 20.0}
