@@ -80,6 +80,13 @@ def test_a_hub_that_is_away_is_worth_another_try(tmp_path: Path) -> None:
         away.shape("my-org/llama", "main")
 
 
+def test_a_config_that_was_fetched_before_serves_while_the_hub_is_away(hub: FakeHub, configs: HubConfigs) -> None:
+    shape = configs.shape("my-org/llama", "main")
+    hub.errors["my-org/llama"] = (503, "")
+    restarted = dataclasses.replace(configs, _remembered={})
+    assert restarted.shape("my-org/llama", "main") == shape
+
+
 def test_a_job_may_name_an_allowed_hub_id_and_no_other(hub: FakeHub, configs: HubConfigs, tmp_path: Path) -> None:
     (tmp_path / "service").mkdir()
     api = make_service(tmp_path / "service", migrated_database(tmp_path), hub=configs)

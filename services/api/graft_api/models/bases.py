@@ -25,6 +25,7 @@ from graft_shared.errors import (
 from graft_shared.specs import BASE_MODEL_PATTERN
 
 HUB_ANSWERS_HOLD = timedelta(minutes=10)  # a branch of a hub repository may move
+CONFIG = "config.json"
 MAX_CONFIG_BYTES = 1_000_000  # a config.json has a few kB
 
 
@@ -76,28 +77,45 @@ class HubConfigs:
         return shape
 
     def _fetch(self, base_model: str, revision: str) -> Path:
-        from huggingface_hub import errors, hf_hub_download  # half a second that most services never need
+        import httpx2  # huggingface_hub's own HTTP client; the two take half a second that most services never need
+        from huggingface_hub import errors
 
         try:
-            path = hf_hub_download(
-                base_model,
-                "config.json",
-                revision=revision,
-                cache_dir=self.cache_dir,
-                etag_timeout=self.timeout_seconds,
-                token=self.token or False,
-                endpoint=self.endpoint,
-            )
+            return self._download(base_model, revision)
         except errors.GatedRepoError as error:
             raise GatedBaseModel(base_model=base_model) from error
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
             hint = f"The hub shows this service no such repository, or no revision '{revision}' of it."
             raise UnknownBaseModel(base_model=base_model, hint=hint, param="base_model") from error
-        except errors.LocalEntryNotFoundError as error:
-            raise BaseModelUnavailable(base_model=base_model, reason=_first_line(error)) from error
-        except errors.EntryNotFoundError as error:
+        except errors.RemoteEntryNotFoundError as error:
             raise UnsupportedBaseModel(base_model=base_model, reason="it has no config.json") from error
-        except (errors.HfHubHTTPError, OSError) as error:
+        except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx2.HTTPError, OSError) as error:
+            return self._cached(base_model, revision, error)
+
+    def _download(self, base_model: str, revision: str) -> Path:
+        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+        token = self.token or False
+        # Asked first because it tries once: the download itself waits out a dead hub for half a minute.
+        url = hf_hub_url(base_model, CONFIG, revision=revision, endpoint=self.endpoint)
+        get_hf_file_metadata(url, token=token, timeout=self.timeout_seconds, endpoint=self.endpoint)
+        path = hf_hub_download(
+            base_model,
+            CONFIG,
+            revision=revision,
+            cache_dir=self.cache_dir,
+            etag_timeout=self.timeout_seconds,
+            token=token,
+            endpoint=self.endpoint,
+        )
+        return Path(path)
+
+    def _cached(self, base_model: str, revision: str, error: Exception) -> Path:
+        """What an earlier download left, when the hub does not answer."""
+        from huggingface_hub import try_to_load_from_cache
+
+        path = try_to_load_from_cache(base_model, CONFIG, cache_dir=self.cache_dir, revision=revision)
+        if not isinstance(path, str):
             raise BaseModelUnavailable(base_model=base_model, reason=_first_line(error)) from error
         return Path(path)
 
