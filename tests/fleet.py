@@ -97,7 +97,8 @@ class Fleet:
 
     def _is_ours(self, pid: int) -> bool:
         folder = str(self.state_dir)
-        return pid != os.getpid() and (folder in _read(pid, "environ") or folder in _read(pid, "cmdline"))
+        traces = (_read(pid, "environ"), _read(pid, "cmdline"), _folder_of(pid))  # Redis overwrites the first two
+        return pid != os.getpid() and any(folder in trace for trace in traces)
 
     def _ready(self) -> bool:
         assert self.process is not None
@@ -118,5 +119,13 @@ def _read(pid: int, name: str) -> str:
     """One file of a process; empty for a process that has gone or is a zombie."""
     try:
         return Path(f"/proc/{pid}/{name}").read_text(errors="replace").replace("\0", " ")
+    except OSError:
+        return ""
+
+
+def _folder_of(pid: int) -> str:
+    """Where a process stands; empty for one that has gone."""
+    try:
+        return str(Path(f"/proc/{pid}/cwd").readlink())
     except OSError:
         return ""
