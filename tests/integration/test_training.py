@@ -103,6 +103,16 @@ def test_recomputing_changes_no_gradient(base: Path, train_file: Path, recompute
     torch.testing.assert_close(gradients(model, forward, split, [rows], budget=64), kept, rtol=1e-5, atol=1e-6)
 
 
+def test_only_every_nth_layer_is_recomputed(base: Path) -> None:
+    for recompute, every_n, expected in ((Recompute.EVERY_N, 2, [True, False]), (Recompute.FULL, 1, [True, True])):
+        model, _ = loaded(base)
+        plan = TrainingPlan(
+            recompute=recompute, recompute_every_n=every_n, microbatch_tokens=64, packing=True, optim=Optim.ADAMW_TORCH
+        )
+        apply_recompute(model, plan)
+        assert [layer.gradient_checkpointing for layer in model.get_base_model().model.layers] == expected
+
+
 @pytest.mark.parametrize(
     ("model_type", "sizes"),
     [

@@ -49,9 +49,12 @@ def apply_recompute(model: PeftModel, plan: TrainingPlan) -> None:
     """Make the layers that the plan names forget their activations, or park their inputs in pinned memory."""
     if plan.recompute is Recompute.NONE:
         return
-    arguments: dict[str, Any] = {"use_reentrant": False}
-    if plan.recompute is Recompute.EVERY_N:
-        arguments["every_n_layers"] = plan.recompute_every_n
-    if plan.recompute is Recompute.OFFLOAD and torch.cuda.is_available():
-        arguments["offload"] = True
-    model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+    base = model.get_base_model()
+    # The second name is that of transformers before 5.23. Only the outer arguments choose layers and offload: among the
+    # inner ones they would travel on to the layers, which swallow them.
+    enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
+    enable(
+        {"use_reentrant": False},
+        every_n_layers=max(1, plan.recompute_every_n),
+        offload=plan.recompute is Recompute.OFFLOAD and torch.cuda.is_available(),
+    )
