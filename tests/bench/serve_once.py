@@ -41,7 +41,7 @@ def main() -> None:
         service = subprocess.Popen([sys.executable, "-c", UP, str(port), str(state)], stdout=log, stderr=log)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-            wait_until(lambda: _is_ready(client), seconds=120, what="the service")
+            wait_until(lambda: _is_ready(client) or service.poll() is not None, seconds=120, what="the service")
             result = run_job(client, f"bench/{arguments.dims}", arguments.steps)
     finally:
         service.send_signal(signal.SIGINT)
