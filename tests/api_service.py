@@ -45,13 +45,12 @@ def migrated_database(folder: Path) -> Path:
 
 @dataclass
 class ApiService:
-    """What a test of the API holds in its hands."""
+    """What a test of the API holds in its hands: the client, and the neighbours behind its back."""
 
-    app: FastAPI
-    http: TestClient
+    http: Any  # a TestClient, or a client of a real process
     settings: ApiSettings
     database: Database
-    bucket: DirectoryBucket
+    bucket: Any
     doorbell: FakeDoorbell
 
     @property
@@ -151,7 +150,7 @@ def make_service(
         hub=hub,
     )
     http = TestClient(app)
-    return ApiService(app=app, http=http, settings=chosen, database=database, bucket=bucket, doorbell=doorbell)
+    return ApiService(http=http, settings=chosen, database=database, bucket=bucket, doorbell=doorbell)
 
 
 @functools.cache

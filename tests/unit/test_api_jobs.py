@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -10,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from graft_shared.jobs import Failure, FailureReason, Stage
 from graft_shared.memory import TrainingPlan
+from graft_shared.store.tables import jobs
 from tests.api_service import LLAMA, ApiService, error_of, make_service, migrated_database
+from tests.store_factories import a_new_job
+from tests.waiting import wait_until
 
 GIB = 1024**3
 
@@ -46,7 +51,7 @@ def small(tmp_path: Path, template: Path) -> Iterator[ApiService]:
     service.database.close()
 
 
-def test_an_accepted_job_is_stored_rung_for_and_shown_whole(api: ApiService) -> None:
+def test_an_accepted_job_is_stored_and_shown_whole(api: ApiService) -> None:
     spec = api.spec(metadata={"team": "search"}, name="bot")
     answer = api.post(spec)
     assert answer.status_code == 202
@@ -63,8 +68,22 @@ def test_an_accepted_job_is_stored_rung_for_and_shown_whole(api: ApiService) -> 
     assert abs(job["created_at"] - time.time()) < 60 and job["started_at"] is None
     assert job["queue"]["position"] == 1
     assert api.http.get(f"/jobs/{job['id']}").json() == job
-    assert api.doorbell.rung == [(job["id"], "cpu")], "data is prepared first, by a CPU worker"
-    assert api.leases.take_lost_bells(timedelta(seconds=30), 10) == [], "the bell is marked as rung"
+
+
+def test_a_committed_job_is_rung_for_once_and_marked(api: ApiService) -> None:
+    job_id = api.new_job()["id"]
+    wait_until(lambda: api.doorbell.rung == [(job_id, "cpu")], what="the bell of a CPU worker, which prepares data")
+    wait_until(lambda: _bell_rung_at(api, job_id) is not None, what="the mark")
+
+
+def test_a_broker_that_hangs_holds_up_no_post(api: ApiService) -> None:
+    spec, released = api.spec(), threading.Event()
+    ring = api.doorbell.ring
+    api.doorbell.ring = lambda job_id, queue: released.wait(60) and ring(job_id, queue)  # type: ignore[method-assign]
+    ids = [api.post(spec).json()["id"] for _ in range(3)]
+    assert api.doorbell.rung == []
+    released.set()
+    wait_until(lambda: [job_id for job_id, _ in api.doorbell.rung] == ids, what="the bells, in order")
 
 
 def test_what_a_worker_needs_stands_in_the_placement(api: ApiService) -> None:
@@ -77,8 +96,7 @@ def test_what_a_worker_needs_stands_in_the_placement(api: ApiService) -> None:
 def test_a_dead_broker_does_not_fail_a_post(api: ApiService) -> None:
     api.doorbell.works = False
     job = api.new_job()
-    (lost,) = api.leases.take_lost_bells(timedelta(seconds=30), 10)
-    assert lost.job_id == job["id"], "the reconciler finds it"
+    assert _lost_bells(api) == [job["id"]], "the reconciler finds it"
 
 
 def test_aliases_are_echoed_under_one_name(api: ApiService) -> None:
@@ -282,8 +300,9 @@ def test_the_same_key_and_body_give_the_same_job_and_ring_once(api: ApiService) 
     second = api.post(reordered, **{"idempotency-key": "k1"})
     assert (first.status_code, second.status_code) == (202, 202)
     assert first.json()["id"] == second.json()["id"]
-    assert len(api.doorbell.rung) == 1
-    assert api.post(spec, **{"idempotency-key": "k2"}).json()["id"] != first.json()["id"]
+    other = api.post(spec, **{"idempotency-key": "k2"}).json()["id"]
+    assert other != first.json()["id"]
+    wait_until(lambda: [job_id for job_id, _ in api.doorbell.rung] == [first.json()["id"], other], what="two bells")
 
 
 def test_the_same_key_with_another_body_is_refused(api: ApiService) -> None:
@@ -417,7 +436,7 @@ def test_an_unknown_query_parameter_gets_the_one_that_was_meant(api: ApiService)
 
 @pytest.mark.parametrize("route", ["", "/events", "/metrics", "/logs", "/adapter", "/adapter/archive"])
 def test_a_foreign_job_is_answered_exactly_as_an_unknown_one(api: ApiService, route: str) -> None:
-    foreign = api.jobs.submit(_foreign_job(api))[0].id
+    foreign = api.jobs.submit(a_new_job(tenant="other"))[0].id
     unknown = "ftjob-" + "x" * 24
 
     def answer(job_id: str) -> Any:
@@ -450,7 +469,11 @@ def test_a_queued_job_says_what_it_waits_for(api: ApiService) -> None:
     assert reason(first).startswith("The last run failed; the next one starts after ")
 
 
-def _foreign_job(api: ApiService) -> Any:
-    from tests.store_factories import a_new_job
+def _lost_bells(api: ApiService) -> list[str]:
+    """The jobs whose bell a reconciler would ring now; asking marks them, as a reconciler does."""
+    return [bell.job_id for bell in api.leases.take_lost_bells(timedelta(seconds=30), 10)]
 
-    return a_new_job(tenant="other")
+
+def _bell_rung_at(api: ApiService, job_id: str) -> float | None:
+    with api.database.reading() as connection:
+        return connection.execute(select(jobs.c.bell_rung_at).where(jobs.c.id == job_id)).scalar_one()

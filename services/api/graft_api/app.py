@@ -15,6 +15,7 @@ from graft_api.errors import DOCUMENTED, install_handlers
 from graft_api.exchanges import Exchanges
 from graft_api.files import endpoints as file_routes
 from graft_api.jobs import endpoints as job_routes
+from graft_api.jobs.bells import Bells
 from graft_api.models import endpoints as model_routes
 from graft_api.models.bases import BaseModels, HubConfigs
 from graft_api.settings import ApiSettings
@@ -63,7 +64,7 @@ def neighbours_of(
         jobs=Jobs(database),
         files=Files(database),
         workers=Workers(database),
-        leases=Leases(database, settings.lease),
+        bells=Bells(doorbell, Leases(database, settings.lease)),
         bucket=bucket,
         doorbell=doorbell,
         capacity=capacity,
@@ -75,7 +76,7 @@ def neighbours_of(
 
 
 def create_app(neighbours: Neighbours) -> FastAPI:
-    """The app with these neighbours. It closes the database when it ends."""
+    """The app with these neighbours. It gives them back when it ends."""
     app = FastAPI(
         title="Graft",
         description=DESCRIPTION,
@@ -123,4 +124,5 @@ def _describe_spec(app: FastAPI) -> None:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
+    app.state.neighbours.bells.close()
     app.state.neighbours.database.close()

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
-from graft_api.errors import BodyTooLarge, UnsupportedMediaType
+from graft_api.errors import BodyTooLarge, RouteNotFound, UnsupportedMediaType
+from graft_api.jobs.bells import Bells
 from graft_api.models.bases import BaseModels
 from graft_api.parsing import hint_for, parse_json
 from graft_api.settings import ApiSettings
@@ -16,7 +17,7 @@ from graft_shared.buckets import Bucket
 from graft_shared.capacity import CapacityTable
 from graft_shared.dispatch import Doorbell
 from graft_shared.errors import BadRequest, MalformedBody, UnknownParameter
-from graft_shared.store import Database, Files, Jobs, Leases, Workers
+from graft_shared.store import Database, Files, Jobs, Workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class Neighbours:
     jobs: Jobs
     files: Files
     workers: Workers
-    leases: Leases
+    bells: Bells
     bucket: Bucket
     doorbell: Doorbell
     capacity: CapacityTable
@@ -87,6 +88,8 @@ def known_query(request: Request) -> None:
     Raises:
         UnknownParameter: Says which one was meant.
     """
+    if "\0" in request.url.path:
+        raise RouteNotFound
     known = _documented_query(request)
     for key, value in request.query_params.multi_items():
         if "\0" in key or "\0" in value:

@@ -45,7 +45,6 @@ class Exchanges:
             if exchange.status is not None:
                 raise  # half an answer is out: the broken connection tells the client
             await answer(InternalError(request_id=exchange.request_id))(scope, receive, exchange.send)
-        exchange.log("request_answered")
 
 
 class _Exchange:
@@ -63,6 +62,8 @@ class _Exchange:
             self.status = message["status"]
             message["headers"] = [*message.get("headers", []), (REQUEST_ID_HEADER.encode(), self.request_id.encode())]
         await self._send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.log("request_answered")  # here: what runs after the answer is not waited for
 
     def log(self, event: str) -> None:
         """Write the exchange's line."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
-from fastapi import APIRouter, BackgroundTasks, Header, Query, Request, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
@@ -64,14 +64,10 @@ def create_job(
     body: JsonBody,
     tenant: Tenant,
     here: Here,
-    tasks: BackgroundTasks,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> JobBody:
     """Accept a job, or refuse it with the numbers. The same `Idempotency-Key` and body give the same job."""
-    job, is_new = service.submit(tenant, body, idempotency_key, here)
-    if is_new:
-        tasks.add_task(service.ring, job, here)
-    return job_body(job, here)
+    return job_body(service.submit(tenant, body, idempotency_key, here), here)
 
 
 @router.post("/estimate", summary="What submitting this job would decide", openapi_extra=_SPEC_BODY)

@@ -12,8 +12,7 @@ from graft_api.deps import Neighbours
 from graft_api.parsing import parse_spec
 from graft_shared.capacity import Placement
 from graft_shared.catalogue import ModelShape
-from graft_shared.dispatch import queue_for
-from graft_shared.errors import FileNotFound, InvalidParameter, NeighbourUnavailable
+from graft_shared.errors import FileNotFound, InvalidParameter
 from graft_shared.ids import new_job_id
 from graft_shared.jobs import Job
 from graft_shared.logs import log_event
@@ -23,8 +22,8 @@ from graft_shared.store import NewJob
 logger = logging.getLogger(__name__)
 
 
-def submit(tenant: str, body: Any, idempotency_key: str | None, here: Neighbours) -> tuple[Job, bool]:
-    """Commit the job that the body asks for; return it, and whether it is new.
+def submit(tenant: str, body: Any, idempotency_key: str | None, here: Neighbours) -> Job:
+    """Commit the job that the body asks for, ring for it, and return it.
 
     A key that was used before gives its job back before anything else is looked at: neither a catalogue nor a file
     that has changed since can turn a repeated POST into a refusal.
@@ -38,14 +37,15 @@ def submit(tenant: str, body: Any, idempotency_key: str | None, here: Neighbours
     if idempotency_key is not None:
         earlier = here.jobs.find_by_key(tenant, idempotency_key, request_sha256)
         if earlier is not None:
-            return earlier, False
+            return earlier
     shape, placement = admit(tenant, spec, here)
     job, is_new = here.jobs.submit(_new_job(tenant, spec, shape, placement, request_sha256, idempotency_key))
     if is_new:
+        here.bells.ring(job)
         log_event(
             logger, "job_submitted", job_id=job.id, tenant=tenant, base_model=spec.base_model, gpu_class=job.gpu_class
         )
-    return job, is_new
+    return job
 
 
 def admit(tenant: str, spec: JobSpec, here: Neighbours) -> tuple[ModelShape, Placement]:
@@ -60,16 +60,6 @@ def admit(tenant: str, spec: JobSpec, here: Neighbours) -> tuple[ModelShape, Pla
     placement = here.capacity.place(shape, spec, here.bases.catalogue)
     _check_sources(tenant, spec, here)
     return shape, placement
-
-
-def ring(job: Job, here: Neighbours) -> None:
-    """Wake a worker; whatever goes wrong here, the reconciler rings again."""
-    if not here.doorbell.ring(job.id, queue_for(job.stage, job.gpu_class)):
-        return
-    try:
-        here.leases.mark_rung(job.id)
-    except NeighbourUnavailable as error:
-        log_event(logger, "bell_not_marked", level=logging.WARNING, job_id=job.id, reason=error.message)
 
 
 def normalised(spec: JobSpec) -> dict[str, Any]:

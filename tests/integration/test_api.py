@@ -1,0 +1,249 @@
+"""The API as a process: live streams, broken answers, signals; and the same on PostgreSQL, Redis and S3."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import redis
+
+from graft_api.settings import ApiSettings
+from graft_shared.artifacts import adapter_prefix
+from graft_shared.buckets import open_bucket
+from graft_shared.store import open_database
+from graft_shared.store.migrate import migrate
+from tests.api_service import ADAPTER, ApiService, error_of
+from tests.fakes.doorbell import FakeDoorbell
+from tests.servers import SWIFT_KEY, SWIFT_USER, PostgresServer, RedisServer, SwiftServer
+from tests.waiting import free_port, wait_until
+
+
+class Process:
+    """`python -m graft_api` with an environment of its own, and the same neighbours opened here beside it."""
+
+    def __init__(self, state_dir: Path, **environment: str) -> None:
+        self.state_dir = state_dir
+        self.port = free_port()
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("GRAFT_")}
+        broker = {"GRAFT_BROKER_URL": f"redis://127.0.0.1:{free_port()}/0"}
+        self.environment = {**clean, "GRAFT_STATE_DIR": str(state_dir), **broker, **environment}
+        self.log = (state_dir / "api.log").open("ab")
+
+    def start(self) -> Process:
+        command = [sys.executable, "-m", "graft_api", "--port", str(self.port)]
+        self.child = subprocess.Popen(command, env=self.environment, stdout=self.log, stderr=self.log)
+        wait_until(self._answers, what=f"the API; its log is {self.log.name}")
+        return self
+
+    def stop(self) -> int:
+        self.child.send_signal(signal.SIGTERM)
+        code = self.child.wait(timeout=30)
+        self.log.close()
+        return code
+
+    def service(self, monkeypatch: pytest.MonkeyPatch) -> ApiService:
+        for name, value in self.environment.items():
+            if name.startswith("GRAFT_"):
+                monkeypatch.setenv(name, value)
+        settings = ApiSettings()
+        database = open_database(settings.database)
+        http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=30)
+        return ApiService(
+            http=http, settings=settings, database=database, bucket=open_bucket(settings), doorbell=FakeDoorbell()
+        )
+
+    def _answers(self) -> bool:
+        assert self.child.poll() is None, Path(self.log.name).read_text()
+        try:
+            return httpx.get(f"http://127.0.0.1:{self.port}/healthz", timeout=5).status_code == 200
+        except httpx.TransportError:
+            return False
+
+
+@pytest.fixture
+def process(tmp_path: Path) -> Iterator[Process]:
+    running = Process(tmp_path).start()
+    yield running
+    running.child.kill()
+    running.child.wait()
+
+
+@pytest.fixture
+def api(process: Process, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiService]:
+    service = process.service(monkeypatch)
+    migrate(service.database)
+    yield service
+    service.database.close()
+    service.http.close()
+
+
+def test_readiness_follows_the_migration(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    api = process.service(monkeypatch)
+    before = api.http.get("/readyz")
+    assert (before.status_code, before.json()["status"]) == (503, "unavailable")
+    migrate(api.database)
+    after = api.http.get("/readyz").json()
+    assert (after["status"], after["checks"]["broker"]["ok"]) == ("degraded", False), "no broker runs here"
+    api.database.close()
+
+
+def test_a_live_stream_shows_events_as_they_come_and_ends_with_the_job(api: ApiService) -> None:
+    job_id = api.new_job()["id"]
+    seen: list[str] = []
+    opened = threading.Event()
+
+    def listen() -> None:
+        headers = {"accept": "text/event-stream"}
+        with api.http.stream("GET", f"/jobs/{job_id}/events", headers=headers) as answer:
+            for line in answer.iter_lines():
+                opened.set()
+                if line.startswith("event: "):
+                    seen.append(line.removeprefix("event: "))
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    assert opened.wait(30)
+    wait_until(lambda: seen == ["submitted"], what="the first event", every=0.05)
+    api.train(job_id)
+    wait_until(lambda: seen.count("metrics") == 3, what="the steps", every=0.05)
+    api.http.post(f"/jobs/{job_id}/cancel")
+    running = api.jobs.get("default", job_id)
+    api.leases.settle_cancelled(job_id, running.epoch)
+    listener.join(timeout=30)
+    assert not listener.is_alive(), "the stream ends by itself"
+    assert seen[-2:] == ["cancel_requested", "cancelled"]
+
+
+def test_an_open_stream_does_not_hold_up_the_end(process: Process, api: ApiService) -> None:
+    job_id = api.new_job()["id"]
+    with api.http.stream("GET", f"/jobs/{job_id}/events", headers={"accept": "text/event-stream"}) as answer:
+        lines = answer.iter_lines()
+        assert next(lines).startswith("retry: ")
+        assert process.stop() in (0, -signal.SIGTERM)
+
+
+def test_an_archive_of_changed_bytes_reaches_nobody_whole(api: ApiService) -> None:
+    job_id = api.new_job()["id"]
+    job = api.succeed(job_id)
+    whole = api.http.get(f"/jobs/{job_id}/adapter/archive")
+    assert whole.status_code == 200
+    changed = bytes(len(ADAPTER["adapter_model.safetensors"]))
+    api.bucket.put_bytes(adapter_prefix("default", job_id, job.epoch) + "adapter_model.safetensors", changed)
+    with pytest.raises(httpx.TransportError):
+        api.http.get(f"/jobs/{job_id}/adapter/archive")
+    assert api.http.get("/healthz").status_code == 200
+
+
+def test_one_key_posted_many_times_at_once_makes_one_job(api: ApiService) -> None:
+    spec = api.spec()
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: api.post(spec, **{"idempotency-key": "k"}), range(16)))
+    assert {answer.status_code for answer in answers} == {202}
+    assert len({answer.json()["id"] for answer in answers}) == 1
+    assert len(api.http.get("/jobs").json()["data"]) == 1
+
+
+def test_a_large_upload_is_refused_while_it_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = Process(tmp_path, GRAFT_MAX_FILE_BYTES="100000").start()
+    api = process.service(monkeypatch)
+    migrate(api.database)
+    head = b"POST /files HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n"
+    head += b"content-type: multipart/form-data; boundary=b\r\n\r\n"
+    part = b'--b\r\ncontent-disposition: form-data; name="file"; filename="f"\r\n\r\n' + b"x" * 200_000
+    with socket.create_connection(("127.0.0.1", process.port), timeout=30) as connection:
+        connection.sendall(head + f"{len(part):x}\r\n".encode() + part + b"\r\n")
+        answer = connection.recv(65_536)
+    assert answer.startswith(b"HTTP/1.1 413 "), "it is answered before its end"
+    api.database.close()
+    assert process.stop() in (0, -signal.SIGTERM)
+
+
+def test_no_line_of_the_log_holds_a_signature(process: Process, api: ApiService) -> None:
+    job_id = api.new_job()["id"]
+    api.succeed(job_id)
+    (link, *_) = [file["url"] for file in api.http.get(f"/jobs/{job_id}/adapter").json()["files"]]
+    assert api.http.get(link).status_code == 200
+    wait_until(lambda: "/objects/" in Path(process.log.name).read_text(), what="the log line", every=0.05)
+    log = Path(process.log.name).read_text()
+    assert link.split("signature=")[1] not in log
+    lines = [json.loads(line) for line in log.splitlines() if '"request_answered"' in line]
+    assert any(line["path"] == "/jobs" and line["status"] == 202 and line["request_id"] for line in lines)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_the_process_refuses_to_be_reached_by_strangers(host: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "graft_api", "--host", host], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 2
+    assert "no authentication" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_same_service_runs_on_postgres_redis_and_s3(
+    tmp_path: Path,
+    postgres_url: str,
+    redis_server: RedisServer,
+    swift: SwiftServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    environment = {
+        "GRAFT_DATABASE_URL": postgres_url,
+        "GRAFT_BROKER_URL": redis_server.url,
+        "GRAFT_S3_BUCKET": "graft-api",
+        "GRAFT_S3_ENDPOINT_URL": swift.endpoint_url,
+        "GRAFT_S3_ACCESS_KEY_ID": SWIFT_USER,
+        "GRAFT_S3_SECRET_ACCESS_KEY": SWIFT_KEY,
+    }
+    process = Process(tmp_path, **environment).start()
+    api = process.service(monkeypatch)
+    _before_the_migration(api)
+    migrate(api.database)
+    assert api.http.get("/readyz").json()["status"] == "ready"
+    _one_job_whole(api, redis_server.url)
+    api.database.close()
+    assert process.stop() in (0, -signal.SIGTERM)
+
+
+def _before_the_migration(api: ApiService) -> None:
+    answer = api.http.get("/readyz")
+    assert answer.status_code == 503
+    assert "does not exist" in answer.json()["checks"]["database"]["reason"]
+
+
+def _one_job_whole(api: ApiService, broker_url: str) -> None:
+    job = api.new_job(metadata={"team": "search"})
+    with redis.Redis.from_url(broker_url) as broker:
+        wait_until(lambda: broker.llen("cpu") == 1, what="the bell, in Celery's list of that queue")
+    found: dict[str, Any] = api.http.get("/jobs", params={"metadata[team]": "search"}).json()
+    assert [listed["id"] for listed in found["data"]] == [job["id"]]
+    assert api.http.get("/jobs", params={"metadata[team]": "\u00fc"}).json()["data"] == []
+    api.succeed(job["id"])
+    files = api.http.get(f"/jobs/{job['id']}/adapter").json()["files"]
+    assert {file["name"]: httpx.get(file["url"]).content for file in files} == ADAPTER
+    assert api.http.get("/objects/any?expires=1&signature=" + "0" * 64).status_code == 404
+    content = api.http.get(f"/files/{job['spec']['dataset']['file']}/content")
+    assert content.status_code == 200
+
+
+def test_postgres_is_spared_what_it_cannot_hold(
+    tmp_path: Path, postgres: PostgresServer, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = Process(tmp_path, GRAFT_DATABASE_URL=postgres_url).start()
+    api = process.service(monkeypatch)
+    migrate(api.database)
+    assert api.http.get("/jobs/ftjob-%00").status_code == 404
+    assert api.http.get("/files/%00").status_code == 404
+    assert error_of(api.http.get("/jobs?after=%00"), 400)["param"] == "after"
+    api.database.close()
+    assert process.stop() in (0, -signal.SIGTERM)
