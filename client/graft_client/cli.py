@@ -153,6 +153,8 @@ def estimate(spec: SpecPath, overrides: Overrides = None, as_json: AsJson = Fals
     """Show where a job would go and what would fill the card, without posting it."""
     with _client() as client:
         found = client.estimate(read_spec(spec, overrides or []))
+        if found.get("fits") is False and not as_json:
+            raise GraftAPIError.from_refusal(found)
         _answer(found, tables.estimate_view(found), as_json=as_json)
 
 

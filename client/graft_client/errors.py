@@ -49,6 +49,13 @@ class GraftAPIError(GraftClientError):
             request_id=response.headers.get("x-request-id"),
         )
 
+    @classmethod
+    def from_refusal(cls, estimate: dict[str, Any]) -> GraftAPIError:
+        """Read an estimate that says that nothing here holds the job: the same facts as a refused POST has."""
+        facts = {key: value for key, value in estimate.items() if key not in _OWN_KEYS | {"object", "fits", "spec"}}
+        code, message = str(estimate["code"]), str(estimate["message"])
+        return cls(status=422, code=code, message=message, param=None, facts=facts, request_id=None)
+
     @property
     def is_users(self) -> bool:
         """Whether the user can mend it: everything in 4xx."""

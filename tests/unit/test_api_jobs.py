@@ -179,6 +179,8 @@ def test_an_unknown_key_is_refused_with_the_one_that_was_meant(
         ({"training": {"max_length": 100_000}}, "training.max_length", "4096 positions"),
         ({"training": {"early_stopping_patience": 2}}, None, "needs 'validation'"),
         ({"lora": {"target_modules": ["q_proj", 7]}}, "lora.target_modules[1]", "string"),
+        ({"lora": {"target_modules": "all"}}, "lora.target_modules", "a valid array or"),
+        ({"lora": 7}, "lora", "JSON object"),
         ({"lora": {"target_modules": ["q_porj"]}}, "lora.target_modules", "q_proj"),
         ({"gpu": {"count": 2}}, "gpu.count", "exactly 1"),
         ({"gpu": {"class": "7gb"}}, "gpu.class", "there are cpu"),

@@ -128,6 +128,21 @@ def test_a_refusal_shows_bytes_by_component_and_the_changes_that_would_fit(
     assert err.index("activations") < err.index("base weights")
 
 
+def test_an_estimate_that_does_not_fit_is_shown_as_the_refusal_that_a_post_would_be(
+    service: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change = {"param": "lora.r", "from": 64, "to": 8, "needed_bytes": 1024**3, "gpu_class": "24gb"}
+    refusal = {"object": "estimate", "fits": False, "spec": {"name": "a"}, "code": "vram_capacity_exceeded"}
+    refusal |= {"message": "70B needs 41.0 GiB.", "needed": {"base_weights": 7 * 1024**3}, "changes": [change]}
+    service.answers["POST /jobs/estimate"] = [httpx.Response(200, json=refusal) for _ in range(2)]
+    code, out, err = graft("estimate", "-", monkeypatch=monkeypatch, stdin='{"base_model": "a/b"}')
+    assert (code, out) == (2, "")
+    for expected in ("vram_capacity_exceeded", "70B needs 41.0 GiB.", "7.00 GiB", "lora.r"):
+        assert expected in err
+    code, out, _ = graft("estimate", "-", "--json", monkeypatch=monkeypatch, stdin='{"base_model": "a/b"}')
+    assert json.loads(out) == refusal
+
+
 def test_what_the_user_can_mend_leaves_with_2_and_what_the_service_must_with_4(
     service: FakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:

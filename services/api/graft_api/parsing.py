@@ -165,8 +165,11 @@ def _dotted(parts: Iterable[str | int]) -> str:
 
 
 def _reason(error: Mapping[str, Any]) -> str:
-    """Pydantic's sentence as the end of ours."""
+    """Pydantic's sentence as the end of ours, in JSON's words."""
     message = re.sub(r"^(Value|Assertion) error, ", "", str(error["msg"]))
+    message = re.sub(r"valid dictionary( or instance of \w+)?$", "JSON object", message).replace(
+        "valid tuple", "valid array"
+    )
     return message[:1].lower() + message[1:]
 
 
