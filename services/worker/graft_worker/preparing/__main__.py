@@ -26,6 +26,8 @@ def main() -> int:
     events.emit(PhaseEvent(phase=Phase.PREPARING))
     request = PrepareRequest.model_validate(read_request(workdir))
 
+    # Tokenising needs no torch, and transformers would spend seconds on importing it: it is told that there is none.
+    sys.modules["torch"] = None  # type: ignore[assignment]
     from graft_worker.preparing.prepare import prepare
 
     try:
