@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from graft_shared.store import open_database
 from graft_shared.store.migrate import migrate
 from tests.api_service import ADAPTER, ApiService, error_of
 from tests.fakes.doorbell import FakeDoorbell
-from tests.servers import SWIFT_KEY, SWIFT_USER, PostgresServer, RedisServer, SwiftServer
+from tests.servers import SWIFT_KEY, SWIFT_USER, RedisServer, SwiftServer
 from tests.waiting import free_port, wait_until
 
 
@@ -72,11 +72,23 @@ class Process:
 
 
 @pytest.fixture
-def process(tmp_path: Path) -> Iterator[Process]:
-    running = Process(tmp_path).start()
-    yield running
-    running.child.kill()
-    running.child.wait()
+def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    """Starts processes that a failed test does not leave behind."""
+    started: list[Process] = []
+
+    def start(**environment: str) -> Process:
+        started.append(Process(tmp_path, **environment))
+        return started[-1].start()
+
+    yield start
+    for process in started:
+        process.child.kill()
+        process.child.wait()
+
+
+@pytest.fixture
+def process(start: Callable[..., Process]) -> Process:
+    return start()
 
 
 @pytest.fixture
@@ -154,8 +166,10 @@ def test_one_key_posted_many_times_at_once_makes_one_job(api: ApiService) -> Non
     assert len(api.http.get("/jobs").json()["data"]) == 1
 
 
-def test_a_large_upload_is_refused_while_it_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    process = Process(tmp_path, GRAFT_MAX_FILE_BYTES="100000").start()
+def test_a_large_upload_is_refused_while_it_arrives(
+    start: Callable[..., Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = start(GRAFT_MAX_FILE_BYTES="100000")
     api = process.service(monkeypatch)
     migrate(api.database)
     head = b"POST /files HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n"
@@ -191,7 +205,7 @@ def test_the_process_refuses_to_be_reached_by_strangers(host: str) -> None:
 
 
 def test_the_same_service_runs_on_postgres_redis_and_s3(
-    tmp_path: Path,
+    start: Callable[..., Process],
     postgres_url: str,
     redis_server: RedisServer,
     swift: SwiftServer,
@@ -205,7 +219,7 @@ def test_the_same_service_runs_on_postgres_redis_and_s3(
         "GRAFT_S3_ACCESS_KEY_ID": SWIFT_USER,
         "GRAFT_S3_SECRET_ACCESS_KEY": SWIFT_KEY,
     }
-    process = Process(tmp_path, **environment).start()
+    process = start(**environment)
     api = process.service(monkeypatch)
     _before_the_migration(api)
     migrate(api.database)
@@ -237,9 +251,9 @@ def _one_job_whole(api: ApiService, broker_url: str) -> None:
 
 
 def test_postgres_is_spared_what_it_cannot_hold(
-    tmp_path: Path, postgres: PostgresServer, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+    start: Callable[..., Process], postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = Process(tmp_path, GRAFT_DATABASE_URL=postgres_url).start()
+    process = start(GRAFT_DATABASE_URL=postgres_url)
     api = process.service(monkeypatch)
     migrate(api.database)
     assert api.http.get("/jobs/ftjob-%00").status_code == 404
