@@ -77,8 +77,7 @@ class HubConfigs:
         return shape
 
     def _fetch(self, base_model: str, revision: str) -> Path:
-        import httpx2  # huggingface_hub's own HTTP client; the two take half a second that most services never need
-        from huggingface_hub import errors
+        from huggingface_hub import errors  # half a second that most services never need
 
         try:
             return self._download(base_model, revision)
@@ -89,7 +88,7 @@ class HubConfigs:
             raise UnknownBaseModel(base_model=base_model, hint=hint, param="base_model") from error
         except errors.RemoteEntryNotFoundError as error:
             raise UnsupportedBaseModel(base_model=base_model, reason="it has no config.json") from error
-        except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx2.HTTPError, OSError) as error:
+        except (errors.LocalEntryNotFoundError, OSError, _transport_error()) as error:
             return self._cached(base_model, revision, error)
 
     def _download(self, base_model: str, revision: str) -> Path:
@@ -196,6 +195,13 @@ def _shape_of(path: Path, base_model: str, revision: str) -> ModelShape:
     if not isinstance(config, dict):
         raise UnsupportedBaseModel(base_model=base_model, reason="its config.json is not an object")
     return ModelShape.from_config(config, base_model=base_model, revision=revision)
+
+
+def _transport_error() -> type[Exception]:
+    """What the hub client's own HTTP library raises: httpx up to huggingface_hub 1, httpx2 since 2."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError" and kind is not HfHubHTTPError)
 
 
 def _first_line(error: Exception) -> str:
