@@ -159,9 +159,18 @@ def _end(**_: Any) -> None:
 
 
 def _start(target: Callable[..., None], *arguments: Any) -> None:
-    thread = threading.Thread(target=target, args=arguments, name=target.__name__, daemon=True)
+    thread = threading.Thread(target=_or_die, args=[target, *arguments], name=target.__name__, daemon=True)
     thread.start()
     _threads.append(thread)
+
+
+def _or_die(target: Callable[..., None], *arguments: Any) -> None:
+    """A worker whose thread has died would be deaf and look alive: better that it dies and is started anew."""
+    try:
+        target(*arguments)
+    except BaseException:
+        logger.exception("worker_thread_died", extra={"facts": {"thread": target.__name__}})
+        os._exit(1)
 
 
 def _look(slot: Slot) -> None:
