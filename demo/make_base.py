@@ -7,9 +7,12 @@ result is a folder as the hub would give it, for `models/` of the state director
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin starve a busy machine
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

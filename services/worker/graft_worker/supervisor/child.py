@@ -108,6 +108,8 @@ def child_environment(workdir: Path, *, device: Device, cache_dir: Path) -> dict
         "TOKENIZERS_PARALLELISM": "true",
         "TORCHINDUCTOR_CACHE_DIR": str(cache_dir / "inductor"),
         "TRITON_CACHE_DIR": str(cache_dir / "triton"),
+        # Threads that spin while they wait starve each other where children share cores: 40 times slower, measured.
+        "OMP_WAIT_POLICY": "PASSIVE",
         "PYTHONUNBUFFERED": "1",
         "GRAFT_PARENT_PID": str(os.getpid()),
     }
