@@ -58,7 +58,11 @@ def run_trainer(workdir: Path, request: TrainRequest, **environment: str) -> End
     command = [sys.executable, "-m", "graft_worker.training", str(workdir)]
     with (workdir / "log").open("wb") as log:
         done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=log, env={**os.environ, **environment}, check=False
+            command,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            check=False,
         )
     lines = done.stdout.decode().splitlines()
     return Ended(done.returncode, [parse_event(line) for line in lines], workdir)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from graft_shared.clock import boottime
+from graft_shared.errors import InvalidParameter, UnsupportedBaseModel
 from graft_shared.jobs import FailureReason
 from graft_shared.memory import Recompute, TrainingPlan
 from graft_shared.specs import ComputeDtype, Lora, Optim, Quantization, Scheduler, Training
@@ -27,6 +32,7 @@ from graft_worker.protocol import (
     REQUEST_NAME,
     CheckpointEvent,
     EvaluationEvent,
+    EventWriter,
     ExitCode,
     FailureEvent,
     ProgressEvent,
@@ -39,9 +45,15 @@ from graft_worker.training.adapters import apply_recompute, attach_adapter, trai
 from graft_worker.training.attention import block_mask
 from graft_worker.training.base import choose_precision, load_base
 from graft_worker.training.batches import Split, microbatches, pack, update_rows
+from graft_worker.training.checkpoint import CheckpointMismatch
+from graft_worker.training.ending import ending_of
+from graft_worker.training.exactness import require_exactness
 from graft_worker.training.forward import Forward
+from graft_worker.training.guard import Guard, ToldToStop
 from graft_worker.training.loss import summed_cross_entropy
 from graft_worker.training.optimizer import FlatOptimizer
+from graft_worker.training.proof import NotProven
+from graft_worker.training.recipe import NotFinite, NothingToLearn, train
 from graft_worker.training.schedule import learning_rate_at, total_steps
 from tests.factories import make_prepared_split, make_tiny_base
 from tests.training_runs import a_request, metrics_lines, run_trainer
@@ -49,6 +61,15 @@ from tests.training_runs import a_request, metrics_lines, run_trainer
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROWS = [[5 + (row * 7 + position) % 40 for position in range(6 + row % 9)] for row in range(40)]
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny products are fastest on one thread, and many threads on a busy machine very slow."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +80,32 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def train_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_prepared_split(tmp_path_factory.mktemp("data") / "train.safetensors", ROWS, prompt_tokens=2)
+
+
+class Recorder(EventWriter):
+    """Keeps what would be printed."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+
+    def emit(self, event: Any) -> None:
+        self.events.append(event)
+
+
+class Stopper(Guard):
+    """Told to stop when asked for the `at`-th time, or never."""
+
+    def __init__(self, at: int = -1) -> None:
+        self.asked = 0
+        self._at = at
+
+    def check_lease(self) -> None:
+        pass
+
+    def check(self) -> None:
+        self.asked += 1
+        if self.asked == self._at:
+            raise ToldToStop
 
 
 def loaded(base: Path, *, targets: list[str] = ALL, load_in_4bit: bool = True) -> tuple[Any, Forward]:
@@ -142,6 +189,59 @@ def test_our_forward_agrees_with_transformers_own(tmp_path: Path, model_type: st
         learnt += len(row) - 1
     ours = forward.mean_loss(microbatches(split, np.arange(6), budget=64, packing=True, device=CPU))
     assert ours == pytest.approx(expected / learnt, rel=1e-4)
+
+
+@pytest.mark.parametrize(("model_type", "refused"), [("mixtral", False), ("gpt_oss", True), ("stablelm", True)])
+def test_an_architecture_that_our_forward_pass_does_not_know_is_refused(
+    tmp_path: Path, model_type: str, refused: bool
+) -> None:
+    base = make_tiny_base(tmp_path / "base", model_type=model_type)
+    model, forward = loaded(base, targets=["q_proj"])
+    with pytest.raises(UnsupportedBaseModel) if refused else contextlib.nullcontext():
+        require_exactness(model, forward, choose_precision(ComputeDtype.AUTO), base_model="a/b")
+
+
+def test_only_linear_layers_of_the_blocks_can_be_targets(base: Path) -> None:
+    for target in ("lm_head", "mlp", "embed_tokens", "no_such_module"):
+        with pytest.raises(InvalidParameter):
+            loaded(base, targets=[target])
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "code"),
+    [
+        (NotFinite("the loss is nan"), FailureReason.LOSS_NOT_FINITE, ExitCode.USER_ERROR),
+        (NothingToLearn(), FailureReason.NO_TRAINABLE_TOKENS, ExitCode.USER_ERROR),
+        (InvalidParameter(param="lora.r", reason="no"), FailureReason.INVALID_PARAMETER, ExitCode.USER_ERROR),
+        (NotProven("as before"), FailureReason.ADAPTER_NOT_PROVEN, ExitCode.CRASHED),
+        (CheckpointMismatch("another"), FailureReason.ARTIFACT_CORRUPT, ExitCode.CRASHED),
+        (
+            torch.cuda.OutOfMemoryError("CUDA out of memory."),
+            FailureReason.CUDA_OUT_OF_MEMORY,
+            ExitCode.CUDA_OUT_OF_MEMORY,
+        ),
+        (
+            RuntimeError("CUDA error: out of memory"),
+            FailureReason.CUDA_OUT_OF_MEMORY,
+            ExitCode.CUDA_OUT_OF_MEMORY,
+        ),
+        (MemoryError(), FailureReason.HOST_OUT_OF_MEMORY, ExitCode.CRASHED),
+        (OSError(errno.ENOSPC, "No space left on device"), FailureReason.DISK_FULL, ExitCode.CRASHED),
+        (SafetensorError("I/O error: No space left (os error 28)"), FailureReason.DISK_FULL, ExitCode.CRASHED),
+        (KeyError("surprise"), FailureReason.CRASH, ExitCode.CRASHED),
+    ],
+    ids=repr,
+)
+def test_every_end_has_its_reason_and_its_exit_code(error: Exception, reason: FailureReason, code: ExitCode) -> None:
+    ended, failure = ending_of(error, {"recompute": "none"})
+    assert (failure.reason, ended) == (reason, code)
+    assert failure.message
+
+
+def test_memory_that_the_host_does_not_have_is_told_as_such() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert ending_of(raised.value, {})[1].reason is FailureReason.HOST_OUT_OF_MEMORY
 
 
 def test_the_loss_without_logits_is_the_plain_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +338,45 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(base: Path, train_file
     assert (resumed.workdir / name).read_bytes() == (whole.workdir / name).read_bytes()
 
 
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0])
+def test_wherever_a_run_is_told_to_stop_it_goes_on_to_the_same_bytes(
+    base: Path, train_file: Path, tmp_path: Path, share: float
+) -> None:
+    held_out = make_prepared_split(tmp_path / "held_out.safetensors", ROWS[:9])
+    spec = {"training": {"max_steps": 4, "save_steps": 100, "eval_steps": 2}, "validation": {"split": 0.1}}
+    request = a_request(base, train_file, spec=spec, validation_file=str(held_out))
+    whole = Stopper()
+    train(tmp_path / "whole", request, Recorder(), whole)
+    stopped = Recorder()
+    with pytest.raises(ToldToStop):
+        train(tmp_path / "stopped", request, stopped, Stopper(round(share * whole.asked)))
+    saved = [event.path for event in stopped.events if isinstance(event, CheckpointEvent)]
+    finished = sum(isinstance(event, ProgressEvent) for event in stopped.events)
+    assert [Path(path).name for path in saved] == ([f"step-{finished}"] if finished else [])
+    again = request.model_copy(update={"checkpoint_path": saved[0] if saved else None})
+    train(tmp_path / "resumed", again, Recorder(), Stopper())
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "resumed/adapter" / name).read_bytes() == (tmp_path / "whole/adapter" / name).read_bytes()
+    facts = [{(line["step"], line.get("loss"), line.get("eval_loss")) for line in metrics_lines(tmp_path / name)}
+             for name in ("whole", "resumed")]  # fmt: skip
+    assert facts[0] == facts[1]
+
+
+def test_a_run_whose_held_out_loss_does_not_fall_stops_early(base: Path, train_file: Path, tmp_path: Path) -> None:
+    held_out = make_prepared_split(tmp_path / "held_out.safetensors", [[300 - token for token in row] for row in ROWS])
+    spec = {
+        "training": {"max_steps": 50, "eval_steps": 2, "early_stopping_patience": 2, "learning_rate": 0.1},
+        "validation": {"split": 0.1},
+    }
+    events = Recorder()
+    train(tmp_path, a_request(base, train_file, spec=spec, validation_file=str(held_out)), events, Stopper())
+    assert "stopped_early" in [event.code for event in events.events if isinstance(event, WarningEvent)]
+    evaluations = [event.eval_loss for event in events.events if isinstance(event, EvaluationEvent)]
+    best = evaluations.index(min(evaluations))
+    assert len(evaluations) == best + 3
+    assert isinstance(events.events[-1], TrainedEvent)
+
+
 def test_a_finished_adapter_is_complete_and_says_nothing_of_this_machine(
     base: Path, train_file: Path, tmp_path: Path
 ) -> None:
@@ -258,16 +397,29 @@ def test_a_finished_adapter_is_complete_and_says_nothing_of_this_machine(
     assert [warning.code for warning in ended.of(WarningEvent)] == ["optimizer_not_paged"]
 
 
-def test_fp4_without_double_quantisation_and_every_target_trains(base: Path, train_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False},
+        {"bnb_4bit_compute_dtype": "bfloat16"},
+        {"bnb_4bit_compute_dtype": "float16"},
+        {"load_in_4bit": False},
+    ],
+    ids=repr,
+)
+def test_every_way_to_hold_the_base_trains(
+    base: Path, train_file: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
     spec = {
-        "quantization": {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False},
-        "training": {"packing": False, "optim": "paged_adamw_32bit", "max_steps": 3, "lr_scheduler_type": "linear"},
+        "quantization": changes,
+        "training": {"packing": False, "optim": "paged_adamw_32bit", "max_steps": 4, "lr_scheduler_type": "linear"},
         "lora": {"use_rslora": True},
     }
-    ended = run_trainer(tmp_path / "run", a_request(base, train_file, spec=spec, target_modules=ALL))
-    assert ended.code == ExitCode.DONE
-    losses = [event.loss for event in ended.of(ProgressEvent)]
+    events = Recorder()
+    train(tmp_path, a_request(base, train_file, spec=spec, target_modules=ALL), events, Stopper())
+    losses = [event.loss for event in events.events if isinstance(event, ProgressEvent)]
     assert losses[-1] < losses[0]
+    assert isinstance(events.events[-1], TrainedEvent)
 
 
 def test_a_loss_that_is_no_number_fails_the_run(base: Path, train_file: Path, tmp_path: Path) -> None:
@@ -278,10 +430,9 @@ def test_a_loss_that_is_no_number_fails_the_run(base: Path, train_file: Path, tm
     weights = load_file(broken / "model.safetensors")
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    ended = run_trainer(tmp_path / "run", a_request(broken, train_file))
-    assert ended.code == ExitCode.USER_ERROR
-    assert [failure.reason for failure in ended.of(FailureEvent)] == [FailureReason.LOSS_NOT_FINITE]
-    assert not (ended.workdir / "adapter").exists()
+    with pytest.raises(NotFinite):
+        train(tmp_path / "run", a_request(broken, train_file), Recorder(), Stopper())
+    assert not (tmp_path / "run" / "adapter").exists()
 
 
 def test_rows_that_teach_nothing_fail_the_run(base: Path, tmp_path: Path) -> None:
@@ -307,7 +458,8 @@ def test_sigterm_saves_the_last_finished_step_and_leaves(base: Path, train_file:
     request = a_request(base, train_file, spec={"training": {"max_steps": 100_000}})
     (workdir / REQUEST_NAME).write_text(request.model_dump_json())
     command = [sys.executable, "-m", "graft_worker.training", str(workdir)]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
     assert child.stdout is not None
     lines = (line for line in child.stdout)
     next(line for line in lines if '"step":5' in line)
@@ -319,20 +471,20 @@ def test_sigterm_saves_the_last_finished_step_and_leaves(base: Path, train_file:
     assert (Path(rest[-1]["path"]) / "state.safetensors").exists()
 
 
-def test_a_checkpoint_of_another_recipe_is_refused(base: Path, train_file: Path, tmp_path: Path) -> None:
-    first = run_trainer(
-        tmp_path / "one", a_request(base, train_file, spec={"training": {"max_steps": 4, "save_steps": 2}})
-    )
-    (checkpoint,) = first.of(CheckpointEvent)
-    other = a_request(
-        base,
-        train_file,
-        spec={"training": {"max_steps": 4, "save_steps": 2, "seed": 7}},
-        checkpoint_path=checkpoint.path,
-    )
-    ended = run_trainer(tmp_path / "two", other)
-    assert ended.code == ExitCode.CRASHED
-    assert "another recipe" in ended.of(FailureEvent)[0].message
+@pytest.mark.parametrize(
+    "change", [{"target_modules": ["q_proj"]}, {"base_revision": "another"}, {"spec": {"seed": 7}}]
+)
+def test_a_checkpoint_of_another_recipe_is_refused(
+    base: Path, train_file: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    training = {"max_steps": 4, "save_steps": 2}
+    events = Recorder()
+    train(tmp_path / "one", a_request(base, train_file, spec={"training": training}), events, Stopper())
+    (checkpoint,) = (event for event in events.events if isinstance(event, CheckpointEvent))
+    spec = {"training": {**training, **change.pop("spec", {})}}
+    other = a_request(base, train_file, spec=spec, checkpoint_path=checkpoint.path, **change)
+    with pytest.raises(CheckpointMismatch):
+        train(tmp_path / "two", other, Recorder(), Stopper())
 
 
 def test_the_base_is_frozen_and_keeps_its_types(base: Path) -> None:

@@ -29,15 +29,29 @@ def attach_adapter(model: Any, lora: Lora, target_modules: list[str], *, base_mo
         use_rslora=lora.use_rslora,
         task_type="CAUSAL_LM",
     )
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    missing = [target for target in target_modules if target.rpartition(".")[2] not in names]
-    if missing:
-        raise InvalidParameter(param="lora.target_modules", reason=f"the base has no module {', '.join(missing)}")
+    _require_linears(model, target_modules)
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     adapted.peft_config["default"].base_model_name_or_path = base_model
     if re.fullmatch(r"[0-9a-f]{40}", revision):  # a hub commit; a registered folder has none that the hub knows
         adapted.peft_config["default"].revision = revision
     return adapted
+
+
+def _require_linears(model: Any, target_modules: list[str]) -> None:
+    """PEFT takes a name for every module whose path ends with it; here each must be a linear layer before the head."""
+    head = model.get_output_embeddings()
+    found: dict[str, list[torch.nn.Module]] = {target: [] for target in target_modules}
+    for path, module in model.named_modules():
+        for target in target_modules:
+            if f".{path}".endswith(f".{target}"):
+                found[target].append(module)
+    missing = [target for target, modules in found.items() if not modules]
+    if missing:
+        raise InvalidParameter(param="lora.target_modules", reason=f"the base has no module {', '.join(missing)}")
+    for target, modules in found.items():
+        if not all(isinstance(module, torch.nn.Linear) and module is not head for module in modules):
+            reason = f"{target} is not a linear layer of the base's blocks"
+            raise InvalidParameter(param="lora.target_modules", reason=reason)
 
 
 def trainable(model: PeftModel) -> list[torch.nn.Parameter]:

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from graft_shared.specs import ComputeDtype, Quantization
 from graft_worker.training.attention import ATTENTION, register_attention
 
-# Architectures that transformers has not moved to its attention interface: they get a dense block mask instead.
-DENSE_MASK_MODEL_TYPES = frozenset({"falcon"})
 BF16_CAPABILITY = (8, 0)  # older cards have no bfloat16 products
 
 
@@ -26,6 +24,10 @@ class Precision:
     base: torch.dtype  # what is not quantised: embeddings, norms, head
     adapter: torch.dtype
     autocast: bool  # fp16 needs fp32 adapters under autocast, and a loss scale
+
+    def autocasting(self) -> torch.autocast:
+        """The context that products are computed in."""
+        return torch.autocast(self.device.type, self.compute, enabled=self.autocast)
 
     @property
     def scales_loss(self) -> bool:
@@ -50,8 +52,6 @@ def choose_precision(wanted: ComputeDtype) -> Precision:
 def load_base(path: Path, quantization: Quantization, precision: Precision) -> Any:
     """Load the base from a local folder of safetensors; every parameter is frozen."""
     register_attention()
-    model_type = AutoConfig.from_pretrained(path, local_files_only=True).model_type
-    attention = "sdpa" if model_type in DENSE_MASK_MODEL_TYPES else ATTENTION
     config = None
     if quantization.load_in_4bit:
         config = BitsAndBytesConfig(
@@ -65,10 +65,11 @@ def load_base(path: Path, quantization: Quantization, precision: Precision) -> A
         dtype=precision.base,
         quantization_config=config,
         device_map={"": 0} if precision.device.type == "cuda" else {"": "cpu"},
-        attn_implementation=attention,
         use_safetensors=True,
         local_files_only=True,
     )
+    # Architectures that transformers has not moved to its attention interface (Falcon) keep their own.
+    model.set_attn_implementation(ATTENTION)
     model.requires_grad_(False)
     model.config.use_cache = False
     for module in model.modules():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -28,17 +29,18 @@ class Split:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each row, int64 [rows]."""
         return np.diff(self.offsets)
 
-    @property
-    def learnt_tokens(self) -> int:
-        """Tokens that can be learnt: a row's first token has nothing before it to be predicted from."""
-        first = np.zeros(len(self.loss_mask), dtype=bool)
-        first[self.offsets[:-1][self.lengths > 0]] = True
-        return int((self.loss_mask.astype(bool) & ~first).sum())
+    @cached_property
+    def learnt_rows(self) -> np.ndarray:
+        """The row of each token that can be learnt, int64: a row's first token has nothing to be predicted from."""
+        learnt = self.loss_mask.astype(bool)
+        learnt[self.offsets[:-1][self.lengths > 0]] = False
+        rows: np.ndarray = np.searchsorted(self.offsets, np.nonzero(learnt)[0], side="right") - 1
+        return rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,7 @@ class Microbatch:
     real_tokens: int
 
 
+@lru_cache(maxsize=2)
 def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
     """The order in which an epoch visits the rows: the same for the same seed, on every machine."""
     return np.random.default_rng([seed, epoch]).permutation(rows)
@@ -96,7 +99,8 @@ def microbatches(
     split: Split, rows: np.ndarray, *, budget: int, packing: bool, device: torch.device
 ) -> Iterator[Microbatch]:
     """Yield the microbatches of one update; without packing, as many rows as would fit if each were padded."""
-    lengths = [int(split.lengths[row]) for row in rows]
+    rows = rows[split.lengths[rows] > 0]
+    lengths = split.lengths[rows].tolist()
     groups = pack(lengths, budget) if packing else _in_order(lengths, budget)
     for group in groups:
         yield _assemble(split, [int(rows[index]) for index in group], device)

@@ -53,15 +53,19 @@ def save_checkpoint(
     workdir: Path, request: TrainRequest, progress: Progress, optimizer: FlatOptimizer, guard: Guard
 ) -> Path:
     """Write `checkpoints/step-<n>`: temporary folder, fsync, rename. Returns its path."""
+    guard.check_lease()
     final = workdir / "checkpoints" / f"step-{progress.step}"
     partial = workdir / "checkpoints" / f".step-{progress.step}"
     partial.mkdir(parents=True, exist_ok=True)
     tensors, numbers = optimizer.state()
-    save_file({**{f"optimizer.{name}": tensor for name, tensor in tensors.items()}, **_rng_state()}, partial / _TENSORS)
+    save_file(
+        {**{f"optimizer.{name}": tensor for name, tensor in tensors.items()}, **random_state()}, partial / _TENSORS
+    )
     facts = {"fingerprint": fingerprint(request), "optimizer": numbers, "progress": asdict(progress)}
     (partial / _NUMBERS).write_text(json.dumps(facts))
     for name in (_TENSORS, _NUMBERS):
         _sync(partial / name)
+    _sync(partial)
     guard.check_lease()
     partial.rename(final)
     _sync(final.parent)
@@ -81,16 +85,18 @@ def resume_from(folder: Path, request: TrainRequest, optimizer: FlatOptimizer) -
     prefix = "optimizer."
     optimizer.load({name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)},
                    facts["optimizer"])  # fmt: skip
-    _restore_rng(tensors)
+    restore_random_state(tensors)
     return Progress(**facts["progress"])
 
 
-def _rng_state() -> dict[str, torch.Tensor]:
+def random_state() -> dict[str, torch.Tensor]:
+    """The states of torch's random generators, by name; uint8 tensors."""
     state = {"rng.cpu": torch.get_rng_state()}
     return {**state, "rng.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else state
 
 
-def _restore_rng(tensors: dict[str, torch.Tensor]) -> None:
+def restore_random_state(tensors: dict[str, torch.Tensor]) -> None:
+    """Put the generators back to where `random_state` found them."""
     torch.set_rng_state(tensors["rng.cpu"])
     if torch.cuda.is_available() and "rng.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng.cuda"])

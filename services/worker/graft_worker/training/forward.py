@@ -27,14 +27,22 @@ class Forward:
 
     def loss(self, batch: Microbatch) -> torch.Tensor:
         """The sum of the losses of the batch's learnt tokens, in nats; fp32 scalar, differentiable."""
-        with torch.autocast(self._precision.device.type, self._precision.compute, enabled=self._precision.autocast):
-            hidden = self._backbone(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                **self._boundaries(batch),
-            ).last_hidden_state
-            return summed_cross_entropy(hidden[0, batch.predictors], batch.targets, self._head, self._vocab_size)
+        with self._precision.autocasting():
+            states = self._hidden(batch)[batch.predictors]
+            return summed_cross_entropy(states, batch.targets, self._head, self._vocab_size)
+
+    @torch.no_grad()
+    def logits(self, batch: Microbatch) -> torch.Tensor:
+        """What the model says at every token, [tokens, vocabulary]; for small batches, since `loss` never holds it."""
+        with self._precision.autocasting():
+            return self._head(self._hidden(batch))
+
+    def _hidden(self, batch: Microbatch) -> torch.Tensor:
+        """The last hidden states, [tokens, hidden size]."""
+        states: torch.Tensor = self._backbone(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **self._boundaries(batch)
+        ).last_hidden_state
+        return states[0]
 
     def _boundaries(self, batch: Microbatch) -> dict[str, Any]:
         """What keeps the sequences of a packed row apart: their borders, or a mask where only that is understood."""

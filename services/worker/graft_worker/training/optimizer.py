@@ -49,8 +49,8 @@ class FlatOptimizer:
 
     def gradient_norm(self, scale: float = 1.0) -> torch.Tensor:
         """The 2-norm of the whole gradient times `scale`; fp32 scalar on the device."""
-        norm: torch.Tensor = self._gradients.float().norm() * scale
-        return norm
+        norm: torch.Tensor = torch.linalg.vector_norm(self._gradients, dtype=torch.float32)
+        return norm * scale
 
     def step(self, learning_rate: float, gradient_scale: float | torch.Tensor) -> None:
         """Update all weights with the gradient times `gradient_scale`, and clear the gradient."""

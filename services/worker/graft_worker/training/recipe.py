@@ -7,7 +7,8 @@ import random
 import resource
 import time
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,29 @@ from graft_worker.protocol import (
 )
 from graft_worker.training.adapters import apply_recompute, attach_adapter, trainable
 from graft_worker.training.base import Precision, choose_precision, load_base
-from graft_worker.training.batches import Split, microbatches, update_rows, updates_per_epoch
-from graft_worker.training.checkpoint import Progress, resume_from, save_checkpoint
+from graft_worker.training.batches import Microbatch, Split, microbatches, update_rows, updates_per_epoch
+from graft_worker.training.checkpoint import (
+    Progress,
+    random_state,
+    restore_random_state,
+    resume_from,
+    save_checkpoint,
+)
+from graft_worker.training.exactness import require_exactness
 from graft_worker.training.forward import Forward
 from graft_worker.training.guard import Guard, ToldToStop
 from graft_worker.training.optimizer import FlatOptimizer
 from graft_worker.training.proof import prove
 from graft_worker.training.publish import write_adapter, write_card, write_metrics
-from graft_worker.training.schedule import eval_interval, learning_rate_at, save_interval, total_steps
+from graft_worker.training.schedule import evaluation_is_due, learning_rate_at, save_is_due, total_steps
 from graft_worker.training.versions import versions
 
 PROOF_ROWS = 16  # rows whose loss must survive saving and reloading
 SPEED_WINDOW = 20  # optimizer steps that tokens_per_second looks back on
-FIRST_LOSS_SCALE = 2.0**16
+# The loss scale of fp16 applies to the sum over an update's tokens, so it is some thousand times smaller than the usual
+# 2^16 on their mean; above 2^15 the scale itself would not be an fp16 number.
+FIRST_LOSS_SCALE = 2.0**5
+SMALLEST_LOSS_SCALE, LARGEST_LOSS_SCALE = 2.0**-10, 2.0**15
 LOSS_SCALE_GROWTH_STEPS = 2000
 
 
@@ -71,6 +82,9 @@ class Run:
     optimizer: FlatOptimizer
     progress: Progress
     total_steps: int
+    saved_step: int
+    saved_at: float = field(default_factory=time.monotonic)
+    save_seconds: float = 0.0
 
 
 def train(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guard) -> None:
@@ -78,18 +92,17 @@ def train(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guar
 
     Raises:
         LeaseOver, ToldToStop: The run has to end here; a checkpoint was saved if the lease allowed it.
-        NotFinite, NothingToLearn, NotProven, CheckpointMismatch, InvalidParameter: It cannot succeed.
+        NotFinite, NothingToLearn, NotProven, CheckpointMismatch: It cannot succeed.
+        InvalidParameter, UnsupportedBaseModel: It cannot begin.
     """
     run = load(workdir, request, events, guard)
     events.emit(PhaseEvent(phase=Phase.TRAINING))
-    if run.progress.step == 0:
-        evaluate(run)
     try:
         train_steps(run)
+        finish(run)
     except ToldToStop:
         save(run)
         raise
-    finish(run)
 
 
 def load(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guard) -> Run:
@@ -102,8 +115,9 @@ def load(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guard
         message = f"Without a GPU there is nothing to page: '{spec.training.optim}' runs unpaged."
         events.emit(WarningEvent(code="optimizer_not_paged", message=message))
     split = Split.load(Path(request.train_file))
-    if split.learnt_tokens == 0:
+    if len(split.learnt_rows) == 0:
         raise NothingToLearn
+    validation = Split.load(Path(request.validation_file)) if request.validation_file else None
     model = attach_adapter(
         load_base(Path(request.base_path), spec.quantization, precision),
         spec.lora,
@@ -111,16 +125,18 @@ def load(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guard
         base_model=request.base_model,
         revision=request.base_revision,
     )
+    guard.check()
+    forward = Forward(model, precision)
+    if forward.packs_densely:
+        message = "This architecture keeps packed sequences apart by a dense mask: exact, but slower."
+        events.emit(WarningEvent(code="dense_attention_mask", message=message))
+    require_exactness(model, forward, precision, base_model=request.base_model)
     apply_recompute(model, plan)
     model.train()
     optimizer = FlatOptimizer(trainable(model), spec.training, precision.adapter)
     progress = Progress(loss_scale=FIRST_LOSS_SCALE if precision.scales_loss else 1.0)
     if request.checkpoint_path is not None:
         progress = resume_from(Path(request.checkpoint_path), request, optimizer)
-    forward = Forward(model, precision)
-    if forward.packs_densely:
-        message = "This architecture keeps packed sequences apart by a dense mask: exact, but slower."
-        events.emit(WarningEvent(code="dense_attention_mask", message=message))
     return Run(
         workdir=workdir,
         request=request,
@@ -130,36 +146,42 @@ def load(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guard
         guard=guard,
         precision=precision,
         train=split,
-        validation=Split.load(Path(request.validation_file)) if request.validation_file else None,
+        validation=validation if validation is not None and len(validation.learnt_rows) else None,
         model=model,
         forward=forward,
         optimizer=optimizer,
         progress=progress,
         total_steps=total_steps(spec.training, len(split)),
+        saved_step=progress.step,
     )
 
 
 def train_steps(run: Run) -> None:
     """Make every optimizer step that is left, with its evaluations and checkpoints."""
-    training = run.spec.training
-    save_every, eval_every = save_interval(training, run.total_steps), eval_interval(training, run.total_steps)
-    window: deque[tuple[float, int]] = deque([(time.monotonic(), run.progress.tokens_seen)], maxlen=SPEED_WINDOW + 1)
-    while run.progress.step < run.total_steps:
-        loss, norm, learning_rate = update(run)
-        step = run.progress.step
-        window.append((time.monotonic(), run.progress.tokens_seen))
-        if step % training.logging_steps == 0 or step == run.total_steps:
-            report(run, loss, norm, learning_rate, window)
-        if step % eval_every == 0 or step == run.total_steps:
+    training, progress = run.spec.training, run.progress
+    window: deque[tuple[float, int]] = deque(maxlen=SPEED_WINDOW)
+    while True:
+        # First in the loop, so that a run that was stopped in the middle of an evaluation makes it up.
+        if evaluation_is_due(training, progress.step, run.total_steps):
             evaluate(run)
-        if step % save_every == 0 and step < run.total_steps:
-            save(run)
+        if progress.step >= run.total_steps:
+            return
         if _patience_is_over(run):
             message = (
                 f"The held-out loss has not fallen for {training.early_stopping_patience} evaluations: stopped early."
             )
             run.events.emit(WarningEvent(code="stopped_early", message=message))
             return
+        began, tokens_before = time.monotonic(), progress.tokens_seen
+        loss, norm, learning_rate = update(run)
+        window.append((time.monotonic() - began, progress.tokens_seen - tokens_before))
+        if progress.step % training.logging_steps == 0 or progress.step == run.total_steps:
+            report(run, loss, norm, learning_rate, window)
+        unsaved = time.monotonic() - run.saved_at
+        if save_is_due(
+            training, progress.step, run.total_steps, seconds_unsaved=unsaved, last_save_seconds=run.save_seconds
+        ):
+            save(run)
 
 
 def update(run: Run) -> tuple[float, float, float]:
@@ -172,9 +194,9 @@ def update(run: Run) -> tuple[float, float, float]:
     learning_rate = learning_rate_at(progress.step, training, run.total_steps)
     total = torch.zeros((), dtype=torch.float32, device=run.precision.device)
     learnt = tokens = 0
+    before = random_state()
     try:
         for batch in _batches(run, run.train, rows):
-            run.guard.check()
             loss = run.forward.loss(batch)
             if len(batch.targets):
                 (loss * progress.loss_scale).backward()  # type: ignore[no-untyped-call]
@@ -183,7 +205,8 @@ def update(run: Run) -> tuple[float, float, float]:
             tokens += batch.real_tokens
         run.guard.check()
     except ToldToStop:
-        run.optimizer.clear()  # half an update is none
+        run.optimizer.clear()  # half an update is none, and its dropout never was
+        restore_random_state(before)
         raise
     mean, norm = _apply(run, float(total), learnt, learning_rate)
     progress.step += 1
@@ -205,7 +228,7 @@ def _apply(run: Run, total: float, learnt: int, learning_rate: float) -> tuple[f
     if not math.isfinite(mean):
         raise NotFinite(f"the loss is {mean} at step {progress.step + 1}")
     if not math.isfinite(norm):
-        if not run.precision.scales_loss or progress.loss_scale <= 1.0:
+        if not run.precision.scales_loss or progress.loss_scale <= SMALLEST_LOSS_SCALE:
             raise NotFinite(f"the gradient's norm is {norm} at step {progress.step + 1}")
         progress.loss_scale /= 2
         progress.scale_good_steps = 0
@@ -216,19 +239,19 @@ def _apply(run: Run, total: float, learnt: int, learning_rate: float) -> tuple[f
     if run.precision.scales_loss:
         progress.scale_good_steps += 1
         if progress.scale_good_steps % LOSS_SCALE_GROWTH_STEPS == 0:
-            progress.loss_scale *= 2
+            progress.loss_scale = min(2 * progress.loss_scale, LARGEST_LOSS_SCALE)
     return mean, norm
 
 
 def report(run: Run, loss: float, norm: float, learning_rate: float, window: deque[tuple[float, int]]) -> None:
     """Tell how far the run is."""
-    (then, tokens_then), (now, tokens_now) = window[0], window[-1]
+    seconds, tokens = sum(seconds for seconds, _ in window), sum(tokens for _, tokens in window)
     event = ProgressEvent(
         step=run.progress.step,
         total_steps=run.total_steps,
         epoch=run.progress.step / updates_per_epoch(len(run.train), run.spec.training.sequences_per_update),
         tokens_seen=run.progress.tokens_seen,
-        tokens_per_second=(tokens_now - tokens_then) / max(now - then, 1e-9),
+        tokens_per_second=tokens / seconds,
         loss=loss,
         grad_norm=norm,
         learning_rate=learning_rate,
@@ -242,7 +265,6 @@ def evaluate(run: Run) -> None:
     if run.validation is None or any(line["step"] == run.progress.step for line in run.progress.evaluations):
         return
     run.events.emit(PhaseEvent(phase=Phase.EVALUATING))
-    run.guard.check_lease()
     loss = run.forward.mean_loss(_batches(run, run.validation, np.arange(len(run.validation))))
     if not math.isfinite(loss):
         raise NotFinite(f"the held-out loss is {loss} after step {run.progress.step}")
@@ -254,22 +276,24 @@ def evaluate(run: Run) -> None:
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint of the last finished step, and say where it lies."""
-    if run.progress.step == 0 or (run.workdir / "checkpoints" / f"step-{run.progress.step}").exists():
+    """Write a checkpoint of the last finished step, unless there is one, and say where it lies."""
+    if run.progress.step == run.saved_step:
         return
+    began = time.monotonic()
     path = save_checkpoint(run.workdir, run.request, run.progress, run.optimizer, run.guard)
+    run.saved_step, run.saved_at = run.progress.step, time.monotonic()
+    run.save_seconds = run.saved_at - began
     run.events.emit(CheckpointEvent(step=run.progress.step, path=str(path)))
 
 
 def finish(run: Run) -> None:
     """Save the adapter, prove it, and say what it is."""
     run.events.emit(PhaseEvent(phase=Phase.PROVING))
-    evaluate(run)
     folder, progress = run.workdir / "adapter", run.progress
+    run.guard.check()
     write_adapter(run.model, run.request, folder)
     sample = run.validation or run.train
-    batches = list(_batches(run, sample, np.arange(min(PROOF_ROWS, len(sample)))))
-    run.guard.check()
+    batches = list(_batches(run, sample, np.unique(sample.learnt_rows)[:PROOF_ROWS]))
     proof = prove(run.model, run.forward, batches, folder, progress)
     metrics: dict[str, Any] = {
         "train_loss": progress.last_loss,
@@ -281,7 +305,8 @@ def finish(run: Run) -> None:
         metrics["eval_loss"] = progress.evaluations[-1]["eval_loss"]
     used = versions()
     write_metrics(folder, progress.lines)
-    write_card(run.request, folder, metrics, used)
+    rows = {"training rows": len(run.train), "held-out rows": len(run.validation or ())}
+    write_card(run.request, folder, {**rows, **metrics}, used)
     run.events.emit(TrainedEvent(proof=proof, metrics=metrics, memory=peak_memory(), versions=used))
 
 
@@ -294,10 +319,14 @@ def peak_memory() -> dict[str, Any]:
     return {"measured_peak_bytes": peak, "measured_on": "host"}
 
 
-def _batches(run: Run, split: Split, rows: np.ndarray) -> Any:
-    return microbatches(
-        split, rows, budget=run.plan.microbatch_tokens, packing=run.plan.packing, device=run.precision.device
-    )
+def _batches(run: Run, split: Split, rows: np.ndarray) -> Iterator[Microbatch]:
+    """The microbatches of these rows, the guard asked before each."""
+    plan = run.plan
+    for batch in microbatches(
+        split, rows, budget=plan.microbatch_tokens, packing=plan.packing, device=run.precision.device
+    ):
+        run.guard.check()
+        yield batch
 
 
 def _patience_is_over(run: Run) -> bool:

@@ -7,9 +7,12 @@ import math
 from graft_shared.specs import Scheduler, Training
 from graft_worker.training.batches import updates_per_epoch
 
-CHECKPOINTS_PER_RUN = 8  # what `save_steps: auto` aims at in short runs
-LONGEST_CHECKPOINT_INTERVAL = 200  # optimizer steps
-EVALUATIONS_PER_RUN = 4
+# `save_steps: auto` saves every eighth of the run, and whenever a minute of work would be lost. Checkpoints may not
+# take more than a fiftieth of the time.
+CHECKPOINTS_PER_RUN = 8
+SECONDS_BETWEEN_CHECKPOINTS = 60.0
+WORK_PER_SAVE = 50
+EVALUATIONS_PER_RUN = 4  # what `eval_steps: auto` aims at, beside the one before training
 
 
 def total_steps(training: Training, rows: int) -> int:
@@ -39,13 +42,22 @@ def learning_rate_at(step: int, training: Training, total: int) -> float:
             return training.learning_rate
 
 
-def save_interval(training: Training, total: int) -> int:
-    """Steps between checkpoints."""
+def save_is_due(training: Training, step: int, total: int, *, seconds_unsaved: float, last_save_seconds: float) -> bool:
+    """Tell whether to save after step `step`; the finished run is not saved, its adapter is.
+
+    Args:
+        seconds_unsaved: Since the last checkpoint, or since training began.
+        last_save_seconds: What writing the last checkpoint took, 0 before the first.
+    """
+    if step >= total:
+        return False
     if training.save_steps != "auto":
-        return training.save_steps
-    return max(1, min(LONGEST_CHECKPOINT_INTERVAL, -(-total // CHECKPOINTS_PER_RUN)))
+        return step % training.save_steps == 0
+    longest = max(SECONDS_BETWEEN_CHECKPOINTS, WORK_PER_SAVE * last_save_seconds)
+    return step % -(-total // CHECKPOINTS_PER_RUN) == 0 or seconds_unsaved >= longest
 
 
-def eval_interval(training: Training, total: int) -> int:
-    """Steps between evaluations; one more is made at the start and at the end."""
-    return training.eval_steps if training.eval_steps != "auto" else max(1, -(-total // EVALUATIONS_PER_RUN))
+def evaluation_is_due(training: Training, step: int, total: int) -> bool:
+    """Tell whether to evaluate after step `step`: before training, at intervals, and at the end."""
+    interval = training.eval_steps if training.eval_steps != "auto" else -(-total // EVALUATIONS_PER_RUN)
+    return step >= total or step % interval == 0

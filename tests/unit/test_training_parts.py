@@ -1,0 +1,104 @@
+"""What the trainer decides before it computes: which rows, how they are packed, when to save and to evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from graft_shared.clock import boottime
+from graft_shared.specs import Training
+from graft_worker.protocol import write_deadline
+from graft_worker.training.batches import Split, microbatches, update_rows
+from graft_worker.training.guard import Guard, LeaseOver
+from graft_worker.training.schedule import evaluation_is_due, save_is_due, total_steps, warmup_steps
+
+CPU = torch.device("cpu")
+
+
+def a_split(*rows: list[int], mask: list[int] | None = None) -> Split:
+    tokens = [token for row in rows for token in row]
+    learnt = np.array(mask if mask is not None else [1] * len(tokens), np.uint8)
+    return Split(np.array(tokens, np.int32), learnt, np.cumsum([0, *(len(row) for row in rows)]))
+
+
+def test_a_sequence_teaches_nothing_by_its_first_token() -> None:
+    split = a_split([5, 6, 7], [8], [9, 10], mask=[1, 0, 1, 1, 1, 1])
+    assert split.learnt_rows.tolist() == [0, 2]
+    (batch,) = microbatches(split, np.arange(3), budget=6, packing=True, device=CPU)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 9, 10, 8]]
+    assert batch.targets.tolist() == [7, 10]
+    assert batch.predictors.tolist() == [1, 3]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0]]
+    assert batch.cu_seq_lens.tolist() == [0, 3, 5, 6]
+
+
+def test_empty_rows_are_passed_over() -> None:
+    split = a_split([5, 6], [], [7, 8], [])
+    (batch,) = microbatches(split, np.arange(4), budget=8, packing=True, device=CPU)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8]]
+    assert list(microbatches(split, np.array([1, 3]), budget=8, packing=True, device=CPU)) == []
+
+
+def test_without_packing_no_group_would_outgrow_the_budget_when_padded() -> None:
+    rows = [[1] * length for length in (3, 9, 2, 2, 2, 12, 1)]
+    batches = list(microbatches(a_split(*rows), np.arange(7), budget=12, packing=False, device=CPU))
+    shapes = [(len(batch.cu_seq_lens) - 1, batch.max_length) for batch in batches]
+    assert [count * longest <= 12 for count, longest in shapes] == [True] * len(shapes)
+    assert sum(batch.real_tokens for batch in batches) == 31
+
+
+def test_the_last_update_of_an_epoch_takes_what_is_left_and_the_next_epoch_another_order() -> None:
+    split = a_split(*([[1, 2]] * 10))
+    sizes = [len(update_rows(split, step, sequences_per_update=4, seed=1)) for step in range(6)]
+    assert sizes == [4, 4, 2, 4, 4, 2]
+    first, second = (
+        [row for step in steps for row in update_rows(split, step, sequences_per_update=4, seed=1).tolist()]
+        for steps in (range(3), range(3, 6))
+    )
+    assert sorted(first) == sorted(second)
+    assert first != second
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 3), (0.5, 2), (2.4, 8), (0.01, 1)])
+def test_a_fraction_of_an_epoch_is_rounded_up_to_whole_updates(epochs: float, steps: int) -> None:
+    training = Training(num_train_epochs=epochs, per_device_train_batch_size=4, gradient_accumulation_steps=1)
+    assert total_steps(training, 10) == steps
+
+
+def test_warm_up_is_a_share_or_a_number_of_steps() -> None:
+    assert warmup_steps(Training(warmup_ratio=0.03), 60) == 2
+    assert warmup_steps(Training(warmup_ratio=0.03, warmup_steps=7), 60) == 7
+
+
+def test_a_run_saves_every_eighth_and_every_minute_but_not_at_its_end() -> None:
+    def due(step: int, *, unsaved: float = 0.0, last: float = 0.0) -> bool:
+        return save_is_due(Training(), step, 80, seconds_unsaved=unsaved, last_save_seconds=last)
+
+    assert [step for step in range(1, 81) if due(step)] == [10, 20, 30, 40, 50, 60, 70]
+    assert due(11, unsaved=61)
+    assert not due(11, unsaved=61, last=2)
+    assert due(11, unsaved=101, last=2)
+    assert not due(80, unsaved=1000)
+
+
+def test_a_wanted_interval_between_checkpoints_is_kept() -> None:
+    training = Training(save_steps=3)
+    due = [step for step in range(1, 9) if save_is_due(training, step, 9, seconds_unsaved=999, last_save_seconds=0)]
+    assert due == [3, 6]
+
+
+def test_a_run_is_evaluated_before_it_begins_at_intervals_and_at_its_end() -> None:
+    assert [step for step in range(11) if evaluation_is_due(Training(), step, 10)] == [0, 3, 6, 9, 10]
+    assert [step for step in range(11) if evaluation_is_due(Training(eval_steps=4), step, 10)] == [0, 4, 8, 10]
+
+
+def test_the_guard_reads_the_deadline_anew_each_time(tmp_path: Path) -> None:
+    write_deadline(tmp_path, boottime() + 3600)
+    guard = Guard(tmp_path)
+    guard.check()
+    write_deadline(tmp_path, boottime() - 1)
+    with pytest.raises(LeaseOver):
+        guard.check()
