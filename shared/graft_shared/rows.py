@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, BinaryIO
 
 from graft_shared.errors import InvalidTrainingFile
 
 MAX_LINE_BYTES = 10 * 1024 * 1024
 MAX_ROWS = 20_000_000
 MAX_DEPTH = 16
+
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 Row = dict[str, Any]
 
@@ -73,6 +77,12 @@ def check_lines(lines: Iterable[bytes]) -> RowsReport:
     return RowsReport(rows=rows, kind=kind, bytes=size)
 
 
+def lines_of(source: BinaryIO) -> Iterator[bytes]:
+    """The lines of an open file; one that is too long is cut, so that it is refused and never held whole."""
+    while line := source.readline(MAX_LINE_BYTES + 1):
+        yield line
+
+
 def read_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, RowKind, Row]]:
     """Yield (line number from 1, kind, row) for every row; blank lines are passed over.
 
@@ -115,6 +125,19 @@ def _parse(line: bytes, number: int) -> Row:
     except UnicodeDecodeError as error:
         raise InvalidTrainingFile(line=number, reason=f"byte {error.start + 1} is not valid UTF-8") from error
 
+    row = _load(text, number)
+    if not isinstance(row, dict):
+        raise InvalidTrainingFile(line=number, reason=f"a row is a JSON object, found {_name(row)}")
+    if _depth(row) > MAX_DEPTH:
+        raise InvalidTrainingFile(line=number, reason=f"nested deeper than {MAX_DEPTH} levels")
+    if _ESCAPED_SURROGATE.search(line) and not _is_unicode(row):
+        raise InvalidTrainingFile(line=number, reason="a \\u escape names half a character, which is not valid Unicode")
+    return row
+
+
+def _load(text: str, number: int) -> Any:
+    """Read JSON strictly: no key twice, no number that JSON does not know."""
+
     def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(found)
         if len(made) < len(found):
@@ -126,17 +149,29 @@ def _parse(line: bytes, number: int) -> Row:
     def constant(name: str) -> Any:
         raise InvalidTrainingFile(line=number, reason=f"{name} is not valid JSON")
 
+    def finite(digits: str) -> float:
+        value = float(digits)
+        if not math.isfinite(value):
+            raise InvalidTrainingFile(line=number, reason=f"the number {digits[:20]} is too large")
+        return value
+
     try:
-        row = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant, parse_float=finite)
     except json.JSONDecodeError as error:
         raise InvalidTrainingFile(line=number, reason=f"not valid JSON at column {error.colno}: {error.msg}") from error
+    except ValueError as error:  # an integer of more digits than Python reads
+        raise InvalidTrainingFile(line=number, reason="a number has thousands of digits") from error
     except RecursionError as error:
         raise InvalidTrainingFile(line=number, reason=f"nested deeper than {MAX_DEPTH} levels") from error
-    if not isinstance(row, dict):
-        raise InvalidTrainingFile(line=number, reason=f"a row is a JSON object, found {_name(row)}")
-    if _depth(row) > MAX_DEPTH:
-        raise InvalidTrainingFile(line=number, reason=f"nested deeper than {MAX_DEPTH} levels")
-    return row
+
+
+def _is_unicode(row: Row) -> bool:
+    """Whether every text can be written as UTF-8; one half of a surrogate pair cannot, and no tokenizer takes it."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _kind_of(row: Row, number: int) -> RowKind:

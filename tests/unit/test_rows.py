@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from io import BytesIO
 
 import pytest
 
 from graft_shared.errors import InvalidTrainingFile
-from graft_shared.rows import MAX_LINE_BYTES, RowKind, check_lines, messages_of, read_rows
+from graft_shared.rows import MAX_LINE_BYTES, RowKind, check_lines, lines_of, messages_of, read_rows
 
 CHAT = {"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]}
 SHAREGPT = {"conversations": [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]}
@@ -53,19 +55,27 @@ def test_both_chat_shapes_are_the_same_messages() -> None:
         (lines({"prompt": "a", "completion": ""}), 1, "'completion' is empty"),
         (lines({"text": "a"}, CHAT), 2, "kind 'messages' in a file that began with 'text'"),
         (lines(b'{"text": "\xff"}'), 1, "byte 11 is not valid UTF-8"),
+        (lines(b'{"text": "a", "score": 1e999}'), 1, "1e999 is too large"),
+        (lines(b'{"text": "a", "score": ' + b"9" * 5000 + b"}"), 1, "thousands of digits"),
+        (lines(b'{"text": "a \\ud83d b"}'), 1, "half a character"),
         (lines({"messages": []}), 1, "a list of at least one turn"),
         (lines({"messages": [{"role": "tool", "content": "a"}]}), 1, "one of assistant, system, user"),
         (lines({"messages": CHAT["messages"][:1]}), 1, "no answer of the assistant"),
         (lines({"text": "a", "more": json.loads("[" * 17 + "]" * 17)}), 1, "nested deeper than 16"),
         (lines(b'{"text": ' + b"[" * 100_000), 1, "nested deeper than 16"),
-        ([b" " * (MAX_LINE_BYTES + 1)], 1, "more than 10485760 bytes"),
+        (lines_of(BytesIO(b" " * 2 * MAX_LINE_BYTES)), 1, "more than 10485760 bytes"),
     ],
 )
-def test_a_line_that_is_not_sound_is_named_with_its_number(content: list[bytes], line: int, says: str) -> None:
+def test_a_line_that_is_not_sound_is_named_with_its_number(content: Iterable[bytes], line: int, says: str) -> None:
     with pytest.raises(InvalidTrainingFile) as refused:
         check_lines(content)
     assert refused.value.facts["line"] == line
     assert says in refused.value.message
+
+
+def test_an_escaped_pair_of_surrogates_is_one_character() -> None:
+    ((_, _, row),) = read_rows(lines(b'{"text": "\\ud83d\\ude00"}'))
+    assert row == {"text": "\N{GRINNING FACE}"}
 
 
 def test_a_byte_order_mark_and_blank_lines_are_passed_over() -> None:
