@@ -57,6 +57,22 @@ def make_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
+def make_metaspace_tokenizer() -> Any:
+    """A BPE that puts a space before every text, as Llama 2's SentencePiece does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    alphabet = sorted({chr(code) for code in range(33, 127)})
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(_SENTENCES, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
 def make_prepared_split(path: Path, rows: list[list[int]], *, prompt_tokens: int = 0) -> Path:
     """Write token rows as preparing would; the first `prompt_tokens` of each are not learnt."""
     mask = [[0] * min(prompt_tokens, len(row)) + [1] * max(0, len(row) - prompt_tokens) for row in rows]

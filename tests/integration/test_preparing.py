@@ -15,12 +15,12 @@ import pytest
 from datasets import Dataset
 from safetensors.numpy import load_file
 
-from graft_shared.errors import InvalidParameter
+from graft_shared.errors import InvalidParameter, InvalidTrainingFile
 from graft_shared.jobs import FailureReason
 from graft_shared.rows import RowKind
 from graft_shared.specs import JobSpec
 from graft_worker.importing import import_hub_dataset
-from graft_worker.preparing.prepare import split
+from graft_worker.preparing.prepare import RowSource, split
 from graft_worker.preparing.rendering import Piece, render
 from graft_worker.preparing.tokens import TokenRows, tokenize
 from graft_worker.protocol import (
@@ -33,7 +33,7 @@ from graft_worker.protocol import (
     WarningEvent,
     parse_event,
 )
-from tests.factories import make_tokenizer
+from tests.factories import make_metaspace_tokenizer, make_tokenizer
 
 TEMPLATE = (
     "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }};{% endfor %}"
@@ -71,9 +71,18 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run_preparing(folder: Path, tokenizer_path: Path, rows: list[dict[str, Any]], **spec: Any) -> Prepared:
+def run_preparing(
+    folder: Path,
+    tokenizer_path: Path,
+    rows: list[dict[str, Any]],
+    *,
+    held_out: list[dict[str, Any]] | None = None,
+    **spec: Any,
+) -> Prepared:
     folder.mkdir()
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if held_out is not None:
+        (folder / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
     made = JobSpec.model_validate({"base_model": "graft/tiny", "dataset": {"file": "file-a"}, **spec})
     request = PrepareRequest(
         job_id="ftjob-test",
@@ -81,7 +90,7 @@ def run_preparing(folder: Path, tokenizer_path: Path, rows: list[dict[str, Any]]
         tokenizer_path=str(tokenizer_path),
         max_positions=512,
         train_file=str(folder / "rows.jsonl"),
-        validation_file=None,
+        validation_file=None if held_out is None else str(folder / "held_out.jsonl"),
     )
     (folder / REQUEST_NAME).write_text(request.model_dump_json())
     blocked = folder / "blocked"
@@ -119,6 +128,24 @@ def test_the_tokens_of_a_prompt_are_those_that_the_model_will_meet_when_it_is_us
     assert tokens.ids[0][: len(prompt)].tolist() == prompt
 
 
+def test_a_tokenizer_that_begins_every_text_with_a_space_puts_none_before_an_answer() -> None:
+    tokenizer = make_metaspace_tokenizer()
+    row = render(RowKind.PROMPT_COMPLETION, {"prompt": "What?", "completion": "cat"}, tokenizer)
+    tokens = tokenize([row], tokenizer, max_length=512, learn_all=False)
+    assert tokens.ids[0][:-1].tolist() == tokenizer("What?cat", add_special_tokens=False)["input_ids"]
+    assert learnt_text(tokens, tokenizer) == "cat</s>"
+
+
+def test_pieces_are_told_apart_in_a_batch_of_rows_of_every_shape() -> None:
+    tokenizer = make_metaspace_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    chat = render(RowKind.MESSAGES, {"messages": TURNS}, tokenizer)
+    pair = render(RowKind.PROMPT_COMPLETION, {"prompt": "What?", "completion": "cat"}, tokenizer)
+    text = render(RowKind.TEXT, {"text": "the cat says"}, tokenizer)
+    tokens = tokenize([text, chat, pair], tokenizer, max_length=512, learn_all=False)
+    assert [learnt_text(tokens, tokenizer, row) for row in range(3)] == ["the cat says</s>", "1;2;", "cat</s>"]
+
+
 @pytest.mark.parametrize("kind", [RowKind.MESSAGES, RowKind.SHAREGPT])
 def test_every_answer_of_a_chat_is_learnt_and_no_question(kind: RowKind) -> None:
     tokenizer = make_tokenizer()
@@ -144,6 +171,20 @@ def test_a_template_that_rewrites_history_teaches_the_last_answer_only() -> None
         Piece(text="[user]one?;[user]two?;[assistant]", learnt=False),
         Piece(text="2;", learnt=True),
     )
+
+
+def test_a_row_that_the_chat_template_refuses_is_named_with_its_line(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        + TEMPLATE
+    )
+    rows = tmp_path / "rows.jsonl"
+    system = [{"role": "system", "content": "Be kind."}, *TURNS]
+    rows.write_text(json.dumps({"messages": TURNS}) + "\n" + json.dumps({"messages": system}) + "\n")
+    with pytest.raises(InvalidTrainingFile, match="System role not supported") as refused:
+        list(RowSource(rows, tokenizer, param="dataset"))
+    assert (refused.value.facts["line"], refused.value.param) == (2, "dataset")
 
 
 def test_splitting_is_the_same_for_the_same_seed_and_loses_no_row() -> None:
@@ -187,6 +228,20 @@ def test_rows_beyond_max_length_are_cut_and_dropped_and_told(tokenizer_path: Pat
     assert {warning.code for warning in ended.of(WarningEvent)} == {"rows_truncated", "rows_dropped"}
 
 
+def test_a_broken_line_of_the_validation_file_is_told_from_one_of_the_dataset(
+    tokenizer_path: Path, tmp_path: Path
+) -> None:
+    ended = run_preparing(
+        tmp_path / "run",
+        tokenizer_path,
+        [{"text": "cat"}],
+        held_out=[{"text": "dog"}, {"text": ""}],
+        validation={"file": "file-b"},
+    )
+    (failure,) = ended.of(FailureEvent)
+    assert (ended.code, failure.param, failure.facts["line"]) == (ExitCode.USER_ERROR, "validation.file", 2)
+
+
 @pytest.mark.parametrize(
     ("rows", "training", "reason", "says"),
     [
@@ -217,7 +272,39 @@ def test_a_hub_dataset_becomes_jsonl(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)  # a folder of that name stands in for the hub's repository
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     out = tmp_path / "rows.jsonl"
-    assert import_hub_dataset("org/data", "train", None, out, token=None) == 5
+    assert import_hub_dataset("org/data", "train", None, out, token=None, max_bytes=10_000) == 5
     assert [json.loads(line) for line in out.read_text().splitlines()] == rows
     with pytest.raises(InvalidParameter, match="nosuch"):
-        import_hub_dataset("org/data", "nosuch", None, out, token=None)
+        import_hub_dataset("org/data", "nosuch", None, out, token=None, max_bytes=10_000)
+    with pytest.raises(InvalidParameter, match="more than 100 bytes"):
+        import_hub_dataset("org/data", "train", None, out, token=None, max_bytes=100)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("data.py", "raise SystemExit('ran')", "scripts"),
+        ("weights.bin", "a", "data files"),
+        ("train.jsonl", '{"text": "a"}\n{"text": \n', "parse"),
+    ],
+)
+def test_a_hub_dataset_that_cannot_be_read_is_the_users_to_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, says: str
+) -> None:
+    folder = tmp_path / "org" / "data"
+    folder.mkdir(parents=True)
+    (folder / name).write_text(content)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidParameter, match=says) as refused:
+        import_hub_dataset("org/data", "train", None, tmp_path / "rows.jsonl", token=None, max_bytes=10_000)
+    assert refused.value.param == "dataset.hub"
+
+
+def test_a_hub_dataset_with_a_column_that_is_no_json_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "org" / "data").mkdir(parents=True)
+    Dataset.from_list([{"text": "a", "picture": b"\x00"}]).to_parquet(str(tmp_path / "org" / "data" / "train.parquet"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidParameter, match="'picture'"):
+        import_hub_dataset("org/data", "train", None, tmp_path / "rows.jsonl", token=None, max_bytes=10_000)

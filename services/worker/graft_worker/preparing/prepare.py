@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from graft_shared.errors import InvalidParameter, InvalidTrainingFile, NoTrainableTokens
-from graft_shared.rows import RowKind, read_rows
+from graft_shared.rows import Row, RowKind, lines_of, read_rows
 from graft_shared.specs import JobSpec
 from graft_worker.preparing.rendering import Rendered, render
 from graft_worker.preparing.tokens import TokenRows, tokenize
 from graft_worker.protocol import EventWriter, PreparedEvent, PrepareRequest, WarningEvent
 
 SHOWN_ROWS = 3
+SHOWN_CHARACTERS = 2000  # of each piece of a shown row: the report is kept in the job's row
 MANY_TRUNCATED = 0.05  # of the rows: then the user hears of it
 CHAT_KINDS = (RowKind.MESSAGES, RowKind.SHAREGPT)
 
@@ -30,10 +32,10 @@ def prepare(workdir: Path, request: PrepareRequest, events: EventWriter) -> None
     """
     spec = JobSpec.model_validate(request.spec)
     tokenizer = AutoTokenizer.from_pretrained(request.tokenizer_path, local_files_only=True)
-    source = RowSource(Path(request.train_file), tokenizer)
+    source = RowSource(Path(request.train_file), tokenizer, param="dataset")
     rows = _tokenize(source, tokenizer, spec)
     if request.validation_file is not None:
-        held_source = RowSource(Path(request.validation_file), tokenizer)
+        held_source = RowSource(Path(request.validation_file), tokenizer, param="validation.file")
         held = _tokenize(held_source, tokenizer, spec)
     elif spec.validation is not None and spec.validation.split is not None:
         rows, held = split(rows, spec.validation.split, spec.training.seed)
@@ -54,22 +56,38 @@ def prepare(workdir: Path, request: PrepareRequest, events: EventWriter) -> None
 class RowSource:
     """The rendered rows of one file; remembers the kind and the first rows for the report."""
 
-    def __init__(self, path: Path, tokenizer: Any) -> None:
+    def __init__(self, path: Path, tokenizer: Any, *, param: str) -> None:
         self._path = path
         self._tokenizer = tokenizer
+        self.param = param
         self.kind: RowKind | None = None
         self.shown: list[list[dict[str, Any]]] = []
         self.last_turn_only = 0
 
     def __iter__(self) -> Iterator[Rendered]:
-        with self._path.open("rb") as lines:
-            for _, kind, row in read_rows(lines):
-                self.kind = kind
-                rendered = render(kind, row, self._tokenizer)
-                self.last_turn_only += rendered.last_turn_only
-                if len(self.shown) < SHOWN_ROWS:
-                    self.shown.append([{"text": piece.text, "learnt": piece.learnt} for piece in rendered.pieces])
-                yield rendered
+        with self._path.open("rb") as file:
+            try:
+                for number, kind, row in read_rows(lines_of(file)):
+                    self.kind = kind
+                    rendered = self._render(number, kind, row)
+                    self.last_turn_only += rendered.last_turn_only
+                    if len(self.shown) < SHOWN_ROWS:
+                        self.shown.append(_shown(rendered))
+                    yield rendered
+            except InvalidTrainingFile as error:
+                error.param = self.param
+                raise
+
+    def _render(self, number: int, kind: RowKind, row: Row) -> Rendered:
+        try:
+            return render(kind, row, self._tokenizer)
+        except TemplateError as error:
+            reason = f"the base's chat template refuses the row: {error}".rstrip(".")
+            raise InvalidTrainingFile(line=number, reason=reason) from error
+
+
+def _shown(rendered: Rendered) -> list[dict[str, Any]]:
+    return [{"text": piece.text[:SHOWN_CHARACTERS], "learnt": piece.learnt} for piece in rendered.pieces]
 
 
 def split(rows: TokenRows, share: float, seed: int) -> tuple[TokenRows, TokenRows]:
@@ -93,7 +111,7 @@ def _tokenize(source: RowSource, tokenizer: Any, spec: JobSpec) -> TokenRows:
     wanted = spec.training.completion_only_loss
     rows = tokenize(source, tokenizer, max_length=spec.training.max_length, learn_all=wanted is False)
     if source.kind is None:
-        raise InvalidTrainingFile(line=1, reason="the file holds no rows")
+        raise InvalidTrainingFile(line=1, reason="the file holds no rows", param=source.param)
     if wanted is True and source.kind is RowKind.TEXT:
         reason = "rows of kind 'text' have no completion; use 'auto' or give 'prompt' and 'completion'"
         raise InvalidParameter(param="training.completion_only_loss", reason=reason)

@@ -44,7 +44,11 @@ class Rendered:
 
 
 def render(kind: RowKind, row: Row, tokenizer: Any) -> Rendered:
-    """Turn a row into pieces."""
+    """Turn a row into pieces.
+
+    Raises:
+        jinja2.TemplateError: The base's chat template refuses the row, e.g. one that knows no system turn.
+    """
     match kind:
         case RowKind.TEXT:
             return Rendered(pieces=(Piece(text=row["text"], learnt=True),), brings_specials=False)
@@ -88,7 +92,7 @@ def _chat(messages: list[dict[str, str]], tokenizer: Any) -> Rendered:
 def _apply(tokenizer: Any, messages: list[dict[str, str]], *, ask: bool = False) -> str:
     if not messages:
         return ""
-    template = tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
+    template = None if tokenizer.chat_template else PLAIN_CHAT_TEMPLATE
     text: str = tokenizer.apply_chat_template(
         messages, chat_template=template, tokenize=False, add_generation_prompt=ask
     )

@@ -75,6 +75,7 @@ def _fetch_rows(tenant: str, source: DatasetSource, path: Path, neighbours: Neig
             source.revision,
             path,
             token=token.get_secret_value() if token else None,
+            max_bytes=neighbours.settings.max_file_bytes,
         )
 
 
