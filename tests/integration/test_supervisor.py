@@ -117,8 +117,10 @@ def make_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
         worker.database.close()
 
 
-def no_child_is_left() -> bool:
-    return not any("tests.fakes.child" in _command(path.name) for path in Path("/proc").iterdir())
+def no_child_is_left(worker: Worker) -> bool:
+    """Whether no child of this worker runs; other tests on this machine may have theirs."""
+    commands = [_command(path.name) for path in Path("/proc").iterdir()]
+    return not any("tests.fakes.child" in command and str(worker.folder) in command for command in commands)
 
 
 def _command(pid: str) -> str:
@@ -190,7 +192,7 @@ def test_a_cancelled_job_stops_and_nothing_runs_after_it_is_acknowledged(make_wo
     worker.jobs.cancel("default", job.id)
     wait_until(lambda: worker.get(job).state is JobState.CANCELLED, what="the cancel")
     steps = worker.steps()
-    assert no_child_is_left()
+    assert no_child_is_left(worker)
     working.join(timeout=20)
     assert worker.steps() == steps
     assert Counter(type for type, _ in worker.events(job))["cancelled"] == 1
@@ -203,7 +205,7 @@ def test_a_stubborn_trainer_is_killed_after_its_grace(make_worker: Callable[...,
     wait_until(lambda: len(worker.steps()) > 3, what="the first steps")
     worker.jobs.cancel("default", job.id)
     wait_until(lambda: worker.get(job).state is JobState.CANCELLED, what="the cancel")
-    assert no_child_is_left()
+    assert no_child_is_left(worker)
 
 
 def test_a_drained_worker_saves_a_checkpoint_and_gives_the_job_back_uncharged(
@@ -232,7 +234,7 @@ def test_a_trainer_whose_lease_was_given_away_is_killed_and_writes_nothing(make_
     (released,) = worker.leases.release_expired()
     worker.drain.set()
     working.join(timeout=20)
-    assert no_child_is_left()
+    assert no_child_is_left(worker)
     after = worker.get(job)
     assert (after.state, after.epoch) == (JobState.QUEUED, released.epoch)
     assert after.checkpoint == released.checkpoint
