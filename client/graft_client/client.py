@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from urllib.parse import quote
 import httpx
 
 from graft_client.download import download_adapter
-from graft_client.errors import WaitedTooLong
+from graft_client.errors import NotJson, WaitedTooLong
 from graft_client.transport import Transport
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -86,7 +87,7 @@ class GraftClient:
         """
         key = idempotency_key or f"graft-{uuid.uuid4()}"
         answer: Document = self._transport.json(
-            "POST", "/jobs", json=dict(spec), headers={"idempotency-key": key, "accept": "application/json"}
+            "POST", "/jobs", json=_sendable(spec), headers={"idempotency-key": key, "accept": "application/json"}
         )
         return answer
 
@@ -140,7 +141,7 @@ class GraftClient:
 
     def estimate(self, spec: Mapping[str, Any]) -> Document:
         """Return what `submit` would decide for this spec, without a job."""
-        answer: Document = self._transport.json("POST", "/jobs/estimate", json=dict(spec))
+        answer: Document = self._transport.json("POST", "/jobs/estimate", json=_sendable(spec))
         return answer
 
     def capacity(self) -> Document:
@@ -218,6 +219,17 @@ class GraftClient:
             if not page.get("has_more") or not page["data"]:
                 return
             filters = filters | {"after": page.get("last_id") or page["data"][-1]["id"]}
+
+
+def _sendable(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The spec as a plain dict; raises NotJson for numbers that JSON does not have."""
+    try:
+        json.dumps(dict(spec), allow_nan=False)
+    except ValueError as error:
+        raise NotJson(
+            "The spec holds NaN or Infinity, which are not JSON: give a number, or leave the key out."
+        ) from error
+    return dict(spec)
 
 
 def _part(text: str) -> str:

@@ -3,6 +3,7 @@
 GraftClientError
 ├── GraftAPIError          the service answered, and refused
 ├── ServiceUnreachable     nothing answered
+├── NotJson                the spec holds NaN or Infinity
 ├── DownloadCorrupt        bytes arrived that are not the ones that the manifest promises
 ├── TargetNotEmpty         a download would write over something
 └── WaitedTooLong          the job did not end in time
@@ -67,6 +68,10 @@ class ServiceUnreachable(GraftClientError):
 
     def __init__(self, base_url: str, reason: str) -> None:
         super().__init__(f"No answer from {base_url} ({reason}). Is the service running? Start it with `make run`.")
+
+
+class NotJson(GraftClientError):
+    """The spec cannot be sent: it holds something that JSON has no word for, such as NaN."""
 
 
 class DownloadCorrupt(GraftClientError):

@@ -133,9 +133,15 @@ class CapacityTable:
         fits_here = [base.base_model for base in _largest_first(catalogue) if self._fits(base, _shortened(spec, base))][
             :FITS_HERE
         ]
+        which = "the largest GPU class here" if spec.gpu.gpu_class == "auto" else "the class you asked for"
+        limit = f"{which}, {largest.name}, has {_gib(largest.usable_bytes)}"
+        if not largest.takes(shape):
+            limit = (
+                f"{which}, {largest.name}, takes bases of up to {(largest.max_parameters or 0) / 1e9:.1f}B parameters"
+            )
         message = (
             f"{shape.base_model} ({shape.parameters / 1e9:.1f}B) with these settings needs {_gib(needed.high_bytes)}; "
-            f"the largest GPU class here, {largest.name}, has {_gib(largest.usable_bytes)}. "
+            f"{limit}. "
             + (
                 f"It would fit with {_sentence(changes)}."
                 if changes
@@ -207,6 +213,14 @@ class CapacityTable:
                 needed = chosen[1].high_bytes
                 return {"param": param, "from": now, "to": value, "needed_bytes": needed, "gpu_class": gpu.name}
         raise AssertionError("a change is only described after it was seen to fit")
+
+
+def within_positions(shape: ModelShape, spec: JobSpec) -> JobSpec:
+    """The spec as this base can train it: a `max_length` that nobody chose is no longer than the base's positions."""
+    chosen = "max_length" in spec.training.model_fields_set
+    if chosen or spec.training.max_length <= shape.max_position_embeddings:
+        return spec
+    return with_change(spec, "training.max_length", shape.max_position_embeddings)
 
 
 def with_change(spec: JobSpec, param: str, value: Any) -> JobSpec:

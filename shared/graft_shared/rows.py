@@ -156,7 +156,7 @@ def _load(text: str, number: int) -> Any:
         return value
 
     try:
-        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant, parse_float=finite)
+        return json.loads(text.rstrip("\r\n"), object_pairs_hook=pairs, parse_constant=constant, parse_float=finite)
     except json.JSONDecodeError as error:
         raise InvalidTrainingFile(line=number, reason=f"not valid JSON at column {error.colno}: {error.msg}") from error
     except ValueError as error:  # an integer of more digits than Python reads

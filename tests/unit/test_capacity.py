@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graft_shared.capacity import CapacityTable, with_change
+from graft_shared.capacity import CapacityTable, with_change, within_positions
 from graft_shared.catalogue import ModelShape
 from graft_shared.defaults import load_capacity, load_catalogue
 from graft_shared.errors import InvalidParameter, UnsupportedBaseModel, VramCapacityExceeded
@@ -254,3 +255,16 @@ def test_what_is_not_computed_twice_comes_first() -> None:
 def test_a_plan_reads_back_as_itself() -> None:
     for plan in plans(shape(LLAMA_7B), spec()):
         assert TrainingPlan.from_dict(plan.to_dict()) == plan
+
+
+def test_a_length_that_nobody_chose_fits_the_base() -> None:
+    tiny = dataclasses.replace(shape(LLAMA_7B), max_position_embeddings=256)
+    unsaid = JobSpec.model_validate({"base_model": LLAMA_7B, "dataset": {"file": "file-a"}})
+    assert within_positions(tiny, unsaid).training.max_length == 256
+    assert within_positions(shape(LLAMA_7B), unsaid).training.max_length == 1024
+    assert within_positions(tiny, spec(training={"max_length": 512})).training.max_length == 512
+
+
+def test_a_base_too_large_for_its_class_by_count_is_told_the_count() -> None:
+    refused = refusal(LLAMA_7B, TABLE, gpu={"class": "cpu"})
+    assert "the class you asked for, cpu, takes bases of up to 0.4B" in refused.message

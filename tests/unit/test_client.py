@@ -17,6 +17,7 @@ from graft_client import (
     TargetNotEmpty,
     WaitedTooLong,
 )
+from graft_client.errors import NotJson
 from graft_client.transport import Transport
 from tests.fakes.service import ADAPTER, FakeService, error
 
@@ -239,3 +240,9 @@ def test_waiting_ends_with_the_job_or_with_patience(client: GraftClient, service
         client.wait("ftjob-1", timeout_seconds=5)
     service.jobs[0]["status"] = "cancelled"
     assert client.wait("ftjob-1")["status"] == "cancelled"
+
+
+@pytest.mark.parametrize("method", ["submit", "estimate"])
+def test_a_number_that_json_does_not_have_is_refused_before_anything_is_sent(method: str) -> None:
+    with GraftClient("http://127.0.0.1:1") as client, pytest.raises(NotJson, match="NaN or Infinity"):
+        getattr(client, method)({"training": {"learning_rate": float("nan")}})

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import MutableMapping
 from typing import Any
+from urllib.parse import quote
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -52,7 +53,7 @@ class _Exchange:
         given = dict(scope["headers"]).get(REQUEST_ID_HEADER.encode(), b"")
         self.request_id = given.decode() if _SANE_ID.fullmatch(given) else new_request_id()
         self.status: int | None = None
-        self._method, self._path = scope["method"], scope["path"]
+        self._method, self._path = scope["method"], quote(scope["path"])  # a path may hold line breaks and escapes
         self._send = send
         self._started = time.monotonic()
 

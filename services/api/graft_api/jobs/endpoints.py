@@ -75,7 +75,7 @@ def estimate_job(body: JsonBody, tenant: Tenant, here: Here) -> Estimate | Refus
     """Decide as POST /jobs would, without a job. What does not fit anywhere is answered with what would."""
     spec = parse_spec(body)
     try:
-        _, placement = service.admit(tenant, spec, here)
+        spec, _, placement = service.admit(tenant, spec, here)
     except VramCapacityExceeded as refusal:
         facts = {**refusal.facts, "spec": service.normalised(spec), "code": refusal.code, "message": refusal.message}
         return Refusal.model_validate(facts)

@@ -10,7 +10,7 @@ from typing import Any
 
 from graft_api.deps import Neighbours
 from graft_api.parsing import parse_spec
-from graft_shared.capacity import Placement
+from graft_shared.capacity import Placement, within_positions
 from graft_shared.catalogue import ModelShape
 from graft_shared.errors import FileNotFound, InvalidParameter
 from graft_shared.ids import new_job_id
@@ -38,7 +38,7 @@ def submit(tenant: str, body: Any, idempotency_key: str | None, here: Neighbours
         earlier = here.jobs.find_by_key(tenant, idempotency_key, request_sha256)
         if earlier is not None:
             return earlier
-    shape, placement = admit(tenant, spec, here)
+    spec, shape, placement = admit(tenant, spec, here)
     job, is_new = here.jobs.submit(_new_job(tenant, spec, shape, placement, request_sha256, idempotency_key))
     if is_new:
         here.bells.ring(job)
@@ -48,8 +48,8 @@ def submit(tenant: str, body: Any, idempotency_key: str | None, here: Neighbours
     return job
 
 
-def admit(tenant: str, spec: JobSpec, here: Neighbours) -> tuple[ModelShape, Placement]:
-    """Decide where a job would be trained.
+def admit(tenant: str, spec: JobSpec, here: Neighbours) -> tuple[JobSpec, ModelShape, Placement]:
+    """Decide where a job would be trained; the spec comes back with its defaults fitted to the base.
 
     Raises:
         UnknownBaseModel, GatedBaseModel, UnsupportedBaseModel, BaseModelUnavailable: Of the base.
@@ -57,9 +57,10 @@ def admit(tenant: str, spec: JobSpec, here: Neighbours) -> tuple[ModelShape, Pla
         VramCapacityExceeded: No GPU class holds it.
     """
     shape = here.bases.resolve(spec.base_model, spec.revision)
+    spec = within_positions(shape, spec)
     placement = here.capacity.place(shape, spec, here.bases.catalogue)
     _check_sources(tenant, spec, here)
-    return shape, placement
+    return spec, shape, placement
 
 
 def normalised(spec: JobSpec) -> dict[str, Any]:
