@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from graft_shared.catalogue import Catalogue, ModelShape
@@ -130,9 +131,9 @@ class CapacityTable:
         everywhere = sorted({*self.classes, *self.known}, key=lambda gpu: gpu.usable_bytes)
         required = next((gpu for gpu in everywhere if CapacityTable((gpu,))._fits(shape, _any_class(spec))), None)
         changes = list(self._changes(shape, spec, catalogue))
-        fits_here = [base.base_model for base in _largest_first(catalogue) if self._fits(base, _shortened(spec, base))][
-            :FITS_HERE
-        ]
+        bases = _largest_first(catalogue)
+        fitting = (base.base_model for base in bases if self._fits(base, _shortened(spec, base)))
+        fits_here = list(islice(fitting, FITS_HERE))
         which = "the largest GPU class here" if spec.gpu.gpu_class == "auto" else "the class you asked for"
         limit = f"{which}, {largest.name}, has {_gib(largest.usable_bytes)}"
         if not largest.takes(shape):
