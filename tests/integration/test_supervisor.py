@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,7 +20,6 @@ from graft_shared.buckets.directory import DirectoryBucket
 from graft_shared.errors import BucketUnavailable
 from graft_shared.jobs import Job, JobState, Stage, StoredObject
 from graft_shared.store import Files, Jobs, Leases, open_database
-from graft_shared.store.engine import now
 from graft_shared.store.migrate import migrate
 from graft_shared.store.tables import jobs as jobs_table
 from graft_worker.device import Device
@@ -27,6 +28,7 @@ from graft_worker.supervisor import preparation, training_run
 from graft_worker.supervisor.bases import BaseModels
 from graft_worker.supervisor.child import child_environment
 from graft_worker.supervisor.neighbours import Neighbours
+from graft_worker.supervisor.slot import Slot, taken
 from graft_worker.tasks import slots_of, work_until_idle
 from tests.fakes.doorbell import FakeDoorbell
 from tests.store_factories import a_new_job
@@ -229,9 +231,7 @@ def test_a_trainer_whose_lease_was_given_away_is_killed_and_writes_nothing(make_
     job = worker.submit(steps="100000")
     working = worker.start()
     wait_until(lambda: worker.get(job).checkpoint is not None, what="a checkpoint")
-    with worker.database.writing() as connection:
-        connection.execute(update(jobs_table).values(lease_expires_at=now() - 1))
-    (released,) = worker.leases.release_expired()
+    (released,) = worker.leases.release_of("w/train")
     worker.drain.set()
     working.join(timeout=20)
     assert no_child_is_left(worker)
@@ -280,6 +280,38 @@ def test_an_adapter_that_reads_back_differently_is_no_success(
     assert worker.get(job).state is JobState.QUEUED
     assert [data["reason"] for type, data in worker.events(job) if type == "requeued"] == ["artifact_corrupt"]
     assert worker.get(job).adapter is None
+
+
+class FullDisk(DirectoryBucket):
+    """A machine without room for what is fetched."""
+
+    def open(self, key: str) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_an_error_of_the_machine_ends_the_run_by_its_name_and_not_the_worker(
+    make_worker: Callable[..., Worker], tmp_path: Path
+) -> None:
+    worker = make_worker(FullDisk(tmp_path / "bucket"))
+    job = worker.submit()
+    worker.work()
+    assert [data["reason"] for type, data in worker.events(job) if type == "requeued"] == ["disk_full"]
+
+
+def test_a_slot_is_free_again_though_a_process_forked_meanwhile_lives_on(tmp_path: Path) -> None:
+    slot = Slot(worker="w", stage=Stage.TRAIN)
+    ready, done = os.pipe(), os.pipe()
+    with taken(slot, tmp_path) as free:
+        assert free
+        if (pid := os.fork()) == 0:
+            os.write(ready[1], b".")
+            os.read(done[0], 1)
+            os._exit(0)
+        os.read(ready[0], 1)
+    with taken(slot, tmp_path) as free:
+        assert free
+    os.write(done[1], b".")
+    os.waitpid(pid, 0)
 
 
 def test_a_bucket_that_is_away_for_a_while_is_waited_for(make_worker: Callable[..., Worker], tmp_path: Path) -> None:

@@ -321,6 +321,30 @@ def test_the_flat_optimizer_goes_on_from_its_state_to_the_last_bit(optim: Optim)
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("optim", list(Optim))
+def test_an_optimizer_saved_before_its_first_update_is_as_new(optim: Optim) -> None:
+    def updated(optimizer: FlatOptimizer, weights: list[torch.nn.Parameter]) -> torch.Tensor:
+        assert weights[0].grad is not None
+        weights[0].grad.fill_(0.5)
+        optimizer.step(1e-2, 1.0)
+        return weights[0].detach().clone()
+
+    def made() -> tuple[list[torch.nn.Parameter], FlatOptimizer]:
+        weights = [torch.nn.Parameter(torch.ones(64, 80))]
+        return weights, FlatOptimizer(weights, Training(optim=optim, weight_decay=0.1), torch.float32)
+
+    (fresh_weights, fresh), (saved_weights, saved), (resumed_weights, resumed) = made(), made(), made()
+    resumed.load(*saved.state())
+    expected = updated(fresh, fresh_weights)
+    assert torch.equal(updated(saved, saved_weights), expected)
+    assert torch.equal(updated(resumed, resumed_weights), expected)
+
+
+def test_a_job_of_one_step_learns_something(base: Path, train_file: Path, tmp_path: Path) -> None:
+    ended = run_trainer(tmp_path / "run", a_request(base, train_file, spec={"training": {"max_steps": 1}}))
+    assert ended.code == ExitCode.DONE
+
+
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(base: Path, train_file: Path, tmp_path: Path) -> None:
     spec = {"training": {"max_steps": 6, "save_steps": 3}, "lora": {"lora_dropout": 0.1}, "validation": {"split": 0.1}}
     whole = run_trainer(tmp_path / "whole", a_request(base, train_file, spec=spec, validation_file=str(train_file)))

@@ -34,7 +34,7 @@ BEAT_SECONDS = 15.0
 
 logger = logging.getLogger(__name__)
 
-_draining = multiprocessing.get_context("fork").Event()  # shared with the prefork children
+_draining = multiprocessing.RawValue("b", 0)  # shared with the prefork children; no lock that a killed one could keep
 _stopping = threading.Event()
 _threads: list[threading.Thread] = []
 
@@ -109,7 +109,7 @@ def _open_neighbours(_pid: int) -> Neighbours:
         ),
         device=this_device(settings),
         open_dataset_bucket=lambda name: open_bucket(settings.model_copy(update={"s3_bucket": name})),
-        draining=_draining.is_set,
+        draining=lambda: bool(_draining.value),
     )
 
 
@@ -142,7 +142,7 @@ def _begin(**_: Any) -> None:
 
 @worker_shutting_down.connect
 def _drain(**_: Any) -> None:
-    _draining.set()
+    _draining.value = 1
     _stopping.set()
 
 

@@ -14,7 +14,7 @@ from graft_shared.jobs import StoredObject
 def store_folder(bucket: Bucket, key: str, folder: Path) -> StoredObject:
     """Upload the files of one flat folder as a tar; the same files give the same bytes."""
     packed = folder.with_suffix(".tar")
-    with tarfile.open(packed, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with tarfile.open(packed, "w", format=tarfile.GNU_FORMAT) as tar:
         for file in sorted(folder.iterdir()):
             info = tarfile.TarInfo(file.name)
             info.size = file.stat().st_size

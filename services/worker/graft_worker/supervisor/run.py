@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 from pathlib import Path
@@ -30,6 +31,7 @@ from graft_worker.protocol import (
     CheckpointEvent,
     EvaluationEvent,
     Event,
+    ExitCode,
     FailureEvent,
     PhaseEvent,
     PreparedEvent,
@@ -111,7 +113,7 @@ class Run:
                 failure = self._run_watched(watch)
             except LeaseLost:
                 raise
-            except GraftError as error:
+            except Exception as error:  # noqa: BLE001 (named, written to the row and logged: one job must not end a worker)
                 failure = _failure_from(error)
             self._upload_log()
             if failure is not None:
@@ -121,7 +123,7 @@ class Run:
         request = self._fetch()
         (self._workdir / REQUEST_NAME).write_text(request.model_dump_json())
         if watch.stop_reason is not None:
-            return _STOPPED
+            return failure_of(ExitCode.STOPPED, None, watch.stop_reason, oom_kills=0)
         kills_before = oom_kill_count()
         module = preparation.MODULE if self._job.stage is Stage.PREPARE else training_run.MODULE
         settings = self._neighbours.settings
@@ -210,8 +212,8 @@ class Run:
             return
         try:
             self._neighbours.bucket.put_file(log_key(self._job.tenant, self._job.id, self._job.epoch), path)
-        except NeighbourUnavailable as error:
-            log_event(logger, "log_not_uploaded", level=logging.WARNING, job_id=self._job.id, reason=error.message)
+        except (GraftError, OSError) as error:
+            log_event(logger, "log_not_uploaded", level=logging.WARNING, job_id=self._job.id, reason=str(error))
 
     def _ends_at(self) -> float | None:
         limit: int | None = self._job.spec["max_duration_seconds"]
@@ -231,8 +233,13 @@ def _watch_times(neighbours: Neighbours) -> WatchTimes:
     )
 
 
-def _failure_from(error: GraftError) -> Failure:
-    for kind, reason in _REASONS.items():
-        if isinstance(error, kind):
-            return Failure(reason=reason, message=error.message, param=error.param, facts=error.facts)
-    raise error
+def _failure_from(error: Exception) -> Failure:
+    """Name what went wrong outside the child."""
+    if isinstance(error, GraftError):
+        for kind, reason in _REASONS.items():
+            if isinstance(error, kind):
+                return Failure(reason=reason, message=error.message, param=error.param, facts=error.facts)
+    logger.error("run_crashed", exc_info=error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Failure(reason=FailureReason.DISK_FULL, message="The worker's disk is full")
+    return Failure(reason=FailureReason.CRASH, message=f"The worker failed: {type(error).__name__}: {error}")

@@ -36,6 +36,9 @@ def taken(slot: Slot, lock_dir: Path) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
-        yield True
+        try:
+            yield True
+        finally:
+            fcntl.flock(fd, fcntl.LOCK_UN)  # a process forked meanwhile has this descriptor too: closing is not enough
     finally:
         os.close(fd)

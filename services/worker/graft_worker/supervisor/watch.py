@@ -10,7 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from graft_shared.clock import boottime
-from graft_shared.errors import LeaseLost, StoreUnavailable
+from graft_shared.errors import LeaseLost
 from graft_shared.logs import log_event
 from graft_shared.store import Leases
 from graft_worker.protocol import write_deadline
@@ -102,8 +102,8 @@ class Watch:
             cancel = self._renew() if due else self._leases.orders(self._job_id, self._epoch).cancel
         except LeaseLost:
             return StopReason.LEASE_LOST
-        except StoreUnavailable as error:
-            log_event(logger, "renewal_failed", level=logging.WARNING, job_id=self._job_id, reason=error.message)
+        except Exception as error:  # noqa: BLE001 (a watch that died would leave a child without lease and without orders)
+            log_event(logger, "renewal_failed", level=logging.WARNING, job_id=self._job_id, reason=str(error))
             return StopReason.LEASE_LOST if boottime() > self._deadline else None
         if cancel:
             return StopReason.CANCEL

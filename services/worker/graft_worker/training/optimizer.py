@@ -69,6 +69,8 @@ class FlatOptimizer:
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Everything that resuming needs: tensors by name, and plain numbers."""
+        if self._master not in self._optimizer.state:  # saved before the first update: fp16 may skip the first ones
+            _set_step(self._made_state(), 0)
         state = self._optimizer.state[self._master]
         tensors = {name: state[name].detach().cpu().clone() for name in _STATE_TENSORS if name in state}
         step = state["step"]
@@ -85,10 +87,7 @@ class FlatOptimizer:
         for name in _STATE_TENSORS:
             if name in tensors:
                 state[name].copy_(tensors[name])
-        if isinstance(state["step"], torch.Tensor):
-            state["step"].fill_(numbers["step"])
-        else:
-            state["step"] = numbers["step"]
+        _set_step(state, numbers["step"])
 
     def _made_state(self) -> dict[str, Any]:
         """The optimizer's state buffers, made as its first step would make them."""
@@ -100,6 +99,13 @@ class FlatOptimizer:
             self._master.copy_(kept)
         state: dict[str, Any] = self._optimizer.state[self._master]
         return state
+
+
+def _set_step(state: dict[str, Any], step: int) -> None:
+    if isinstance(state["step"], torch.Tensor):
+        state["step"].fill_(step)
+    else:
+        state["step"] = step
 
 
 def _build(master: torch.nn.Parameter, training: Training) -> torch.optim.Optimizer:

@@ -24,7 +24,8 @@ def total_steps(training: Training, rows: int) -> int:
 
 def warmup_steps(training: Training, total: int) -> int:
     """Steps of linear warm-up."""
-    return training.warmup_steps if training.warmup_steps is not None else math.ceil(training.warmup_ratio * total)
+    wanted = training.warmup_steps if training.warmup_steps is not None else math.ceil(training.warmup_ratio * total)
+    return min(wanted, total - 1)  # the last step has to learn something
 
 
 def learning_rate_at(step: int, training: Training, total: int) -> float:
