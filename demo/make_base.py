@@ -88,7 +88,7 @@ def make_rows(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
         )
         for asked, answered in small_talk()
     ]
-    texts = [*(paragraph + SPECIALS[0] for paragraph in prose() * 3), *chats]
+    texts = [*(paragraph + SPECIALS[0] for paragraph in prose()), *chats]
     order = torch.randperm(len(texts)).tolist()
     tokens = [token for index in order for token in tokenizer(texts[index])["input_ids"]]
     rows = len(tokens) // ROW_TOKENS
