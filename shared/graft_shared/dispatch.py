@@ -12,7 +12,7 @@ from graft_shared.jobs import Stage
 from graft_shared.logs import log_event
 
 RING_TASK = "graft.ring"
-PREPARE_QUEUE = "cpu"  # CPU workers prepare data; the class `cpu` is trained by the same workers
+PREPARE_QUEUE = "prepare"
 
 # Redis answers within milliseconds; a black hole must not hold up a POST.
 BROKER_TRANSPORT_OPTIONS: dict[str, Any] = {

@@ -12,9 +12,9 @@ from graft_shared.dispatch import CeleryDoorbell, Doorbell, queue_for
 from graft_shared.errors import StoreUnavailable
 from graft_shared.logs import configure_logging, log_event
 from graft_shared.settings import SharedSettings
-from graft_shared.store import Leases, open_database
+from graft_shared.store import Leases, Workers, open_database
 
-BELLS_AT_ONCE = 16  # a bell wakes a worker, and an awake worker drains its queue: more bells than workers bring nothing
+BELLS_AT_ONCE = 16  # a bell wakes a worker, and an awake worker drains its queue
 
 logger = logging.getLogger(__name__)
 
@@ -24,18 +24,23 @@ class Reconciler:
     """One pass at a time over what time has left behind."""
 
     leases: Leases
+    workers: Workers
     doorbell: Doorbell
     bell_again: timedelta
 
     def reconcile(self) -> None:
-        """Give expired leases back, then ring for every queued job whose bell is old.
+        """Give expired leases back, then ring for queued jobs whose bell is old, as long as workers are idle.
+
+        One bell is rung whatever the registry says: it may be wrong for a while.
 
         Raises:
             StoreUnavailable: The database does not answer; the next pass will do.
         """
         for job in self.leases.release_expired():
             log_event(logger, "lease_expired", job_id=job.id, epoch=job.epoch, state=job.state.value)
-        for bell in self.leases.take_lost_bells(self.bell_again, BELLS_AT_ONCE):
+        self.workers.forget_dead()
+        bells = min(max(self.workers.idle_count(), 1), BELLS_AT_ONCE)
+        for bell in self.leases.take_lost_bells(self.bell_again, bells):
             queue = queue_for(bell.stage, bell.gpu_class)
             rung = self.doorbell.ring(bell.job_id, queue)
             log_event(logger, "bell_rung_again", level=logging.DEBUG, job_id=bell.job_id, queue=queue, rung=rung)
@@ -59,6 +64,7 @@ def main() -> None:
     database = open_database(settings.database)
     reconciler = Reconciler(
         leases=Leases(database, settings.lease),
+        workers=Workers(database),
         doorbell=CeleryDoorbell(settings.broker_url),
         bell_again=timedelta(seconds=settings.bell_again_seconds),
     )

@@ -238,7 +238,7 @@ def _before_the_migration(api: ApiService) -> None:
 def _one_job_whole(api: ApiService, broker_url: str) -> None:
     job = api.new_job(metadata={"team": "search"})
     with redis.Redis.from_url(broker_url) as broker:
-        wait_until(lambda: broker.llen("cpu") == 1, what="the bell, in Celery's list of that queue")
+        wait_until(lambda: broker.llen("prepare") == 1, what="the bell, in Celery's list of that queue")
     found: dict[str, Any] = api.http.get("/jobs", params={"metadata[team]": "search"}).json()
     assert [listed["id"] for listed in found["data"]] == [job["id"]]
     assert api.http.get("/jobs", params={"metadata[team]": "\u00fc"}).json()["data"] == []

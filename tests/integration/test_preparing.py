@@ -85,6 +85,7 @@ def run_preparing(
         (folder / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
     made = JobSpec.model_validate({"base_model": "graft/tiny", "dataset": {"file": "file-a"}, **spec})
     request = PrepareRequest(
+        base_commit=None,
         job_id="ftjob-test",
         spec=made.model_dump(mode="json", by_alias=True),
         tokenizer_path=str(tokenizer_path),

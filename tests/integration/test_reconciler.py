@@ -6,21 +6,50 @@ import threading
 from datetime import timedelta
 from pathlib import Path
 
-from sqlalchemy import update
+from sqlalchemy import select, update
 
 from graft_shared.jobs import JobState, Stage
 from graft_shared.reconciler import Reconciler
-from graft_shared.store import Database, Jobs, Leases, open_database
+from graft_shared.store import Database, Jobs, Leases, Workers, open_database
 from graft_shared.store.engine import now
 from graft_shared.store.migrate import migrate
 from graft_shared.store.tables import jobs as jobs_table
+from graft_shared.store.tables import workers as workers_table
 from tests.fakes.doorbell import FakeDoorbell
 from tests.store_factories import a_new_job
 from tests.waiting import wait_until
 
 
 def reconciler(database: Database, bell: FakeDoorbell) -> Reconciler:
-    return Reconciler(Leases(database, timedelta(seconds=60)), bell, bell_again=timedelta(seconds=30))
+    return Reconciler(
+        leases=Leases(database, timedelta(seconds=60)),
+        workers=Workers(database),
+        doorbell=bell,
+        bell_again=timedelta(seconds=30),
+    )
+
+
+def test_no_more_bells_are_rung_than_workers_are_idle(database: Database) -> None:
+    jobs, workers, bell = Jobs(database), Workers(database), FakeDoorbell()
+    for _ in range(6):
+        jobs.submit(a_new_job())
+    for name in ("a", "b", "c"):
+        workers.beat(name=name, gpu_class="cpu", device="CPU", stages=(Stage.PREPARE,))
+    Leases(database, timedelta(seconds=60)).claim("a/prepare", stage=Stage.PREPARE, gpu_classes=[])
+    reconciler(database, bell).reconcile()
+    assert len(bell.rung) == 2
+    reconciler(database, bell).reconcile()
+    assert len(bell.rung) == 4, "the next pass goes on with the others"
+
+
+def test_a_worker_not_seen_for_a_day_is_forgotten(database: Database) -> None:
+    for name in ("gone", "here"):
+        Workers(database).beat(name=name, gpu_class="cpu", device="CPU", stages=(Stage.TRAIN,))
+    with database.writing() as connection:
+        connection.execute(update(workers_table).where(workers_table.c.name == "gone").values(seen_at=now() - 90_000))
+    reconciler(database, FakeDoorbell()).reconcile()
+    with database.reading() as connection:
+        assert connection.execute(select(workers_table.c.name)).scalars().all() == ["here"]
 
 
 def test_a_job_whose_worker_was_lost_is_queued_again_and_rung(database: Database) -> None:
@@ -33,7 +62,7 @@ def test_a_job_whose_worker_was_lost_is_queued_again_and_rung(database: Database
         connection.execute(update(jobs_table).values(lease_expires_at=now() - 1))
     reconciler(database, bell).reconcile()
     assert jobs.get("default", job.id).state is JobState.QUEUED
-    assert bell.rung == [(job.id, "cpu")]
+    assert bell.rung == [(job.id, "prepare")]
 
 
 def test_a_bell_that_was_never_rung_is_rung_once_by_two_reconcilers(database: Database) -> None:
@@ -41,7 +70,7 @@ def test_a_bell_that_was_never_rung_is_rung_once_by_two_reconcilers(database: Da
     bell = FakeDoorbell()
     for _ in range(2):
         reconciler(database, bell).reconcile()
-    assert bell.rung == [(job.id, "cpu")]
+    assert bell.rung == [(job.id, "prepare")]
 
 
 def test_a_database_that_is_away_is_waited_for(tmp_path: Path) -> None:
@@ -51,7 +80,7 @@ def test_a_database_that_is_away_is_waited_for(tmp_path: Path) -> None:
     running.start()
     migrate(database)
     job, _ = Jobs(database).submit(a_new_job())
-    wait_until(lambda: bell.rung == [(job.id, "cpu")], seconds=20, what="the bell")
+    wait_until(lambda: bell.rung == [(job.id, "prepare")], seconds=20, what="the bell")
     stop.set()
     running.join(timeout=10)
     assert not running.is_alive()

@@ -8,6 +8,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from graft_worker.device import Device
 from graft_worker.settings import WorkerSettings
 from graft_worker.supervisor import preparation, training_run
 from graft_worker.supervisor.bases import BaseModels
+from graft_worker.supervisor.cache import HostCache
 from graft_worker.supervisor.child import child_environment
 from graft_worker.supervisor.neighbours import Neighbours
-from graft_worker.supervisor.slot import Slot, taken
-from graft_worker.tasks import slots_of, work_until_idle
+from graft_worker.supervisor.slot import Slot, taken_if_free
+from graft_worker.tasks import answer_bell, look_for_work, slot_of
 from tests.fakes.doorbell import FakeDoorbell
 from tests.store_factories import a_new_job
 from tests.waiting import wait_until
@@ -52,8 +54,7 @@ class Worker:
         )
         self.jobs, self.leases = Jobs(self.database), Leases(self.database, self.settings.lease)
         self.doorbell = FakeDoorbell()
-        stages = (Stage.PREPARE, Stage.TRAIN)
-        device = Device(kind="cpu", index=0, name="CPU", gpu_class="cpu", takes_classes=("cpu",), stages=stages)
+        device = Device(kind="cpu", index=0, name="CPU", gpu_class="cpu", takes_classes=("cpu",), stage=Stage.TRAIN)
         self.neighbours = Neighbours(
             settings=self.settings,
             database=self.database,
@@ -62,19 +63,27 @@ class Worker:
             bucket=bucket,
             doorbell=self.doorbell,
             base_models=BaseModels(
-                registered_dir=self.settings.registered_models_dir, cache_dir=self.settings.cache_dir, hub_token=None
+                registered_dir=self.settings.registered_models_dir,
+                cache=HostCache(folder=self.settings.cache_dir, max_bytes=self.settings.cache_max_bytes),
+                hub_token=None,
             ),
             device=device,
             open_dataset_bucket=lambda _: bucket,
             draining=self.drain.is_set,
         )
 
+    @property
+    def preparing(self) -> Neighbours:
+        return replace(self.neighbours, device=replace(self.neighbours.device, stage=Stage.PREPARE))
+
     def submit(self, **metadata: str) -> Job:
         spec = {"metadata": {"witness": str(self.folder), **metadata}}
         return self.jobs.submit(a_new_job(**spec))[0]
 
     def work(self) -> None:
-        work_until_idle(slots_of(self.neighbours), self.neighbours)
+        """Look for work once as the host's preparing worker, then as its training one."""
+        look_for_work(self.preparing)
+        look_for_work(self.neighbours)
 
     def start(self) -> threading.Thread:
         thread = threading.Thread(target=self.work, daemon=True)
@@ -299,16 +308,16 @@ def test_an_error_of_the_machine_ends_the_run_by_its_name_and_not_the_worker(
 
 
 def test_a_slot_is_free_again_though_a_process_forked_meanwhile_lives_on(tmp_path: Path) -> None:
-    slot = Slot(worker="w", stage=Stage.TRAIN)
+    slot = Slot(worker="w", stage=Stage.TRAIN, lock_dir=tmp_path)
     ready, done = os.pipe(), os.pipe()
-    with taken(slot, tmp_path) as free:
+    with taken_if_free(slot) as free:
         assert free
         if (pid := os.fork()) == 0:
             os.write(ready[1], b".")
             os.read(done[0], 1)
             os._exit(0)
         os.read(ready[0], 1)
-    with taken(slot, tmp_path) as free:
+    with taken_if_free(slot) as free:
         assert free
     os.write(done[1], b".")
     os.waitpid(pid, 0)
@@ -345,10 +354,11 @@ def test_a_child_gets_no_token_and_no_address_of_a_neighbour(
 def test_a_registered_base_has_a_revision_by_its_content(make_worker: Callable[..., Worker]) -> None:
     worker = make_worker()
     bases = worker.neighbours.base_models
-    first = bases.whole("graft/tiny", "main")
-    assert bases.whole("graft/tiny", "main") == first
+    with bases.whole("graft/tiny", "main") as first, bases.whole("graft/tiny", "main") as second:
+        assert second == first
     (first.path / "model.safetensors").write_bytes(b"other weights, other name")
-    assert bases.whole("graft/tiny", "main").revision != first.revision
+    with bases.whole("graft/tiny", "main") as third:
+        assert third.revision != first.revision
 
 
 def test_the_run_log_reaches_the_bucket(make_worker: Callable[..., Worker]) -> None:
@@ -357,3 +367,42 @@ def test_the_run_log_reaches_the_bucket(make_worker: Callable[..., Worker]) -> N
     worker.work()
     assert f"tenants/default/jobs/{job.id}/e2/trainer.log" in list(worker.bucket.list("tenants/"))
     assert json.loads(json.dumps(worker.get(job).prepared))["report"] == {"rows": 1}
+
+
+def test_a_bell_heard_while_the_worker_is_busy_is_passed_on_and_then_answered(
+    make_worker: Callable[..., Worker],
+) -> None:
+    worker = make_worker()
+    passed_on = threading.Event()
+    with taken_if_free(slot_of(worker.neighbours)):
+        heard = threading.Thread(target=answer_bell, args=[worker.neighbours, passed_on.set], daemon=True)
+        heard.start()
+        assert passed_on.wait(10)
+        job = worker.submit()
+        look_for_work(worker.preparing)
+        look_for_work(worker.neighbours)
+        assert worker.get(job).state is JobState.QUEUED, "the slot is taken"
+    heard.join(30)
+    assert worker.get(job).state is JobState.SUCCEEDED
+
+
+def test_a_bell_that_an_idle_worker_hears_is_not_passed_on(make_worker: Callable[..., Worker]) -> None:
+    worker = make_worker()
+    job = worker.submit()
+    look_for_work(worker.preparing)
+    answer_bell(worker.neighbours, pass_on=lambda: pytest.fail("nobody else is needed"))
+    assert worker.get(job).state is JobState.SUCCEEDED
+
+
+def test_a_cancel_reaches_a_run_that_waits_for_the_bucket(make_worker: Callable[..., Worker], tmp_path: Path) -> None:
+    bucket = AbsentBucket(tmp_path / "bucket")
+    worker = make_worker(bucket, upload_patience_seconds=120.0)
+    job = worker.submit()
+    look_for_work(worker.preparing)
+    bucket.refusals = 10**6
+    running = threading.Thread(target=look_for_work, args=[worker.neighbours], daemon=True)
+    running.start()
+    wait_until(lambda: worker.get(job).state is JobState.RUNNING, what="the claim")
+    worker.jobs.cancel("default", job.id)
+    running.join(20)
+    assert worker.get(job).state is JobState.CANCELLED

@@ -72,7 +72,7 @@ def test_an_accepted_job_is_stored_and_shown_whole(api: ApiService) -> None:
 
 def test_a_committed_job_is_rung_for_once_and_marked(api: ApiService) -> None:
     job_id = api.new_job()["id"]
-    wait_until(lambda: api.doorbell.rung == [(job_id, "cpu")], what="the bell of a CPU worker, which prepares data")
+    wait_until(lambda: api.doorbell.rung == [(job_id, "prepare")], what="the bell of a CPU worker, which prepares data")
     wait_until(lambda: _bell_rung_at(api, job_id) is not None, what="the mark")
 
 

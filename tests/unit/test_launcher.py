@@ -208,11 +208,17 @@ def test_two_launchers_cannot_share_a_state_folder(tmp_path: Path) -> None:
             launch("127.0.0.1", free_port(), tmp_path)
 
 
-def test_the_service_is_one_worker_per_gpu_and_one_for_the_cpu(tmp_path: Path) -> None:
+def test_the_service_prepares_and_has_one_worker_per_gpu_and_one_for_the_cpu(tmp_path: Path) -> None:
     gpus = parse_listing("GPU 0: NVIDIA L4 (UUID: GPU-aa)\nGPU 1: NVIDIA L4 (UUID: GPU-bb)\n")
     specs = service("127.0.0.1", 8000, tmp_path, {"PATH": "/bin"}, gpus)
-    workers = {spec.name: spec.environment["GRAFT_WORKER_DEVICE"] for spec in specs if "worker" in spec.name}
-    assert workers == {"worker gpu-0": "cuda:0", "worker gpu-1": "cuda:1", "worker cpu": "cpu"}
+    workers = {spec.name.removeprefix("worker "): spec.environment for spec in specs if "worker" in spec.name}
+    does = {name: (facts["GRAFT_WORKER_STAGE"], facts["GRAFT_WORKER_DEVICE"]) for name, facts in workers.items()}
+    assert does == {
+        "prepare": ("prepare", "cpu"),
+        "cpu": ("train", "cpu"),
+        "gpu-0": ("train", "cuda:0"),
+        "gpu-1": ("train", "cuda:1"),
+    }
     order = [spec.name for spec in sorted(specs, key=lambda spec: spec.wave)]
     assert order[:4] == ["migrate", "broker", "api", "reconciler"]
     assert len({spec.environment["GRAFT_BROKER_URL"] for spec in specs if spec.name not in {"migrate", "broker"}}) == 1

@@ -78,8 +78,9 @@ def service(
         *specs,
         here("api", "graft_api", "--host", host, "--port", str(port), wave=_API, ready=partial(_answers, host, port)),
         here("reconciler", "graft_shared.reconciler", wave=_RECONCILER),
-        *(_worker(f"gpu-{gpu.index}", f"cuda:{gpu.index}", environment) for gpu in gpus),
+        _worker("prepare", "cpu", environment, stage="prepare"),
         _worker("cpu", "cpu", environment),
+        *(_worker(f"gpu-{gpu.index}", f"cuda:{gpu.index}", environment) for gpu in gpus),
     ]
 
 
@@ -136,9 +137,10 @@ def _module(
     return ChildSpec(name=name, command=command, environment=environment, wave=wave, ready=ready, once=once)
 
 
-def _worker(name: str, device: str, environment: Mapping[str, str]) -> ChildSpec:
+def _worker(name: str, device: str, environment: Mapping[str, str], stage: str = "train") -> ChildSpec:
     more = {
         "GRAFT_WORKER_DEVICE": device,
+        "GRAFT_WORKER_STAGE": stage,
         "GRAFT_WORKER_NAME": name,
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # nvidia-smi's order; CUDA's own default is the fastest card first
     }

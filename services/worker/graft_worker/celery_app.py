@@ -8,12 +8,13 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
 
-from celery import Celery
-from celery.signals import setup_logging, worker_process_init, worker_ready, worker_shutdown, worker_shutting_down
+from celery import Celery, Task, bootsteps
+from celery.signals import setup_logging, worker_process_init, worker_shutdown, worker_shutting_down
 
 from graft_shared.buckets import open_bucket
 from graft_shared.capacity import CapacityTable
@@ -23,12 +24,12 @@ from graft_shared.errors import StoreUnavailable
 from graft_shared.jobs import Stage
 from graft_shared.logs import configure_logging, log_event
 from graft_shared.store import Files, Leases, Workers, open_database
-from graft_worker.device import Device, find_device
+from graft_worker.device import Device, NoSuchDevice, find_device
 from graft_worker.settings import WorkerSettings
 from graft_worker.supervisor.bases import BaseModels
+from graft_worker.supervisor.cache import HostCache
 from graft_worker.supervisor.neighbours import Neighbours
-from graft_worker.supervisor.slot import Slot
-from graft_worker.tasks import slots_of, work_until_idle
+from graft_worker.tasks import answer_bell, look_for_work
 
 BEAT_SECONDS = 15.0
 
@@ -58,26 +59,41 @@ def build_app(settings: WorkerSettings) -> Celery:
         broker_connection_retry_on_startup=True,
         broker_transport_options=BROKER_TRANSPORT_OPTIONS,
     )
-    app.task(name=RING_TASK)(ring)
+    app.task(name=RING_TASK, bind=True)(ring)
+    app.steps["worker"].add(BesideTheBell)
     return app
 
 
-def ring(_job_id: str) -> None:
+def ring(task: Task[Any, Any], job_id: str) -> None:
     """A doorbell was heard."""
     here = neighbours()
-    work_until_idle(slots_of(here), here)
+    queue = str((task.request.delivery_info or {}).get("routing_key"))
+    answer_bell(here, pass_on=lambda: here.doorbell.ring(job_id, queue))
+
+
+class BesideTheBell(bootsteps.StartStopStep):
+    """Looks for work and tells that the worker is alive, from before the broker is reached: it may be away."""
+
+    requires = ("celery.worker.components:Pool",)
+
+    def start(self, _worker: Any) -> None:
+        """Begin, once the pool's processes have been forked."""
+        here = neighbours()
+        name, device = here.settings.worker_name, here.device
+        log_event(logger, "worker_started", worker=name, gpu_class=device.gpu_class, stage=device.stage.value)
+        _start(_beat)
+        _start(_look)
 
 
 def worker_arguments(settings: WorkerSettings, device: Device) -> list[str]:
-    """The command line of the Celery worker: one prefork child per slot, the queues that its device serves."""
-    queues = set(device.takes_classes) if Stage.TRAIN in device.stages else set()
-    queues |= {PREPARE_QUEUE} if Stage.PREPARE in device.stages else set()
+    """The command line of the Celery worker: one prefork child, the queues that its device serves."""
+    queues = (PREPARE_QUEUE,) if device.stage is Stage.PREPARE else device.takes_classes
     return [
         "--quiet",
         "worker",
         "--pool=prefork",
-        f"--concurrency={len(device.stages)}",
-        f"--queues={','.join(sorted(queues))}",
+        "--concurrency=1",
+        f"--queues={','.join(queues)}",
         f"--hostname={settings.worker_name}@%h",
         "--without-gossip",
         "--without-mingle",
@@ -104,7 +120,7 @@ def _open_neighbours(_pid: int) -> Neighbours:
         doorbell=CeleryDoorbell(settings.broker_url),
         base_models=BaseModels(
             registered_dir=settings.registered_models_dir,
-            cache_dir=settings.cache_dir,
+            cache=HostCache(folder=settings.cache_dir, max_bytes=settings.cache_max_bytes),
             hub_token=token.get_secret_value() if token else None,
         ),
         device=this_device(settings),
@@ -117,7 +133,7 @@ def _open_neighbours(_pid: int) -> Neighbours:
 def this_device(settings: WorkerSettings) -> Device:
     """The device that this worker drives."""
     table: CapacityTable = load_capacity(settings.capacity_path)
-    return find_device(settings.worker_device, table)
+    return find_device(settings.worker_device, settings.worker_stage, table)
 
 
 @setup_logging.connect
@@ -129,15 +145,6 @@ def _keep_our_logging(**_: Any) -> None:
 def _begin_child(**_: Any) -> None:
     """A pool process must not outlive the worker that would answer for it."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-@worker_ready.connect
-def _begin(**_: Any) -> None:
-    here = neighbours()
-    log_event(logger, "worker_started", worker=here.settings.worker_name, gpu_class=here.device.gpu_class)
-    _start(_beat)
-    for slot in slots_of(here):
-        _start(_look, slot)
 
 
 @worker_shutting_down.connect
@@ -158,26 +165,26 @@ def _end(**_: Any) -> None:
     log_event(logger, "worker_stopped", worker=here.settings.worker_name)
 
 
-def _start(target: Callable[..., None], *arguments: Any) -> None:
-    thread = threading.Thread(target=_or_die, args=[target, *arguments], name=target.__name__, daemon=True)
+def _start(target: Callable[[], None]) -> None:
+    thread = threading.Thread(target=_or_die, args=[target], name=target.__name__, daemon=True)
     thread.start()
     _threads.append(thread)
 
 
-def _or_die(target: Callable[..., None], *arguments: Any) -> None:
+def _or_die(target: Callable[[], None]) -> None:
     """A worker whose thread has died would be deaf and look alive: better that it dies and is started anew."""
     try:
-        target(*arguments)
+        target()
     except BaseException:
         logger.exception("worker_thread_died", extra={"facts": {"thread": target.__name__}})
         os._exit(1)
 
 
-def _look(slot: Slot) -> None:
+def _look() -> None:
     """Look for work without a bell: at the start, and again every few seconds."""
     here = neighbours()
     while not _stopping.is_set():
-        work_until_idle([slot], here)
+        look_for_work(here)
         _stopping.wait(here.settings.look_seconds)
 
 
@@ -186,7 +193,7 @@ def _beat() -> None:
     while not _stopping.is_set():
         try:
             Workers(here.database).beat(
-                name=here.settings.worker_name, gpu_class=device.gpu_class, device=device.name, stages=device.stages
+                name=here.settings.worker_name, gpu_class=device.gpu_class, device=device.name, stages=(device.stage,)
             )
         except StoreUnavailable as error:
             log_event(logger, "beat_missed", level=logging.WARNING, reason=error.message)
@@ -197,4 +204,8 @@ def main() -> None:
     """Run this worker until SIGTERM: then running jobs save a checkpoint and go back to the queue."""
     settings = WorkerSettings()
     configure_logging(json_lines=settings.log_json)
-    build_app(settings).worker_main(worker_arguments(settings, this_device(settings)))
+    try:
+        device = this_device(settings)
+    except NoSuchDevice as error:
+        sys.exit(f"error: {error}")
+    build_app(settings).worker_main(worker_arguments(settings, device))

@@ -14,7 +14,7 @@ _MIB = 1024**2
 
 
 class NoSuchDevice(Exception):
-    """The configured device is not on this machine."""
+    """The configured device is not on this machine, or cannot do what is asked of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Device:
     name: str
     gpu_class: str
     takes_classes: tuple[str, ...]  # its own class first, then smaller ones, the largest first
-    stages: tuple[Stage, ...]
+    stage: Stage
 
     @property
     def visible_devices(self) -> str:
@@ -34,15 +34,19 @@ class Device:
         return str(self.index) if self.kind == "cuda" else ""
 
 
-def find_device(wanted: str, table: CapacityTable) -> Device:
-    """Return the device that the settings name.
+def find_device(wanted: str, stage: Stage, table: CapacityTable) -> Device:
+    """Return the device that the settings name; preparing is always done on the CPU.
 
     Raises:
-        NoSuchDevice: There is no such GPU, or it is smaller than every class of the table.
+        NoSuchDevice: There is no such GPU, it is smaller than every class of the table, or torch is not installed.
     """
+    if stage is Stage.PREPARE:
+        return _cpu(stage, table)
+    if importlib.util.find_spec("torch") is None:
+        raise NoSuchDevice("Training needs torch: install graft-worker[train], or set GRAFT_WORKER_STAGE=prepare.")
     gpus = _gpus()
     if wanted == "cpu" or (wanted == "auto" and not gpus):
-        return _cpu(table)
+        return _cpu(stage, table)
     index = 0 if wanted == "auto" else int(wanted.removeprefix("cuda:"))
     if index >= len(gpus):
         raise NoSuchDevice(f"GRAFT_WORKER_DEVICE is {wanted}, but nvidia-smi lists {len(gpus)} GPUs.")
@@ -61,21 +65,15 @@ def find_device(wanted: str, table: CapacityTable) -> Device:
         name=name,
         gpu_class=gpu_class.name,
         takes_classes=(gpu_class.name, *(other.name for other in smaller), *cpu),
-        stages=(Stage.TRAIN,),
+        stage=stage,
     )
 
 
-def _cpu(table: CapacityTable) -> Device:
+def _cpu(stage: Stage, table: CapacityTable) -> Device:
     classes = tuple(gpu_class.name for gpu_class in table.classes if gpu_class.is_cpu)
-    trains = bool(classes) and importlib.util.find_spec("torch") is not None
-    return Device(
-        kind="cpu",
-        index=0,
-        name="CPU",
-        gpu_class="cpu",
-        takes_classes=classes,
-        stages=(Stage.PREPARE, Stage.TRAIN) if trains else (Stage.PREPARE,),
-    )
+    if stage is Stage.TRAIN and not classes:
+        raise NoSuchDevice("The capacity table has no class for CPUs: set GRAFT_WORKER_DEVICE to a GPU.")
+    return Device(kind="cpu", index=0, name="CPU", gpu_class="cpu", takes_classes=classes, stage=stage)
 
 
 def _gpus() -> list[tuple[str, int]]:

@@ -52,6 +52,7 @@ class PrepareRequest(_Message):
     job_id: str
     spec: dict[str, Any]
     tokenizer_path: str
+    base_commit: str | None
     max_positions: int
     train_file: str
     validation_file: str | None

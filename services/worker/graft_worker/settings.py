@@ -7,16 +7,19 @@ from pathlib import Path
 
 from pydantic import Field
 
+from graft_shared.jobs import Stage
 from graft_shared.settings import SharedSettings
 
 
 class WorkerSettings(SharedSettings):
-    """One worker drives one device."""
+    """One worker drives one device and does one stage on it, so that a bell it hears is a bell it can answer."""
 
     worker_name: str = Field(default_factory=socket.gethostname, pattern=r"^[A-Za-z0-9._-]{1,100}$")
     """Must be unique among the workers of a fleet, and the same after a restart."""
     worker_device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda:\d+)$")
     """`auto` takes the first GPU, else the CPU."""
+    worker_stage: Stage = Stage.TRAIN
+    """`train`, or `prepare`: rows to tokens, which needs neither a GPU nor torch."""
 
     look_seconds: float = Field(default=10.0, gt=0)
     """An idle worker looks for work this often without a bell, so that a dead broker costs latency, not progress."""
@@ -26,6 +29,9 @@ class WorkerSettings(SharedSettings):
     """How long a trainer may take to save a checkpoint and leave, before it is killed."""
     upload_patience_seconds: float = Field(default=300.0, gt=0)
     """How long a bucket or database that is away is waited for, before a finished run counts as failed."""
+
+    cache_max_bytes: int = Field(default=200 * 1024**3, ge=0)
+    """How much of base models and data this host keeps between jobs, for all its workers together."""
 
     @property
     def work_dir(self) -> Path:

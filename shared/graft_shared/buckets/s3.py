@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -54,12 +54,14 @@ class S3Bucket:
                 config=_CONFIG,
             )
 
+        self._is_there = False
         self._client = client(endpoint_url)
         self._public = client(public_endpoint_url) if public_endpoint_url else self._client
 
     def put_file(self, key: str, path: Path) -> StoredObject:
         """Upload a file, in parts where it is large."""
         size, sha256 = hash_file(path)
+        self._ensure()
         with _translated(key):
             self._client.upload_file(str(path), self._name, key, ExtraArgs={"Metadata": {"sha256": sha256}})
         return StoredObject(key=key, size=size, sha256=sha256)
@@ -67,6 +69,7 @@ class S3Bucket:
     def put_bytes(self, key: str, data: bytes) -> StoredObject:
         """Upload a few bytes."""
         sha256 = sha256_of(data)
+        self._ensure()
         with _translated(key):
             self._client.put_object(Bucket=self._name, Key=key, Body=data, Metadata={"sha256": sha256})
         return StoredObject(key=key, size=len(data), sha256=sha256)
@@ -103,16 +106,24 @@ class S3Bucket:
 
     def ping(self) -> None:
         """Look at the bucket; create it when it is missing."""
-        try:
-            with _translated(self._name):
-                self._client.head_bucket(Bucket=self._name)
-        except ObjectNotFound:
-            with _translated(self._name):
-                self._client.create_bucket(Bucket=self._name)
+        self._is_there = False
+        self._ensure()
 
     def uri(self, key: str) -> str:
         """`s3://bucket/key`."""
         return f"s3://{self._name}/{key}"
+
+    def _ensure(self) -> None:
+        """Create the bucket when it is missing; looked at once, before the first write."""
+        if self._is_there:
+            return
+        try:
+            with _translated(self._name):
+                self._client.head_bucket(Bucket=self._name)
+        except ObjectNotFound:
+            with _translated(self._name), suppress(self._client.exceptions.BucketAlreadyOwnedByYou):
+                self._client.create_bucket(Bucket=self._name)  # another process may be doing the same
+        self._is_there = True
 
 
 class _TranslatedStream:
@@ -142,7 +153,7 @@ def _translated(key: str) -> Iterator[None]:
         yield
     except ClientError as error:
         code = error.response.get("Error", {}).get("Code", "")
-        if code in ("404", "NoSuchKey", "NoSuchBucket", "NotFound"):
+        if code in ("404", "NoSuchKey", "NotFound"):
             raise ObjectNotFound(key=key) from error
         raise BucketUnavailable(reason=str(error)) from error
     except (BotoCoreError, boto3.exceptions.Boto3Error, OSError) as error:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import delete, func, insert, select, update
 
-from graft_shared.jobs import Stage
+from graft_shared.jobs import JobState, Stage
 from graft_shared.store.engine import Database, as_datetime, now
-from graft_shared.store.tables import workers
+from graft_shared.store.tables import jobs, workers
 
 ALIVE_FOR = timedelta(seconds=45)  # three missed beats of 15 s
+REMEMBERED_FOR = timedelta(days=1)  # containers get a new name at every start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,18 @@ class Workers:
         """Say that this worker has ended."""
         with self._database.writing() as connection:
             connection.execute(delete(workers).where(workers.c.name == name))
+
+    def forget_dead(self) -> None:
+        """Drop those that were not seen for `REMEMBERED_FOR`."""
+        with self._database.writing() as connection:
+            connection.execute(delete(workers).where(workers.c.seen_at < now() - REMEMBERED_FOR.total_seconds()))
+
+    def idle_count(self) -> int:
+        """How many live workers hold no job; each has one slot."""
+        alive = select(func.count()).where(workers.c.seen_at > now() - ALIVE_FOR.total_seconds()).scalar_subquery()
+        running = select(func.count()).where(jobs.c.state == JobState.RUNNING.value).scalar_subquery()
+        with self._database.reading() as connection:
+            return max(0, int(connection.execute(select(alive - running)).scalar_one()))
 
     def alive(self) -> list[LiveWorker]:
         """Return the workers seen within `ALIVE_FOR`, by name."""

@@ -8,6 +8,7 @@ from graft_api.capacity.schemas import CapacityBody, GpuClassBody, WorkerBody
 from graft_api.deps import Here
 from graft_shared.capacity import TABLE_MAX_LENGTH, CapacityTable
 from graft_shared.catalogue import Catalogue
+from graft_shared.jobs import Stage
 from graft_shared.specs import DatasetSource, JobSpec, Training
 
 router = APIRouter(tags=["capacity"])
@@ -23,7 +24,7 @@ def get_capacity(here: Here) -> CapacityBody:
             memory_bytes=gpu.memory_bytes,
             usable_bytes=gpu.usable_bytes,
             price_per_hour=gpu.price_per_hour,
-            live_workers=sum(worker.gpu_class == gpu.name for worker in workers),
+            live_workers=sum(worker.gpu_class == gpu.name and Stage.TRAIN in worker.stages for worker in workers),
             queue_length=queues.get(gpu.name, 0),
             largest_base_model=here.largest_bases[gpu.name],
         )

@@ -1,11 +1,13 @@
-"""Where a base model comes from: a registered local folder, or the hub's snapshot in this machine's cache."""
+"""Where a base model comes from: a registered local folder, or the hub's snapshot in this host's cache."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import threading
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +21,18 @@ from huggingface_hub.errors import (
 )
 
 from graft_shared.buckets import hash_file
-from graft_shared.errors import BaseModelUnavailable, GatedBaseModel, UnknownBaseModel, UnsupportedBaseModel
+from graft_shared.errors import (
+    ArtifactCorrupt,
+    BaseModelUnavailable,
+    GatedBaseModel,
+    UnknownBaseModel,
+    UnsupportedBaseModel,
+)
+from graft_worker.supervisor.cache import HostCache
 
 TOKENIZER_FILES = ("config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
                    "*.model", "chat_template*", "generation_config.json")  # fmt: skip
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")  # never a pickle
-
-_hash_lock = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,34 +44,57 @@ class LocalBase:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LocalTokenizer:
+    """A base model's config and tokenizer on this machine's disk."""
+
+    path: Path
+    commit: str | None  # of the hub, so that training takes the weights of the same; None for a registered folder
+
+
+@dataclass(frozen=True, kw_only=True)
 class BaseModels:
     """Brings base models to this machine."""
 
     registered_dir: Path
-    cache_dir: Path
+    cache: HostCache
     hub_token: str | None
 
-    def tokenizer(self, base_model: str, revision: str) -> Path:
-        """Return a folder that holds at least the config and the tokenizer."""
-        registered = self._registered(base_model)
-        return registered or self._snapshot(base_model, revision, TOKENIZER_FILES)
+    @contextmanager
+    def tokenizer(self, base_model: str, revision: str) -> Iterator[LocalTokenizer]:
+        """A folder that holds at least the config and the tokenizer, kept for as long as the block runs.
 
-    def whole(self, base_model: str, revision: str) -> LocalBase:
-        """Return the folder of the whole base and its exact revision.
+        Raises:
+            UnknownBaseModel, GatedBaseModel, BaseModelUnavailable: As for `whole`.
+        """
+        if (registered := self._registered(base_model)) is not None:
+            yield LocalTokenizer(path=registered, commit=None)
+            return
+        with self.cache.borrowed(base_model):
+            snapshot = self._snapshot(base_model, revision, TOKENIZER_FILES)
+            yield LocalTokenizer(path=snapshot, commit=snapshot.name)
+
+    @contextmanager
+    def whole(self, base_model: str, revision: str) -> Iterator[LocalBase]:
+        """The folder of the whole base and its exact revision, kept for as long as the block runs.
 
         Raises:
             UnknownBaseModel: Neither registered nor on the hub.
             GatedBaseModel: The operator's token may not read it.
             UnsupportedBaseModel: It has no safetensors.
             BaseModelUnavailable: The hub does not answer.
+            ArtifactCorrupt: Its bytes on this disk are not those of the hub.
         """
-        registered = self._registered(base_model)
-        path = registered or self._snapshot(base_model, revision, (*TOKENIZER_FILES, *WEIGHT_FILES))
-        if not any(path.glob("*.safetensors")):
-            raise UnsupportedBaseModel(base_model=base_model, reason="it has no .safetensors weights")
-        if registered is None:
-            return LocalBase(path=path, revision=path.name)
-        return LocalBase(path=path, revision=self._content_revision(path))
+        if (registered := self._registered(base_model)) is not None:
+            _check_weights(base_model, registered)
+            yield LocalBase(path=registered, revision=self._content_revision(registered))
+            return
+        with self.cache.borrowed(base_model):
+            self.cache.make_room()
+            snapshot = self._snapshot(base_model, revision, (*TOKENIZER_FILES, *WEIGHT_FILES))
+            _check_weights(base_model, snapshot)
+            self._prove(snapshot)
+            self.cache.make_room()
+            yield LocalBase(path=snapshot, revision=snapshot.name)
 
     def _registered(self, base_model: str) -> Path | None:
         path = self.registered_dir / base_model
@@ -77,7 +107,7 @@ class BaseModels:
                     base_model,
                     revision=revision,
                     allow_patterns=list(patterns),
-                    cache_dir=self.cache_dir / "hub",
+                    cache_dir=self.cache.hub_dir,
                     token=self.hub_token or False,
                 )
             )
@@ -87,25 +117,49 @@ class BaseModels:
             hint = f"The hub knows no such repository or revision ('{revision}')."
             raise UnknownBaseModel(base_model=base_model, hint=hint) from error
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise BaseModelUnavailable(base_model=base_model, reason=reason) from error
 
-    def _content_revision(self, path: Path) -> str:
-        """Hash a registered folder's files; files that did not change are not read again."""
-        remembered_at = self.cache_dir / "base-hashes.json"
-        with _hash_lock:
-            remembered: dict[str, str] = json.loads(remembered_at.read_text()) if remembered_at.exists() else {}
-            whole = hashlib.sha256()
-            for file in sorted(path.iterdir()):
-                if not file.is_file() or file.name.startswith("."):
-                    continue
-                stat = file.stat()
-                name = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-                if name not in remembered:
-                    remembered[name] = hash_file(file)[1]
-                whole.update(f"{file.name} {remembered[name]}\n".encode())
-            self.cache_dir.mkdir(parents=True, exist_ok=True)
-            partial = remembered_at.with_suffix(f".{threading.get_ident()}")
-            partial.write_text(json.dumps(remembered))
-            partial.replace(remembered_at)
+    def _content_revision(self, folder: Path) -> str:
+        """Hash a registered folder's files."""
+        files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+        hashes = self._hashes(files)
+        whole = hashlib.sha256("".join(f"{path.name} {hashes[path]}\n" for path in files).encode())
         return f"sha256-{whole.hexdigest()[:40]}"
+
+    def _prove(self, snapshot: Path) -> None:
+        """Compare the weights with their names in the hub's cache, which are their sha256.
+
+        A file that is wrong is removed, so that the next run fetches it anew.
+        """
+        large = [path for path in snapshot.glob("*.safetensors") if _SHA256.fullmatch(path.resolve().name)]
+        for path, sha256 in self._hashes(large).items():
+            blob = path.resolve()
+            if sha256 != blob.name:
+                blob.unlink(missing_ok=True)
+                raise ArtifactCorrupt(key=path.name, expected=blob.name, found=sha256)
+
+    def _hashes(self, files: Sequence[Path]) -> dict[Path, str]:
+        """The sha256 of every file; one that has not changed since it was last read is not read again."""
+        memory = self.cache.folder / "base-hashes.json"
+        known: dict[str, str] = json.loads(memory.read_text()) if memory.exists() else {}
+        hashes: dict[Path, str] = {}
+        learnt: dict[str, str] = {}
+        for path in files:
+            stat = path.stat()
+            name = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+            hashes[path] = known.get(name) or learnt.setdefault(name, hash_file(path)[1])
+        if learnt:
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            partial = memory.with_suffix(f".{os.getpid()}")
+            partial.write_text(json.dumps(known | learnt))
+            partial.replace(memory)  # whole files only; of two at once one is forgotten, and read again some day
+        return hashes
+
+
+def _check_weights(base_model: str, folder: Path) -> None:
+    if not any(folder.glob("*.safetensors")):
+        raise UnsupportedBaseModel(base_model=base_model, reason="it has no .safetensors weights")
+
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")

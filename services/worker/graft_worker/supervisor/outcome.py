@@ -26,16 +26,12 @@ def failure_of(
     if code == ExitCode.DONE and last_words is None:
         return None
     if stop_reason is StopReason.MAX_DURATION:
-        return Failure(
-            reason=FailureReason.MAX_DURATION_EXCEEDED,
-            message="The job ran longer than its 'max_duration_seconds'",
-            param="max_duration_seconds",
-        )
+        return stopped(stop_reason)
     if last_words is not None:
         words = last_words
         return Failure(reason=words.reason, message=words.message, param=words.param, facts=words.facts)
     if code == ExitCode.STOPPED or stop_reason is StopReason.DRAIN:
-        return Failure(reason=FailureReason.DRAINED, message="The worker was stopped")
+        return stopped(StopReason.DRAIN)
     if code == ExitCode.CUDA_OUT_OF_MEMORY:
         return Failure(reason=FailureReason.CUDA_OUT_OF_MEMORY, message="The GPU ran out of memory")
     if code == -signal.SIGKILL and oom_kills > 0:
@@ -46,6 +42,14 @@ def failure_of(
         name = signal.Signals(-code).name
         return Failure(reason=FailureReason.CRASH, message=f"The process ended by {name}", facts={"signal": name})
     return Failure(reason=FailureReason.CRASH, message=f"The process left with code {code}", facts={"exit_code": code})
+
+
+def stopped(reason: StopReason) -> Failure:
+    """What an ordered stop is, whatever it interrupted; cancelled and lost runs are settled in their own ways."""
+    if reason is StopReason.MAX_DURATION:
+        message = "The job ran longer than its 'max_duration_seconds'"
+        return Failure(reason=FailureReason.MAX_DURATION_EXCEEDED, message=message, param="max_duration_seconds")
+    return Failure(reason=FailureReason.DRAINED, message="The worker was stopped")
 
 
 def oom_kill_count() -> int:

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from graft_shared.artifacts import prepared_key
-from graft_shared.buckets import fetch
 from graft_shared.dispatch import queue_for
 from graft_shared.errors import FileNotFound, InvalidParameter
 from graft_shared.jobs import Job, JobState
 from graft_shared.specs import DatasetSource, JobSpec
 from graft_worker.protocol import PreparedEvent, PrepareRequest
 from graft_worker.supervisor.neighbours import Neighbours
-from graft_worker.supervisor.patience import patiently
+from graft_worker.supervisor.patience import Patience
 
 MODULE = "graft_worker.preparing"
 SPLITS = ("train.safetensors", "validation.safetensors")
 
 
-def prepare_request(job: Job, workdir: Path, neighbours: Neighbours) -> PrepareRequest:
-    """Fetch what preparing needs, and say where it lies."""
+def prepare_request(job: Job, workdir: Path, neighbours: Neighbours, kept: ExitStack) -> PrepareRequest:
+    """Fetch what preparing needs, and say where it lies; what comes from the cache is held by `kept`."""
     spec = JobSpec.model_validate(job.spec)
-    tokenizer = neighbours.base_models.tokenizer(spec.base_model, spec.revision)
+    tokenizer = kept.enter_context(neighbours.base_models.tokenizer(spec.base_model, spec.revision))
     train_file = workdir / "train.jsonl"
     _fetch_rows(job.tenant, spec.dataset, train_file, neighbours)
     validation_file = None
@@ -34,24 +34,31 @@ def prepare_request(job: Job, workdir: Path, neighbours: Neighbours) -> PrepareR
     return PrepareRequest(
         job_id=job.id,
         spec=job.spec,
-        tokenizer_path=str(tokenizer),
+        tokenizer_path=str(tokenizer.path),
+        base_commit=tokenizer.commit,
         max_positions=int(job.placement["max_position_embeddings"]),
         train_file=str(train_file),
         validation_file=str(validation_file) if validation_file else None,
     )
 
 
-def finish_preparation(job: Job, workdir: Path, prepared: PreparedEvent, neighbours: Neighbours) -> None:
+def finish_preparation(
+    job: Job,
+    workdir: Path,
+    request: PrepareRequest,
+    prepared: PreparedEvent,
+    neighbours: Neighbours,
+    patience: Patience,
+) -> None:
     """Store the tokens under this epoch, hand the job to training, and ring for a trainer."""
-    patience = neighbours.settings.upload_patience_seconds
-    stored: dict[str, Any] = {"report": prepared.report}
+    stored: dict[str, Any] = {"report": prepared.report, "base_commit": request.base_commit}
     for name in SPLITS:
         path = workdir / "prepared" / name
         if path.exists():
             key = prepared_key(job.tenant, job.id, job.epoch, name)
             put = partial(neighbours.bucket.put_file, key, path)
-            stored[path.stem] = asdict(patiently(put, patience_seconds=patience))
-    handed = patiently(lambda: neighbours.leases.hand_to_training(job.id, job.epoch, stored), patience_seconds=patience)
+            stored[path.stem] = asdict(patience.wait_for(put))
+    handed = patience.wait_for(lambda: neighbours.leases.hand_to_training(job.id, job.epoch, stored))
     if handed.state is JobState.QUEUED and neighbours.doorbell.ring(job.id, queue_for(handed.stage, handed.gpu_class)):
         neighbours.leases.mark_rung(job.id)
 
@@ -62,7 +69,7 @@ def _fetch_rows(tenant: str, source: DatasetSource, path: Path, neighbours: Neig
             stored = neighbours.files.get(tenant, source.file)
         except FileNotFound as error:
             raise InvalidParameter(param="dataset.file", reason=error.message.rstrip(".")) from error
-        fetch(neighbours.bucket, stored.object, path)
+        neighbours.base_models.cache.fetch(neighbours.bucket, stored.object, path)
     elif source.uri is not None:
         _import_object(source.uri, path, neighbours)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import assert_never
 
@@ -31,7 +32,6 @@ from graft_worker.protocol import (
     CheckpointEvent,
     EvaluationEvent,
     Event,
-    ExitCode,
     FailureEvent,
     PhaseEvent,
     PreparedEvent,
@@ -44,13 +44,14 @@ from graft_worker.protocol import (
 from graft_worker.supervisor import preparation, training_run
 from graft_worker.supervisor.child import LOG_NAME, Child
 from graft_worker.supervisor.neighbours import Neighbours
-from graft_worker.supervisor.outcome import failure_of, oom_kill_count
-from graft_worker.supervisor.patience import patiently
+from graft_worker.supervisor.outcome import failure_of, oom_kill_count, stopped
+from graft_worker.supervisor.patience import Patience
 from graft_worker.supervisor.progress import ProgressRecorder
 from graft_worker.supervisor.watch import StopReason, Watch, WatchTimes
 
 EVENT_PAUSE_SECONDS = 1.0  # progress is written at most this often
 LOG_UPLOAD_SECONDS = 15.0
+FETCH_PATIENCE_SECONDS = 60.0  # a bucket that restarts is waited for; an attempt that has cost nothing yet may go back
 
 # What an error while fetching or publishing means for the run.
 _REASONS: dict[type[GraftError], FailureReason] = {
@@ -64,8 +65,6 @@ _REASONS: dict[type[GraftError], FailureReason] = {
     ObjectNotFound: FailureReason.ARTIFACT_CORRUPT,
     NeighbourUnavailable: FailureReason.ARTIFACT_UPLOAD_FAILED,
 }
-
-_STOPPED = Failure(reason=FailureReason.DRAINED, message="The worker was stopped")
 
 logger = logging.getLogger(__name__)
 
@@ -108,22 +107,25 @@ class Run:
             draining=self._neighbours.draining,
             ends_at=self._ends_at(),
         )
-        with watch:
+        with watch, ExitStack() as kept:
             try:
-                failure = self._run_watched(watch)
+                failure = self._run_watched(watch, kept)
             except LeaseLost:
                 raise
             except Exception as error:  # noqa: BLE001 (named, written to the row and logged: one job must not end a worker)
-                failure = _failure_from(error)
+                failure = _failure_from(error) if watch.stop_reason is None else stopped(watch.stop_reason)
             self._upload_log()
             if failure is not None:
                 self._settle(failure, watch)
 
-    def _run_watched(self, watch: Watch) -> Failure | None:
-        request = self._fetch()
+    def _run_watched(self, watch: Watch, kept: ExitStack) -> Failure | None:
+        patience = Patience(
+            seconds=self._neighbours.settings.upload_patience_seconds, gave_up=lambda: watch.stop_reason is not None
+        )
+        request = patience.wait_for(lambda: self._fetch(kept), at_most_seconds=FETCH_PATIENCE_SECONDS)
         (self._workdir / REQUEST_NAME).write_text(request.model_dump_json())
         if watch.stop_reason is not None:
-            return failure_of(ExitCode.STOPPED, None, watch.stop_reason, oom_kills=0)
+            return stopped(watch.stop_reason)
         kills_before = oom_kill_count()
         module = preparation.MODULE if self._job.stage is Stage.PREPARE else training_run.MODULE
         settings = self._neighbours.settings
@@ -131,7 +133,7 @@ class Run:
         watch.look_after(child)
         try:
             for event in child.events(timeout=EVENT_PAUSE_SECONDS):
-                self._handle(event, watch)
+                self._handle(event, watch, patience)
         except BaseException:
             child.kill()
             raise
@@ -141,18 +143,18 @@ class Run:
         self._progress.flush()
         log_event(logger, "child_ended", job_id=self._job.id, epoch=self._job.epoch, exit_code=code)
         if watch.stop_reason in (StopReason.CANCEL, StopReason.LEASE_LOST):
-            return _STOPPED
+            return stopped(watch.stop_reason)
         failure = failure_of(code, self._last_words, watch.stop_reason, oom_kills=oom_kill_count() - kills_before)
         if failure is None:
-            self._finish(request)
+            self._finish(request, patience)
         return failure
 
-    def _fetch(self) -> PrepareRequest | TrainRequest:
+    def _fetch(self, kept: ExitStack) -> PrepareRequest | TrainRequest:
         if self._job.stage is Stage.PREPARE:
-            return preparation.prepare_request(self._job, self._workdir, self._neighbours)
-        return training_run.train_request(self._job, self._workdir, self._neighbours)
+            return preparation.prepare_request(self._job, self._workdir, self._neighbours, kept)
+        return training_run.train_request(self._job, self._workdir, self._neighbours, kept)
 
-    def _handle(self, event: Event | None, watch: Watch) -> None:
+    def _handle(self, event: Event | None, watch: Watch, patience: Patience) -> None:
         if watch.stop_reason is StopReason.LEASE_LOST:
             return
         match event:
@@ -169,7 +171,7 @@ class Run:
             case CheckpointEvent():
                 if watch.stop_reason is not StopReason.CANCEL:
                     self._progress.flush()
-                    training_run.store_checkpoint(self._job, event, self._neighbours)
+                    training_run.store_checkpoint(self._job, event, self._neighbours, patience)
             case FailureEvent():
                 self._last_words = event
             case PreparedEvent() | TrainedEvent():
@@ -179,26 +181,30 @@ class Run:
         if boottime() > self._log_uploaded_at + LOG_UPLOAD_SECONDS:
             self._upload_log()
 
-    def _finish(self, request: PrepareRequest | TrainRequest) -> None:
-        if isinstance(self._result, PreparedEvent):
-            preparation.finish_preparation(self._job, self._workdir, self._result, self._neighbours)
+    def _finish(self, request: PrepareRequest | TrainRequest, patience: Patience) -> None:
+        job, workdir, neighbours = self._job, self._workdir, self._neighbours
+        if isinstance(self._result, PreparedEvent) and isinstance(request, PrepareRequest):
+            preparation.finish_preparation(job, workdir, request, self._result, neighbours, patience)
         elif isinstance(self._result, TrainedEvent) and isinstance(request, TrainRequest):
             self._progress.phase(Phase.PUBLISHING)
-            training_run.publish(self._job, self._workdir, request, self._result, self._neighbours)
+            training_run.publish(job, workdir, request, self._result, neighbours, patience)
         else:
             raise ArtifactCorrupt("The child left with code 0 but brought no result.")
         log_event(logger, "job_carried_on", job_id=self._job.id, epoch=self._job.epoch, stage=self._job.stage.value)
 
     def _settle(self, failure: Failure, watch: Watch) -> None:
         leases, job = self._neighbours.leases, self._job
-        patience = self._neighbours.settings.upload_patience_seconds
         if watch.stop_reason is StopReason.LEASE_LOST:
             raise LeaseLost(job_id=job.id, epoch=job.epoch)
+        patience = Patience(
+            seconds=self._neighbours.settings.upload_patience_seconds,
+            gave_up=lambda: watch.stop_reason is StopReason.LEASE_LOST,
+        )
         if watch.stop_reason is StopReason.CANCEL:
-            patiently(lambda: leases.settle_cancelled(job.id, job.epoch), patience_seconds=patience)
+            patience.wait_for(lambda: leases.settle_cancelled(job.id, job.epoch))
             log_event(logger, "job_cancelled", job_id=job.id, epoch=job.epoch)
             return
-        after = patiently(lambda: leases.settle_failure(job.id, job.epoch, failure), patience_seconds=patience)
+        after = patience.wait_for(lambda: leases.settle_failure(job.id, job.epoch, failure))
         facts = {"reason": failure.reason.value, "state": after.state.value, "message": failure.message}
         log_event(logger, "attempt_settled", level=logging.WARNING, job_id=job.id, attempt=job.attempt, **facts)
         if after.state is JobState.QUEUED and failure.reason in (FailureReason.WORKER_LOST, FailureReason.DRAINED):

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import logging
 import shutil
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from graft_shared.artifacts import MANIFEST_NAME, AdapterManifest, FileProof, adapter_prefix, checkpoint_key
-from graft_shared.buckets import fetch, read_back
+from graft_shared.buckets import read_back
 from graft_shared.errors import LeaseLost, NeighbourUnavailable
 from graft_shared.jobs import Checkpoint, Job, StoredObject
 from graft_shared.logs import log_event
 from graft_worker.protocol import CheckpointEvent, TrainedEvent, TrainRequest
 from graft_worker.supervisor.folders import fetch_folder, store_folder
 from graft_worker.supervisor.neighbours import Neighbours
-from graft_worker.supervisor.patience import patiently
+from graft_worker.supervisor.patience import Patience
 
 MODULE = "graft_worker.training"
 CHECKPOINT_PATIENCE_SECONDS = 20.0  # a checkpoint that cannot be stored soon is left to the next one
@@ -25,15 +26,16 @@ CHECKPOINT_PATIENCE_SECONDS = 20.0  # a checkpoint that cannot be stored soon is
 logger = logging.getLogger(__name__)
 
 
-def train_request(job: Job, workdir: Path, neighbours: Neighbours) -> TrainRequest:
-    """Fetch and verify what training needs, and say where it lies."""
-    base = neighbours.base_models.whole(job.spec["base_model"], job.spec["revision"])
+def train_request(job: Job, workdir: Path, neighbours: Neighbours, kept: ExitStack) -> TrainRequest:
+    """Fetch and verify what training needs, and say where it lies; what comes from the cache is held by `kept`."""
     prepared = job.prepared or {}
+    revision = prepared.get("base_commit") or job.spec["revision"]  # a branch may have moved since
+    base = kept.enter_context(neighbours.base_models.whole(job.spec["base_model"], revision))
     splits = {}
     for split in ("train", "validation"):
         if split in prepared:
             splits[split] = workdir / f"{split}.safetensors"
-            fetch(neighbours.bucket, StoredObject(**prepared[split]), splits[split])
+            neighbours.base_models.cache.fetch(neighbours.bucket, StoredObject(**prepared[split]), splits[split])
     checkpoint_path = None
     if job.checkpoint is not None:
         checkpoint_path = workdir / "resume" / f"step-{job.checkpoint.step}"
@@ -53,7 +55,7 @@ def train_request(job: Job, workdir: Path, neighbours: Neighbours) -> TrainReque
     )
 
 
-def store_checkpoint(job: Job, event: CheckpointEvent, neighbours: Neighbours) -> None:
+def store_checkpoint(job: Job, event: CheckpointEvent, neighbours: Neighbours, patience: Patience) -> None:
     """Upload a checkpoint, read it back, and make it the job's. A bucket that is away costs this checkpoint only."""
     folder = Path(event.path)
     key = checkpoint_key(job.tenant, job.id, job.epoch, event.step)
@@ -65,14 +67,16 @@ def store_checkpoint(job: Job, event: CheckpointEvent, neighbours: Neighbours) -
         neighbours.leases.commit_checkpoint(job.id, job.epoch, checkpoint)
 
     try:
-        patiently(store, patience_seconds=CHECKPOINT_PATIENCE_SECONDS)
+        patience.wait_for(store, at_most_seconds=CHECKPOINT_PATIENCE_SECONDS)
     except NeighbourUnavailable as error:
         facts = {"job_id": job.id, "step": event.step, "reason": error.message}
         log_event(logger, "checkpoint_not_stored", level=logging.WARNING, **facts)
     shutil.rmtree(folder)
 
 
-def publish(job: Job, workdir: Path, request: TrainRequest, trained: TrainedEvent, neighbours: Neighbours) -> None:
+def publish(
+    job: Job, workdir: Path, request: TrainRequest, trained: TrainedEvent, neighbours: Neighbours, patience: Patience
+) -> None:
     """Store the adapter, read it back, write the manifest last, and settle the job as succeeded.
 
     Raises:
@@ -80,11 +84,10 @@ def publish(job: Job, workdir: Path, request: TrainRequest, trained: TrainedEven
         NeighbourUnavailable: Bucket or database stayed away longer than the operator's patience.
         LeaseLost: Another epoch owns the job.
     """
-    patience = neighbours.settings.upload_patience_seconds
     prefix = adapter_prefix(job.tenant, job.id, job.epoch)
     proofs = []
     for path in sorted((workdir / "adapter").iterdir()):
-        stored = patiently(partial(_store, prefix + path.name, path, neighbours), patience_seconds=patience)
+        stored = patience.wait_for(partial(_store, prefix + path.name, path, neighbours))
         proofs.append(FileProof(name=path.name, size=stored.size, sha256=stored.sha256))
     manifest = AdapterManifest(
         job_id=job.id,
@@ -96,8 +99,8 @@ def publish(job: Job, workdir: Path, request: TrainRequest, trained: TrainedEven
         versions=trained.versions,
     )
     key = prefix + MANIFEST_NAME
-    written = patiently(lambda: neighbours.bucket.put_bytes(key, manifest.to_bytes()), patience_seconds=patience)
-    patiently(lambda: read_back(neighbours.bucket, written), patience_seconds=patience)
+    written = patience.wait_for(lambda: neighbours.bucket.put_bytes(key, manifest.to_bytes()))
+    patience.wait_for(lambda: read_back(neighbours.bucket, written))
     adapter = {
         "uri": neighbours.bucket.uri(prefix.rstrip("/")),
         "epoch": job.epoch,
@@ -105,7 +108,7 @@ def publish(job: Job, workdir: Path, request: TrainRequest, trained: TrainedEven
         "manifest": asdict(written),
         "bytes": sum(proof.size for proof in proofs),
     }
-    patiently(lambda: _settle(job, adapter, trained, neighbours), patience_seconds=patience)
+    patience.wait_for(lambda: _settle(job, adapter, trained, neighbours))
 
 
 def _store(key: str, path: Path, neighbours: Neighbours) -> StoredObject:

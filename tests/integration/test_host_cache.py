@@ -1,0 +1,135 @@
+"""What a host keeps between jobs: proven, shared, and never more than it may."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from graft_shared.buckets.directory import DirectoryBucket
+from graft_shared.errors import ArtifactCorrupt
+from graft_shared.jobs import StoredObject
+from graft_worker.supervisor import bases
+from graft_worker.supervisor.bases import BaseModels
+from graft_worker.supervisor.cache import HostCache
+
+COMMIT = "c0ffee" * 6 + "c0ff"
+WEIGHTS = b"weights" * 1000
+WEIGHTS_SHA256 = hashlib.sha256(WEIGHTS).hexdigest()
+
+
+class CountingBucket(DirectoryBucket):
+    """Counts what is read from it."""
+
+    reads = 0
+
+    def open(self, key: str):  # type: ignore[no-untyped-def]
+        self.reads += 1
+        return super().open(key)
+
+
+@pytest.fixture
+def bucket(tmp_path: Path) -> CountingBucket:
+    return CountingBucket(tmp_path / "bucket")
+
+
+def cache_of(tmp_path: Path, max_bytes: int = 10**9) -> HostCache:
+    return HostCache(folder=tmp_path / "cache", max_bytes=max_bytes)
+
+
+def hub_repository(cache: HostCache, base_model: str, *, used_at: float, content: bytes = WEIGHTS) -> Path:
+    """A repository as `huggingface_hub` leaves it: blobs by their hash, snapshots of links."""
+    folder = cache.hub_dir / f"models--{base_model.replace('/', '--')}"
+    (folder / "blobs").mkdir(parents=True)
+    snapshot = folder / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    for name, blob, data in (("model.safetensors", WEIGHTS_SHA256, content), ("config.json", "0" * 40, b"{}")):
+        (folder / "blobs" / blob).write_bytes(data)
+        (snapshot / name).symlink_to(f"../../blobs/{blob}")
+    with cache.borrowed(base_model):
+        pass
+    os.utime(cache.folder / "in-use" / f"{folder.name}.lock", (used_at, used_at))
+    return snapshot
+
+
+def test_an_object_is_fetched_once_for_all_jobs_of_a_host(bucket: CountingBucket, tmp_path: Path) -> None:
+    stored = bucket.put_bytes("rows", b"tokens")
+    for job in ("a", "b"):
+        cache_of(tmp_path).fetch(bucket, stored, tmp_path / job / "rows")
+        assert (tmp_path / job / "rows").read_bytes() == b"tokens"
+    assert bucket.reads == 1
+
+
+def test_a_kept_object_that_the_disk_has_spoilt_is_fetched_again(bucket: CountingBucket, tmp_path: Path) -> None:
+    stored = bucket.put_bytes("rows", b"tokens")
+    cache = cache_of(tmp_path)
+    cache.fetch(bucket, stored, tmp_path / "a")
+    (tmp_path / "a").unlink()
+    (cache.folder / "objects" / stored.sha256).write_bytes(b"tokenz")
+    cache.fetch(bucket, stored, tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == b"tokens"
+    assert bucket.reads == 2
+
+
+def test_an_object_of_wrong_bytes_is_refused_and_not_kept(bucket: CountingBucket, tmp_path: Path) -> None:
+    stored = bucket.put_bytes("rows", b"tokens")
+    meant = StoredObject(key="rows", size=stored.size, sha256="0" * 64)
+    with pytest.raises(ArtifactCorrupt):
+        cache_of(tmp_path).fetch(bucket, meant, tmp_path / "a")
+    assert not (tmp_path / "cache" / "objects").exists()
+
+
+def test_the_least_recently_used_goes_first_and_a_job_keeps_what_it_has(bucket: CountingBucket, tmp_path: Path) -> None:
+    cache = cache_of(tmp_path, max_bytes=250)
+    stored = [bucket.put_bytes(f"{n}", bytes([n]) * 100) for n in range(3)]
+    for n in (0, 1):
+        cache.fetch(bucket, stored[n], tmp_path / f"job-{n}")
+        os.utime(cache.folder / "objects" / stored[n].sha256, (n, n))
+    cache.fetch(bucket, stored[0], tmp_path / "again")
+    cache.fetch(bucket, stored[2], tmp_path / "job-2")
+    kept = {path.name for path in (cache.folder / "objects").iterdir()}
+    assert kept == {stored[0].sha256, stored[2].sha256}
+    assert (tmp_path / "job-1").read_bytes() == bytes([1]) * 100
+
+
+def test_a_base_in_use_is_never_evicted_and_an_older_one_goes_whole(tmp_path: Path) -> None:
+    cache = cache_of(tmp_path, max_bytes=len(WEIGHTS))
+    used = hub_repository(cache, "org/used", used_at=1)
+    idle = hub_repository(cache, "org/idle", used_at=2)
+    with cache.borrowed("org/used"):
+        os.utime(cache.folder / "in-use" / "models--org--used.lock", (1, 1))
+        cache.make_room()
+        assert (used / "model.safetensors").read_bytes() == WEIGHTS
+        assert not idle.parents[1].exists()
+    cache.make_room()
+    assert not used.parents[1].exists()
+
+
+def test_weights_that_are_not_the_hubs_are_refused_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = cache_of(tmp_path)
+    snapshot = hub_repository(cache, "org/base", used_at=1, content=WEIGHTS + b"!")
+    monkeypatch.setattr(bases, "snapshot_download", lambda *_, **__: str(snapshot))
+    models = BaseModels(registered_dir=tmp_path / "models", cache=cache, hub_token=None)
+    with pytest.raises(ArtifactCorrupt), models.whole("org/base", "main"):
+        raise AssertionError("unreachable")
+    blob = snapshot.parents[1] / "blobs" / WEIGHTS_SHA256
+    assert not blob.exists()
+    blob.write_bytes(WEIGHTS)
+    with models.whole("org/base", "main") as base:
+        assert base.revision == COMMIT
+
+
+def test_training_takes_the_weights_of_the_commit_whose_tokenizer_prepared_the_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = cache_of(tmp_path)
+    snapshot = hub_repository(cache, "org/base", used_at=1)
+    asked: list[str] = []
+    monkeypatch.setattr(bases, "snapshot_download", lambda *_, revision, **__: asked.append(revision) or str(snapshot))
+    models = BaseModels(registered_dir=tmp_path / "models", cache=cache, hub_token=None)
+    with models.tokenizer("org/base", "main") as tokenizer:
+        assert tokenizer.commit == COMMIT
+    with models.whole("org/base", str(tokenizer.commit)):
+        assert asked == ["main", COMMIT]
