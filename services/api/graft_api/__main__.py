@@ -1,4 +1,4 @@
-"""`python -m graft_api`: serve the API on loopback."""
+"""`python -m graft_api`: serve the API, on loopback unless there are keys."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Exposed(Exception):
 
 
 def check_exposure(host: str) -> None:
-    """Raise Exposed unless only this machine can reach the host: there is no authentication yet."""
+    """Raise Exposed unless only this machine can reach the host: what has no keys must not be reached by strangers."""
     if host == "localhost":
         return
     try:
@@ -29,8 +29,8 @@ def check_exposure(host: str) -> None:
         is_loopback = False
     if not is_loopback:
         raise Exposed(
-            f"This API has no authentication yet, so it listens on this machine only; '{host}' could be reached from "
-            "elsewhere. Use --host 127.0.0.1, and an SSH tunnel or an authenticating proxy on this machine."
+            f"GRAFT_API_KEYS is not set, so the API listens on this machine only; '{host}' could be reached from "
+            "elsewhere. Use --host 127.0.0.1, or set GRAFT_API_KEYS=tenant=key (openssl rand -hex 24 makes a key)."
         )
 
 
@@ -40,14 +40,18 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT)
     arguments = parser.parse_args()
-    try:
-        check_exposure(arguments.host)
-    except Exposed as error:
-        parser.error(str(error))
     settings = ApiSettings()
     configure_logging(json_lines=settings.log_json)
+    try:
+        if not settings.api_keys.get_secret_value():
+            check_exposure(arguments.host)
+        app = build_app(settings)
+    except Exposed as error:
+        parser.error(str(error))
+    except ValueError as error:
+        parser.error(f"GRAFT_API_KEYS: {error}")
     uvicorn.run(
-        build_app(settings),
+        app,
         host=arguments.host,
         port=arguments.port,
         log_config=None,

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import Depends, FastAPI
 
 from graft_api import health, objects
+from graft_api.auth import read_keys, tenant
 from graft_api.capacity import endpoints as capacity_routes
 from graft_api.deps import Neighbours, known_query
 from graft_api.errors import DOCUMENTED, install_handlers
@@ -60,6 +61,7 @@ def neighbours_of(
     """Everything that the routes are handed, made from what was chosen."""
     return Neighbours(
         settings=settings,
+        keys=read_keys(settings.api_keys.get_secret_value()),
         database=database,
         jobs=Jobs(database),
         files=Files(database),
@@ -97,8 +99,9 @@ def create_app(neighbours: Neighbours) -> FastAPI:
 
 
 def _add_routes(app: FastAPI, bucket: Bucket) -> None:
-    for routes in (job_routes, file_routes, model_routes, capacity_routes, health):
-        app.include_router(routes.router)
+    for routes in (job_routes, file_routes, model_routes, capacity_routes):
+        app.include_router(routes.router, dependencies=[Depends(tenant)])
+    app.include_router(health.router)
     if isinstance(bucket, DirectoryBucket):
         app.include_router(objects.router)
 

@@ -25,6 +25,7 @@ class Neighbours:
     """Everything outside this process, and the tables that were loaded once."""
 
     settings: ApiSettings
+    keys: Mapping[str, str]  # API keys and their tenants; empty: no authentication, and loopback only
     database: Database
     jobs: Jobs
     files: Files

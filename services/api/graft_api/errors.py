@@ -47,6 +47,10 @@ class MethodNotAllowed(BadRequest):
     """This route does not take '{method}'."""
 
 
+class Unauthenticated(GraftError):
+    """Send a valid key as 'Authorization: Bearer KEY' (with the `graft` command: GRAFT_API_KEY)."""
+
+
 class LinkExpired(GraftError):
     """This link has expired or was never signed. Ask the route that gave it for a fresh one."""
 
@@ -58,6 +62,7 @@ class InternalError(GraftError):
 # The most exact class of an error decides.
 STATUS_CODES: dict[type[GraftError], int] = {
     BadRequest: 400,
+    Unauthenticated: 401,
     LinkExpired: 403,
     NotFound: 404,
     MethodNotAllowed: 405,
@@ -73,7 +78,7 @@ STATUS_CODES: dict[type[GraftError], int] = {
     GraftError: 500,
 }
 
-_TYPES = {403: "permission_error", 404: "not_found_error", 409: "conflict_error"}
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 409: "conflict_error"}
 
 
 class ErrorFacts(BaseModel):
@@ -112,6 +117,8 @@ def answer(error: GraftError) -> JSONResponse:
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     own = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
     headers: dict[str, str] = {}
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
     if isinstance(error, Conflict):
         headers["x-should-retry"] = "false"
     if isinstance(error, NeighbourUnavailable):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 
 from graft_shared.settings import SharedSettings
 
@@ -13,6 +13,8 @@ from graft_shared.settings import SharedSettings
 class ApiSettings(SharedSettings):
     """What the API alone needs to know."""
 
+    api_keys: SecretStr = SecretStr("")
+    """`tenant=key,tenant=key`: who may ask. Without keys the API serves this machine alone."""
     max_body_bytes: int = Field(default=1_000_000, ge=1)
     """The largest JSON body; files have `max_file_bytes`."""
     link_seconds: float = Field(default=600.0, gt=0)
