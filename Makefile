@@ -5,13 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PINS := -c deploy/constraints/all.txt
 OURS := -e ./shared -e ./services/api -e './services/worker[train]' -e ./client -e ./services/local
+COMPOSE ?= docker compose
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --root-user-action=ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo check test test-unit format clean
+.PHONY: help setup run demo up down logs ps check test test-unit test-s3 test-containers pins format clean
 
 help: ## print this
-	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.ready ## build .venv with everything that Graft needs (Python 3.11 and make are enough)
 
@@ -21,17 +22,47 @@ run: $(VENV)/.ready ## start the whole service on http://127.0.0.1:8000, state u
 demo: $(VENV)/.ready ## make a small base model, fine-tune it through the service, and show what it learnt
 	@$(BIN)/python demo/run.py
 
-check: $(VENV)/.ready-dev ## format, lint, types and the contracts between the rooms
+up: .env ## build and start the cluster of docker-compose.yml, and wait until it is healthy
+	$(COMPOSE) up --detach --build --wait
+
+down: ## stop the cluster; its data stays
+	$(COMPOSE) down
+
+logs: ## follow the cluster's logs
+	$(COMPOSE) logs --follow --tail 100
+
+ps: ## what runs in the cluster
+	$(COMPOSE) ps
+
+check: $(VENV)/.ready-dev ## format, lint, types, the contracts between the rooms, and the files of deploy/
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo --config pyproject.toml
+	@$(BIN)/yamllint --strict .
+	@$(BIN)/hadolint deploy/*.Dockerfile
+	@sed -E 's/^([A-Z_0-9]*(PASSWORD|SECRET_ACCESS_KEY|API_KEYS))=$$/\1=x/' deploy/env.example > $(VENV)/check.env
+	@COMPOSE_PROFILES='*' $(BIN)/docker-compose --env-file $(VENV)/check.env config --quiet
 
 test: $(VENV)/.ready-dev ## every test; starts its own PostgreSQL, Redis and S3 server, all from pip
 	@$(BIN)/python -m pytest
 
 test-unit: $(VENV)/.ready-dev ## the fast tests
 	@$(BIN)/python -m pytest tests/unit
+
+test-s3: $(VENV)/.ready-dev ## the bucket's contract on your own server: ENDPOINT= ACCESS_KEY= SECRET_KEY= [REGION=]
+	@test -n "$(ENDPOINT)" || { echo "usage: make test-s3 ENDPOINT=https://… ACCESS_KEY=… SECRET_KEY=…"; exit 2; }
+	@GRAFT_TEST_S3_ENDPOINT=$(ENDPOINT) GRAFT_TEST_S3_ACCESS_KEY=$(ACCESS_KEY) GRAFT_TEST_S3_SECRET_KEY=$(SECRET_KEY) \
+		GRAFT_TEST_S3_REGION=$(REGION) $(BIN)/python -m pytest tests/integration/test_buckets.py
+
+test-containers: $(VENV)/.ready-dev ## slow, root: a Docker engine of its own, both images, the cluster, and a killed container
+	@$(BIN)/python -m pytest tests/containers --timeout 1800
+
+pins: $(VENV)/.ready-dev ## write the pins of each image from deploy/constraints/all.txt
+	@$(BIN)/python deploy/constraints/pin.py
+
+.env:
+	@$(PYTHON) deploy/make_env.py
 
 format: $(VENV)/.ready-dev ## let ruff format and fix
 	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .

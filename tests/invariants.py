@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 Event = dict[str, Any]
@@ -47,6 +48,34 @@ def the_checkpoint_step_never_falls(events: Sequence[Event]) -> None:
     """What was saved once is never gone back behind."""
     steps = [event["data"]["step"] for event in events if event["type"] == "checkpoint"]
     assert steps == sorted(steps), steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One claim of one job: when the job could be taken, when it was, until when, and by whom. Unix seconds."""
+
+    job_id: str
+    worker: str
+    ready_at: float
+    claimed_at: float
+    ended_at: float
+
+
+def longest_wait_beside_an_idle_worker(runs: Sequence[Run]) -> float:
+    """For how many seconds, at most, a job waited while one of these workers, which may all take it, had nothing.
+
+    A worker counts from the first claim of any of them.
+    """
+    begin = min(run.claimed_at for run in runs)
+    longest = 0.0
+    for worker in {run.worker for run in runs}:
+        own = sorted((run for run in runs if run.worker == worker), key=lambda run: run.claimed_at)
+        frees = [begin, *(run.ended_at for run in own)]
+        busies = [*(run.claimed_at for run in own), float("inf")]
+        for free, busy in zip(frees, busies, strict=True):
+            waits = (min(run.claimed_at, busy) - max(run.ready_at, free) for run in runs)
+            longest = max(longest, *waits)
+    return longest
 
 
 def steps_redone(events: Sequence[Event]) -> int:

@@ -1,4 +1,4 @@
-"""The main job, end to end, as a user meets it: `graft up`, HTTP, real Redis, real processes, real QLoRA on the CPU."""
+"""The main job, end to end, as a user meets it, on each fleet: HTTP, real processes and neighbours, real QLoRA."""
 
 from __future__ import annotations
 
@@ -14,20 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from tests.factories import make_tiny_base
-from tests.fleet import Fleet
+from tests.fleet import ROWS, Cluster, Fleet, a_job, cluster
 from tests.invariants import assert_history_holds, steps_redone
 from tests.waiting import wait_until
-
-ANIMALS = ("cat", "dog", "hen", "cow", "pig", "owl", "fox", "bee")
-ROWS = [
-    {"prompt": f"What does the {animal} say?", "completion": f"The {animal} says {animal} {animal}."}
-    for animal in ANIMALS
-]
-JSONL = "".join(json.dumps(row) + "\n" for row in ROWS * 8).encode()
 
 # Run without Graft: what a user does with a downloaded adapter.
 LOAD_WITH_PEFT = """
@@ -47,42 +39,28 @@ print(before, after)
 """
 
 
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    state = tmp_path_factory.mktemp("fleet") / "state"
-    make_tiny_base(state / "models" / "graft" / "tiny")
-    running = Fleet(state, {"GRAFT_HEARTBEAT_SECONDS": "2", "GRAFT_LOOK_SECONDS": "2"}).start()
-    yield running
-    if running.process is not None:
+@pytest.fixture(scope="module", params=["one machine", "cluster", "cluster of two"])
+def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet | Cluster]:
+    folder = tmp_path_factory.mktemp("fleet")
+    make_tiny_base(folder / "state" / "models" / "graft" / "tiny")
+    if request.param == "one machine":
+        running = Fleet(folder / "state", {"GRAFT_HEARTBEAT_SECONDS": "2", "GRAFT_LOOK_SECONDS": "2"}).start()
+        yield running
         running.stop()
-
-
-def a_job(fleet: Fleet, **changes: Any) -> dict[str, Any]:
-    training = {
-        "max_steps": 40,
-        "learning_rate": 5e-3,
-        "max_length": 64,
-        "save_steps": 10,
-        **changes.pop("training", {}),
-    }
-    return {
-        "base_model": "graft/tiny",
-        "dataset": {"file": fleet.upload(JSONL)},
-        "validation": {"split": 0.1},
-        "lora": {"r": 8, "target_modules": "all-linear"},
-        "training": {**training, **changes.pop("training", {})},
-        **changes,
-    }
+        return
+    count = 1 if request.param == "cluster" else 2
+    with cluster(folder, apis=count, trainers_wanted=count) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
-def finished(fleet: Fleet) -> dict[str, Any]:
+def finished(fleet: Fleet | Cluster) -> dict[str, Any]:
     job = fleet.wait(fleet.post(a_job(fleet))["id"])
-    assert job["status"] == "succeeded", (job["error"], (fleet.state_dir / "up.log").read_text()[-4000:])
+    assert job["status"] == "succeeded", (job["error"], fleet.log())
     return job
 
 
-def test_a_posted_job_succeeds_and_learns(fleet: Fleet, finished: dict[str, Any]) -> None:
+def test_a_posted_job_succeeds_and_learns(fleet: Fleet | Cluster, finished: dict[str, Any]) -> None:
     events = fleet.events(finished["id"])
     assert_history_holds(events)
     losses = [event["data"]["loss"] for event in events if event["type"] == "metrics" and "loss" in event["data"]]
@@ -96,11 +74,11 @@ def test_a_posted_job_succeeds_and_learns(fleet: Fleet, finished: dict[str, Any]
     assert finished["plan"]["mode"] in ("speed", "memory")
 
 
-def test_every_file_of_the_adapter_is_what_its_manifest_says(fleet: Fleet, finished: dict[str, Any]) -> None:
+def test_every_file_of_the_adapter_is_what_its_manifest_says(fleet: Fleet | Cluster, finished: dict[str, Any]) -> None:
     with fleet.client() as client:
         answer = client.get(f"/jobs/{finished['id']}/adapter").json()
         for file in answer["files"]:
-            content = client.get(file["url"]).content
+            content = fleet.fetch(file["url"])
             assert (len(content), hashlib.sha256(content).hexdigest()) == (file["size"], file["sha256"])
     names = {file["name"] for file in answer["files"]}
     assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "metrics.jsonl"} <= names
@@ -108,7 +86,7 @@ def test_every_file_of_the_adapter_is_what_its_manifest_says(fleet: Fleet, finis
 
 
 def test_the_archive_loads_with_peft_in_a_process_without_graft(
-    fleet: Fleet, finished: dict[str, Any], tmp_path: Path
+    fleet: Fleet | Cluster, finished: dict[str, Any], tmp_path: Path
 ) -> None:
     with fleet.client() as client:
         archive = client.get(f"/jobs/{finished['id']}/adapter/archive")
@@ -131,10 +109,10 @@ def test_the_archive_loads_with_peft_in_a_process_without_graft(
     assert after < 0.8 * before
 
 
-def test_a_trainer_killed_in_mid_training_goes_on_from_its_last_checkpoint(fleet: Fleet) -> None:
+def test_a_trainer_killed_in_mid_training_goes_on_from_its_last_checkpoint(fleet: Fleet | Cluster) -> None:
     job = fleet.post(a_job(fleet, training={"max_steps": 1000, "save_steps": 50}))
-    wait_until(lambda: _checkpoints(fleet, job["id"]) >= 2, seconds=120, what="two checkpoints", every=0.1)
-    (trainer,) = fleet.processes("graft_worker.training")
+    wait_until(lambda: fleet.checkpoints(job["id"]) >= 2, seconds=120, what="two checkpoints", every=0.1)
+    (trainer,) = fleet.trainers()
     os.kill(trainer, signal.SIGKILL)
     ended = fleet.wait(job["id"])
     events = fleet.events(job["id"])
@@ -145,7 +123,7 @@ def test_a_trainer_killed_in_mid_training_goes_on_from_its_last_checkpoint(fleet
     assert ended["attempt"] == 1
 
 
-def test_a_running_job_is_cancelled_and_its_trainer_is_gone(fleet: Fleet) -> None:
+def test_a_running_job_is_cancelled_and_its_trainer_is_gone(fleet: Fleet | Cluster) -> None:
     job = fleet.post(a_job(fleet, training={"max_steps": 100_000}))
     wait_until(
         lambda: fleet.get(job["id"])["progress"].get("step", 0) > 2, seconds=120, what="the first steps", every=0.2
@@ -154,7 +132,7 @@ def test_a_running_job_is_cancelled_and_its_trainer_is_gone(fleet: Fleet) -> Non
         assert client.post(f"/jobs/{job['id']}/cancel").json()["status"] == "cancelling"
     ended = fleet.wait(job["id"])
     assert ended["status"] == "cancelled"
-    assert fleet.processes("graft_worker.training") == []
+    assert fleet.trainers() == []
     with fleet.client() as client:
         again = client.post(f"/jobs/{job['id']}/cancel")
         adapter = client.get(f"/jobs/{job['id']}/adapter")
@@ -162,57 +140,9 @@ def test_a_running_job_is_cancelled_and_its_trainer_is_gone(fleet: Fleet) -> Non
     assert adapter.status_code == 409
 
 
-def test_a_job_whose_rows_teach_nothing_fails_with_the_reason(fleet: Fleet) -> None:
+def test_a_job_whose_rows_teach_nothing_fails_with_the_reason(fleet: Fleet | Cluster) -> None:
     rows = json.dumps({"prompt": "word " * 400, "completion": "too late"}) + "\n"
     spec = a_job(fleet, validation=None) | {"dataset": {"file": fleet.upload((rows * 4).encode())}}
     ended = fleet.wait(fleet.post(spec)["id"])
     assert ended["status"] == "failed"
     assert (ended["error"]["code"], ended["error"]["category"]) == ("no_trainable_tokens", "user")
-
-
-def test_a_killed_broker_costs_latency_and_no_job(fleet: Fleet) -> None:
-    (broker,) = fleet.processes("redis-server")
-    os.kill(broker, signal.SIGKILL)
-    ended = fleet.wait(fleet.post(a_job(fleet, training={"max_steps": 3}))["id"])
-    assert ended["status"] == "succeeded", ended["error"]
-
-
-def test_a_killed_worker_costs_no_job(fleet: Fleet) -> None:
-    job = fleet.post(a_job(fleet, training={"max_steps": 1000, "save_steps": 50}))
-    wait_until(lambda: _checkpoints(fleet, job["id"]) >= 1, seconds=120, what="a checkpoint", every=0.1)
-    for pid in fleet.processes("-m graft_worker"):
-        if "graft_worker.training" not in Path(f"/proc/{pid}/cmdline").read_text():
-            os.kill(pid, signal.SIGKILL)
-    ended = fleet.wait(job["id"])
-    assert ended["status"] == "succeeded", ended["error"]
-    assert_history_holds(fleet.events(job["id"]))
-
-
-def test_ctrl_c_gives_running_jobs_back_and_leaves_no_process_behind(fleet: Fleet) -> None:
-    job = fleet.post(a_job(fleet, training={"max_steps": 1000, "save_steps": 50}))
-    wait_until(
-        lambda: fleet.get(job["id"])["progress"].get("step", 0) > 2, seconds=120, what="the first steps", every=0.2
-    )
-    assert fleet.stop(signal.SIGINT) == 0
-    assert fleet.processes() == []
-    fleet.start()
-    ended = fleet.wait(job["id"])
-    events = fleet.events(job["id"])
-    assert ended["status"] == "succeeded", ended["error"]
-    assert_history_holds(events)
-    assert [event["data"]["reason"] for event in events if event["type"] == "requeued"] == ["drained"]
-    assert steps_redone(events) == 0, "a drained trainer saves what it has done"
-
-
-def test_a_killed_launcher_leaves_no_process_behind(fleet: Fleet) -> None:
-    assert fleet.process is not None
-    fleet.process.send_signal(signal.SIGKILL)
-    fleet.process.wait()
-    wait_until(lambda: fleet.processes() == [], seconds=60, what="the end of every process")
-    with pytest.raises(httpx.TransportError):
-        httpx.get(f"{fleet.url}/healthz", timeout=2)
-    fleet.process = None
-
-
-def _checkpoints(fleet: Fleet, job_id: str) -> int:
-    return sum(event["type"] == "checkpoint" for event in fleet.events(job_id))

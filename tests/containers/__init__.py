@@ -1,0 +1,1 @@
+"""A real Docker engine for the slow tests, and stand-ins for base images that cannot be pulled here."""

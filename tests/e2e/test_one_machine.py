@@ -1,0 +1,70 @@
+"""`graft up` under faults: broker, worker and launcher killed, Ctrl-C; nothing is lost and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.factories import make_tiny_base
+from tests.fleet import Fleet, a_job
+from tests.invariants import assert_history_holds, steps_redone
+from tests.waiting import wait_until
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    state = tmp_path_factory.mktemp("fleet") / "state"
+    make_tiny_base(state / "models" / "graft" / "tiny")
+    running = Fleet(state, {"GRAFT_HEARTBEAT_SECONDS": "2", "GRAFT_LOOK_SECONDS": "2"}).start()
+    yield running
+    if running.process is not None:
+        running.stop()
+
+
+def test_a_killed_broker_costs_latency_and_no_job(fleet: Fleet) -> None:
+    (broker,) = fleet.processes("redis-server")
+    os.kill(broker, signal.SIGKILL)
+    ended = fleet.wait(fleet.post(a_job(fleet, training={"max_steps": 3}))["id"])
+    assert ended["status"] == "succeeded", ended["error"]
+
+
+def test_a_killed_worker_costs_no_job(fleet: Fleet) -> None:
+    job = fleet.post(a_job(fleet, training={"max_steps": 1000, "save_steps": 50}))
+    wait_until(lambda: fleet.checkpoints(job["id"]) >= 1, seconds=120, what="a checkpoint", every=0.1)
+    for pid in fleet.processes("-m graft_worker"):
+        if "graft_worker.training" not in Path(f"/proc/{pid}/cmdline").read_text():
+            os.kill(pid, signal.SIGKILL)
+    ended = fleet.wait(job["id"])
+    assert ended["status"] == "succeeded", ended["error"]
+    assert_history_holds(fleet.events(job["id"]))
+
+
+def test_ctrl_c_gives_running_jobs_back_and_leaves_no_process_behind(fleet: Fleet) -> None:
+    job = fleet.post(a_job(fleet, training={"max_steps": 1000, "save_steps": 50}))
+    wait_until(
+        lambda: fleet.get(job["id"])["progress"].get("step", 0) > 2, seconds=120, what="the first steps", every=0.2
+    )
+    assert fleet.stop(signal.SIGINT) == 0
+    assert fleet.processes() == []
+    fleet.start()
+    ended = fleet.wait(job["id"])
+    events = fleet.events(job["id"])
+    assert ended["status"] == "succeeded", ended["error"]
+    assert_history_holds(events)
+    assert [event["data"]["reason"] for event in events if event["type"] == "requeued"] == ["drained"]
+    assert steps_redone(events) == 0, "a drained trainer saves what it has done"
+
+
+def test_a_killed_launcher_leaves_no_process_behind(fleet: Fleet) -> None:
+    assert fleet.process is not None
+    fleet.process.send_signal(signal.SIGKILL)
+    fleet.process.wait()
+    wait_until(lambda: fleet.processes() == [], seconds=60, what="the end of every process")
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{fleet.url}/healthz", timeout=2)
+    fleet.process = None
