@@ -61,21 +61,26 @@ class Run:
     ended_at: float
 
 
-def longest_wait_beside_an_idle_worker(runs: Sequence[Run]) -> float:
-    """For how many seconds, at most, a job waited while one of these workers, which may all take it, had nothing.
+def waits_beside_an_idle_worker(runs: Sequence[Run], *, longer_than: float) -> list[str]:
+    """The waits of jobs beside a worker that had nothing to do, though each of these may take each of the jobs.
 
-    A worker counts from the first claim of any of them.
+    A worker counts from the first claim of any of them; `longer_than` is in seconds.
     """
     begin = min(run.claimed_at for run in runs)
-    longest = 0.0
+    found = []
     for worker in {run.worker for run in runs}:
         own = sorted((run for run in runs if run.worker == worker), key=lambda run: run.claimed_at)
         frees = [begin, *(run.ended_at for run in own)]
         busies = [*(run.claimed_at for run in own), float("inf")]
         for free, busy in zip(frees, busies, strict=True):
-            waits = (min(run.claimed_at, busy) - max(run.ready_at, free) for run in runs)
-            longest = max(longest, *waits)
-    return longest
+            for run in runs:
+                since = max(run.ready_at, free)
+                waited = min(run.claimed_at, busy) - since
+                if waited > longer_than:
+                    found.append(
+                        f"{worker} idle and {run.job_id} waiting for {waited:.2f} s from {since - begin:.2f} s"
+                    )
+    return found
 
 
 def steps_redone(events: Sequence[Event]) -> int:

@@ -143,8 +143,9 @@ def _keep_our_logging(**_: Any) -> None:
 
 @worker_process_init.connect
 def _begin_child(**_: Any) -> None:
-    """A pool process must not outlive the worker that would answer for it."""
+    """A pool process must not outlive the worker that would answer for it; and the first bell finds it ready."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    neighbours()
 
 
 @worker_shutting_down.connect

@@ -114,7 +114,6 @@ class Run:
                 raise
             except Exception as error:  # noqa: BLE001 (named, written to the row and logged: one job must not end a worker)
                 failure = _failure_from(error) if watch.stop_reason is None else stopped(watch.stop_reason)
-            self._upload_log()
             if failure is not None:
                 self._settle(failure, watch)
 
@@ -141,6 +140,7 @@ class Run:
             code = child.wait()
             watch.look_after(None)
         self._progress.flush()
+        self._upload_log()  # before the job ends: who sees it ended finds the whole log, and the worker is free
         log_event(logger, "child_ended", job_id=self._job.id, epoch=self._job.epoch, exit_code=code)
         if watch.stop_reason in (StopReason.CANCEL, StopReason.LEASE_LOST):
             return stopped(watch.stop_reason)

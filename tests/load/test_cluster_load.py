@@ -14,7 +14,7 @@ from graft_shared.jobs import JobEvent
 from graft_shared.store import Database, Jobs, open_database
 from tests.factories import make_tiny_base
 from tests.fleet import JSONL, Cluster, cluster
-from tests.invariants import Run, assert_history_holds, longest_wait_beside_an_idle_worker
+from tests.invariants import Run, assert_history_holds, waits_beside_an_idle_worker
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -93,7 +93,7 @@ def wait_for(fleet: Cluster, key: str, ids: list[str], *, status: str) -> None:
         assert "failed" not in {shown.get(job_id) for job_id in ids}
         return all(shown.get(job_id) == status for job_id in ids)
 
-    wait_until(all_show_it, seconds=300, what=f"{len(ids)} jobs that are {status}", every=1.0)
+    wait_until(all_show_it, seconds=300, what=f"{len(ids)} jobs that are {status}", every=3.0)
 
 
 def test_a_hundred_jobs_at_once_are_each_trained_once_and_no_worker_idles_beside_a_waiting_job(
@@ -115,7 +115,7 @@ def test_a_hundred_jobs_at_once_are_each_trained_once_and_no_worker_idles_beside
     steps = Counter((fleet.state_dir / "steps.log").read_text().splitlines())
     assert set(steps.values()) == {100}, "each of a hundred jobs made each step once"
     for runs in (prepared, trained):
-        assert longest_wait_beside_an_idle_worker(runs) < 1.0
+        assert waits_beside_an_idle_worker(runs, longer_than=1.0) == []
 
 
 def test_priorities_and_fairness_hold_between_two_tenants(fleet: Cluster, database: Database) -> None:
