@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,11 @@ from graft_shared.store.migrate import migrate
 from tests.servers import PostgresServer, RedisServer, SwiftServer
 
 _numbers = itertools.count()
+
+
+def pytest_configure() -> None:
+    """A shell that runs us in the background has SIGINT ignored, and what we start would inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

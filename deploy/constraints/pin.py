@@ -19,6 +19,7 @@ IMAGES = {
     "prepare": ("graft-shared", "graft-worker[prepare]"),
     "worker": ("graft-shared", "graft-worker[train]"),
 }
+PYTHON = {"python_version": "3.11", "python_full_version": "3.11.14"}  # of the images, whatever this runs on
 HEAD = "# Written by pin.py from all.txt: the third-party packages of the {image} image.\n"
 
 
@@ -55,7 +56,7 @@ def _closure(wanted: list[Requirement]) -> set[str]:
 def _applies(need: Requirement, extra: str) -> bool:
     if re.match(r"nvidia|cuda|triton", need.name):
         return False  # torch pins these itself, where its wheel needs them
-    return need.marker is None or need.marker.evaluate({"extra": extra})
+    return need.marker is None or need.marker.evaluate({**PYTHON, "extra": extra})
 
 
 def main() -> None:

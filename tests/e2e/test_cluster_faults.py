@@ -16,7 +16,7 @@ from tests.fleet import Cluster, a_job, cluster, parent_of
 from tests.invariants import assert_history_holds, steps_redone
 from tests.waiting import wait_until
 
-STEPS, SAVE_STEPS = 800, 50
+STEPS, SAVE_STEPS = 400, 25
 BUCKET_AWAY_SECONDS = 20.0
 
 

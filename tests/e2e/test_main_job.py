@@ -110,7 +110,7 @@ def test_the_archive_loads_with_peft_in_a_process_without_graft(
 
 
 def test_a_trainer_killed_in_mid_training_goes_on_from_its_last_checkpoint(fleet: Fleet | Cluster) -> None:
-    job = fleet.post(a_job(fleet, training={"max_steps": 1000, "save_steps": 50}))
+    job = fleet.post(a_job(fleet, training={"max_steps": 400, "save_steps": 20}))
     wait_until(lambda: fleet.checkpoints(job["id"]) >= 2, seconds=120, what="two checkpoints", every=0.1)
     (trainer,) = fleet.trainers()
     os.kill(trainer, signal.SIGKILL)
@@ -119,7 +119,7 @@ def test_a_trainer_killed_in_mid_training_goes_on_from_its_last_checkpoint(fleet
     assert ended["status"] == "succeeded", ended["error"]
     assert_history_holds(events)
     assert [event["data"]["reason"] for event in events if event["type"] == "requeued"] == ["worker_lost"]
-    assert steps_redone(events) <= 2 * 50, "at most the steps since the last stored checkpoint are made again"
+    assert steps_redone(events) <= 2 * 20, "at most the steps since the last stored checkpoint are made again"
     assert ended["attempt"] == 1
 
 

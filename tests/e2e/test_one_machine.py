@@ -34,7 +34,7 @@ def test_a_killed_broker_costs_latency_and_no_job(fleet: Fleet) -> None:
 
 
 def test_a_killed_worker_costs_no_job(fleet: Fleet) -> None:
-    job = fleet.post(a_job(fleet, training={"max_steps": 1000, "save_steps": 50}))
+    job = fleet.post(a_job(fleet, training={"max_steps": 400, "save_steps": 20}))
     wait_until(lambda: fleet.checkpoints(job["id"]) >= 1, seconds=120, what="a checkpoint", every=0.1)
     for pid in fleet.processes("-m graft_worker"):
         if "graft_worker.training" not in Path(f"/proc/{pid}/cmdline").read_text():
@@ -45,7 +45,7 @@ def test_a_killed_worker_costs_no_job(fleet: Fleet) -> None:
 
 
 def test_ctrl_c_gives_running_jobs_back_and_leaves_no_process_behind(fleet: Fleet) -> None:
-    job = fleet.post(a_job(fleet, training={"max_steps": 1000, "save_steps": 50}))
+    job = fleet.post(a_job(fleet, training={"max_steps": 400, "save_steps": 20}))
     wait_until(
         lambda: fleet.get(job["id"])["progress"].get("step", 0) > 2, seconds=120, what="the first steps", every=0.2
     )
