@@ -62,6 +62,17 @@ def test_an_object_is_fetched_once_for_all_jobs_of_a_host(bucket: CountingBucket
     assert bucket.reads == 1
 
 
+def test_a_fetch_that_is_repeated_and_one_after_a_crash_find_their_way(bucket: CountingBucket, tmp_path: Path) -> None:
+    stored = bucket.put_bytes("rows", b"tokens")
+    cache = cache_of(tmp_path)
+    (cache.folder / "objects").mkdir(parents=True)
+    (cache.folder / "objects" / f"{stored.sha256}.{os.getpid()}").write_bytes(b"half")  # process ids come again
+    for _ in range(2):
+        cache.fetch(bucket, stored, tmp_path / "rows")
+    assert (tmp_path / "rows").read_bytes() == b"tokens"
+    assert [path.name for path in (cache.folder / "objects").iterdir()] == [stored.sha256]
+
+
 def test_a_kept_object_that_the_disk_has_spoilt_is_fetched_again(bucket: CountingBucket, tmp_path: Path) -> None:
     stored = bucket.put_bytes("rows", b"tokens")
     cache = cache_of(tmp_path)

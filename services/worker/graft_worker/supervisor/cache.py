@@ -137,7 +137,8 @@ def _bytes_under(folder: Path) -> int:
 
 
 def _linked(source: Path, target: Path) -> bool:
-    """Give a file a second name, or a copy on another file system; False when it is gone."""
+    """Give a file a second name, in place of what an earlier try left; a copy elsewhere. False when it is gone."""
+    target.unlink(missing_ok=True)
     try:
         os.link(source, target)
     except FileNotFoundError:
