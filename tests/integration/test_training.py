@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
@@ -41,26 +42,32 @@ from graft_worker.protocol import (
     write_deadline,
 )
 from graft_worker.training import loss as loss_module
-from graft_worker.training.adapters import apply_recompute, attach_adapter, trainable
+from graft_worker.training.adapters import attach_adapter, trainable
 from graft_worker.training.attention import block_mask
 from graft_worker.training.base import choose_precision, load_base
 from graft_worker.training.batches import Split, microbatches, pack, update_rows
 from graft_worker.training.checkpoint import CheckpointMismatch
+from graft_worker.training.dropout import dropped, token_keys
 from graft_worker.training.ending import ending_of
 from graft_worker.training.exactness import require_exactness
+from graft_worker.training.figures import NotFinite
 from graft_worker.training.forward import Forward
 from graft_worker.training.guard import Guard, ToldToStop
-from graft_worker.training.loss import summed_cross_entropy
+from graft_worker.training.layers import arrange_layers, require_input_gradients
+from graft_worker.training.linear import take_over
+from graft_worker.training.loss import Head, chunk_loss, summed_cross_entropy
 from graft_worker.training.optimizer import FlatOptimizer
 from graft_worker.training.proof import NotProven
-from graft_worker.training.recipe import NotFinite, NothingToLearn, train
+from graft_worker.training.recipe import NothingToLearn, train
 from graft_worker.training.schedule import learning_rate_at, total_steps
+from graft_worker.training.weights import dense, weight_parts
 from tests.factories import make_prepared_split, make_tiny_base
 from tests.training_runs import a_request, metrics_lines, run_trainer
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROWS = [[5 + (row * 7 + position) % 40 for position in range(6 + row % 9)] for row in range(40)]
 CPU = torch.device("cpu")
+LONGEST_MICROBATCH = 256
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -108,7 +115,9 @@ class Stopper(Guard):
             raise ToldToStop
 
 
-def loaded(base: Path, *, targets: list[str] = ALL, load_in_4bit: bool = True) -> tuple[Any, Forward]:
+def loaded(
+    base: Path, *, targets: list[str] = ALL, load_in_4bit: bool = True, dropout: float = 0.0
+) -> tuple[Any, Forward]:
     precision = choose_precision(ComputeDtype.AUTO)
     model = load_base(base, Quantization(load_in_4bit=load_in_4bit), precision)
     torch.manual_seed(0)
@@ -116,8 +125,11 @@ def loaded(base: Path, *, targets: list[str] = ALL, load_in_4bit: bool = True) -
     with torch.no_grad():
         for parameter in trainable(adapted):
             parameter.copy_(torch.randn_like(parameter) * 0.05)  # a fresh lora_B is zero and would hide errors
+    keys = torch.zeros(LONGEST_MICROBATCH, dtype=torch.int32)
+    take_over(adapted, precision.compute, dropout=dropout, keys=keys)
+    require_input_gradients(adapted)
     adapted.train()
-    return adapted, Forward(adapted, precision)
+    return adapted, Forward(adapted, precision, keys)
 
 
 def gradients(model: Any, forward: Forward, split: Split, groups: list[list[int]], budget: int) -> torch.Tensor:
@@ -146,18 +158,111 @@ def test_recomputing_changes_no_gradient(base: Path, train_file: Path, recompute
     every_n = 2 if recompute is Recompute.EVERY_N else 1
     optim = Optim.ADAMW_TORCH
     plan = TrainingPlan(recompute=recompute, recompute_every_n=every_n, microbatch_tokens=64, packing=True, optim=optim)
-    apply_recompute(model, plan)
+    arrange_layers(forward.backbone, plan, backend=None)
     torch.testing.assert_close(gradients(model, forward, split, [rows], budget=64), kept, rtol=1e-5, atol=1e-6)
 
 
-def test_only_every_nth_layer_is_recomputed(base: Path) -> None:
-    for recompute, every_n, expected in ((Recompute.EVERY_N, 2, [True, False]), (Recompute.FULL, 1, [True, True])):
-        model, _ = loaded(base)
+def test_only_every_nth_layer_is_recomputed(base: Path, train_file: Path) -> None:
+    split = Split.load(train_file)
+    for recompute, every_n, runs in ((Recompute.EVERY_N, 2, [2, 1]), (Recompute.FULL, 1, [2, 2])):
+        model, forward = loaded(base)
+        counts = [0, 0]
+        for index, layer in enumerate(forward.backbone.layers):
+            layer.forward = counted(layer.forward, counts, index)
         plan = TrainingPlan(
             recompute=recompute, recompute_every_n=every_n, microbatch_tokens=64, packing=True, optim=Optim.ADAMW_TORCH
         )
-        apply_recompute(model, plan)
-        assert [layer.gradient_checkpointing for layer in model.get_base_model().model.layers] == expected
+        arrange_layers(forward.backbone, plan, backend=None)
+        gradients(model, forward, split, [[0, 1]], budget=64)
+        assert counts == runs
+
+
+def counted(run: Any, counts: list[int], index: int) -> Any:
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        counts[index] += 1
+        return run(*args, **kwargs)
+
+    return counting
+
+
+@pytest.mark.parametrize("recompute", [Recompute.NONE, Recompute.FULL])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_compiled_layers_say_what_plain_ones_say(
+    base: Path, train_file: Path, recompute: Recompute, dropout: float
+) -> None:
+    split, rows, update = Split.load(train_file), np.arange(8), (7, 3)
+    found = []
+    for backend in (None, "aot_eager"):
+        model, forward = loaded(base, dropout=dropout)
+        plan = TrainingPlan(
+            recompute=recompute, recompute_every_n=1, microbatch_tokens=64, packing=True, optim=Optim.ADAMW_TORCH
+        )
+        layers = arrange_layers(forward.backbone, plan, backend=backend)
+        for batch in microbatches(split, rows, budget=64, packing=True, device=CPU, update=update):
+            forward.loss(batch).backward()
+        assert layers.plain == {}
+        found.append(torch.cat([parameter.grad.flatten() for parameter in trainable(model)]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_that_cannot_be_compiled_runs_as_it_is_and_says_so(base: Path, train_file: Path) -> None:
+    split = Split.load(train_file)
+    expected = gradients(*loaded(base), split, [[0, 1, 2]], budget=64)
+    model, forward = loaded(base)
+
+    def uncompilable(*args: Any, run: Any = forward.backbone.layers[1].forward, **kwargs: Any) -> Any:
+        torch._dynamo.graph_break()
+        return run(*args, **kwargs)
+
+    forward.backbone.layers[1].mlp.act_fn = torch.nn.SiLU()  # another kind of layer than the first
+    forward.backbone.layers[1].mlp.add_module("odd", torch.nn.Identity())
+    forward.backbone.layers[1].forward = uncompilable
+    plan = TrainingPlan(
+        recompute=Recompute.NONE, recompute_every_n=0, microbatch_tokens=64, packing=True, optim=Optim.ADAMW_TORCH
+    )
+    layers = arrange_layers(forward.backbone, plan, backend="aot_eager")
+    torch.testing.assert_close(gradients(model, forward, split, [[0, 1, 2]], budget=64), expected, rtol=1e-5, atol=1e-6)
+    assert len(layers.plain) == 1
+
+
+def test_dropout_drops_its_share_and_the_same_numbers_however_sequences_are_packed(
+    base: Path, train_file: Path
+) -> None:
+    split, rows, update = Split.load(train_file), np.arange(8), (7, 3)
+    found = []
+    for budget in (16, 256):
+        model, forward = loaded(base, dropout=0.3)
+        for batch in microbatches(split, rows, budget=budget, packing=True, device=CPU, update=update):
+            forward.loss(batch).backward()
+        found.append(torch.cat([parameter.grad.flatten() for parameter in trainable(model)]))
+    assert (found[0] - found[1]).norm() < 1e-5 * found[0].norm()
+    without = gradients(*loaded(base), split, [list(range(8))], budget=256)
+    assert (found[0] - without).norm() > 0.05 * without.norm()
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5])
+def test_dropout_is_unbiased_and_independent_of_its_neighbours(p: float) -> None:
+    keys = torch.from_numpy(token_keys(1, 2, np.arange(512) // 32, np.arange(512) % 32))
+    ones = torch.ones(512, 256)
+    first, second = (dropped(ones, keys, torch.tensor(salt, dtype=torch.int32), p) for salt in (0, 0x3C6EF372))
+    for mask in (first, second):
+        assert mask.unique().tolist() == [0.0, pytest.approx(1 / (1 - p))]
+        assert mask.mean().item() == pytest.approx(1.0, abs=0.02)
+        for dimension in (0, 1):  # no token and no column is dropped more often than chance would have it
+            deviation = (p / (1 - p) / mask.shape[dimension]) ** 0.5
+            assert ((mask.mean(dimension) - 1).abs() < 6 * deviation).all()
+    kept = (first > 0).float()
+    for other in (kept.roll(1, 0), kept.roll(1, 1), (second > 0).float()):
+        assert (kept * other).mean().item() == pytest.approx((1 - p) ** 2, abs=0.01)
+
+
+@pytest.mark.parametrize("quantization", [{}, {"bnb_4bit_use_double_quant": False}, {"bnb_4bit_quant_type": "fp4"}])
+def test_a_weight_is_dequantised_to_the_bits_of_bitsandbytes(base: Path, quantization: dict[str, Any]) -> None:
+    model = load_base(base, Quantization(**quantization), choose_precision(ComputeDtype.AUTO))
+    layer = model.model.layers[1].mlp.up_proj
+    for dtype in (torch.float32, torch.bfloat16):
+        ours = dense(weight_parts(layer), layer.weight.quant_state.quant_type, (128, 64), dtype)
+        assert torch.equal(ours, dequantize_4bit(layer.weight, layer.weight.quant_state).to(dtype))
 
 
 @pytest.mark.parametrize(
@@ -244,15 +349,24 @@ def test_memory_that_the_host_does_not_have_is_told_as_such() -> None:
     assert ending_of(raised.value, {})[1].reason is FailureReason.HOST_OUT_OF_MEMORY
 
 
-def test_the_loss_without_logits_is_the_plain_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.25, None), (1.0, 3.0), (0.5, 2.0)])
+def test_the_loss_without_logits_is_the_plain_cross_entropy(
+    monkeypatch: pytest.MonkeyPatch, scale: float, cap: float | None
+) -> None:
     monkeypatch.setattr(loss_module, "FEWEST_CHUNK_TOKENS", 3)
     monkeypatch.setattr(loss_module, "LOSS_CHUNK_BYTES", 0)
     torch.manual_seed(0)
     weight, targets = torch.randn(50, 16), torch.randint(50, (10,))
-    ours = torch.randn(10, 16, requires_grad=True)
+    predictors = torch.tensor([0, 1, 2, 4, 5, 6, 8, 9, 10, 11])
+    ours = torch.randn(12, 16, requires_grad=True)
     plain = ours.detach().clone().requires_grad_()
-    loss = summed_cross_entropy(ours, targets, lambda states: states @ weight.T, 50)
-    expected = functional.cross_entropy(plain @ weight.T, targets, reduction="sum")
+    bias = torch.randn(50) if cap else None
+    head = Head(weight=weight, bias=bias, scale=scale, cap=cap)
+    loss = summed_cross_entropy(ours, predictors, targets, head, chunk_loss)
+    logits = functional.linear(plain[predictors], weight, bias) * scale
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    expected = functional.cross_entropy(logits, targets, reduction="sum")
     (2 * loss).backward()
     (2 * expected).backward()
     torch.testing.assert_close(loss, expected)
@@ -300,7 +414,7 @@ def test_the_flat_optimizer_goes_on_from_its_state_to_the_last_bit(optim: Optim)
     def made() -> tuple[list[torch.nn.Parameter], FlatOptimizer]:
         torch.manual_seed(1)
         weights = [torch.nn.Parameter(torch.randn(64, 80)), torch.nn.Parameter(torch.randn(80, 32))]
-        return weights, FlatOptimizer(weights, Training(optim=optim, weight_decay=0.01), torch.float32)
+        return weights, FlatOptimizer(weights, Training(optim=optim, weight_decay=0.01))
 
     def step(weights: list[torch.nn.Parameter], optimizer: FlatOptimizer, number: int) -> None:
         for weight in weights:
@@ -331,7 +445,7 @@ def test_an_optimizer_saved_before_its_first_update_is_as_new(optim: Optim) -> N
 
     def made() -> tuple[list[torch.nn.Parameter], FlatOptimizer]:
         weights = [torch.nn.Parameter(torch.ones(64, 80))]
-        return weights, FlatOptimizer(weights, Training(optim=optim, weight_decay=0.1), torch.float32)
+        return weights, FlatOptimizer(weights, Training(optim=optim, weight_decay=0.1))
 
     (fresh_weights, fresh), (saved_weights, saved), (resumed_weights, resumed) = made(), made(), made()
     resumed.load(*saved.state())

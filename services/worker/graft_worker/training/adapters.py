@@ -1,4 +1,4 @@
-"""The adapter: LoRA by PEFT on a frozen base, and which layers are recomputed in the backward pass."""
+"""The adapter: LoRA by PEFT on a frozen base."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from graft_shared.errors import InvalidParameter
-from graft_shared.memory import Recompute
-from graft_shared.planner import TrainingPlan
 from graft_shared.specs import Lora
 
 
 def attach_adapter(model: Any, lora: Lora, target_modules: list[str], *, base_model: str, revision: str) -> PeftModel:
-    """Wrap the base with a fresh LoRA adapter whose weights alone are trainable.
+    """Wrap the base with a fresh LoRA adapter whose weights, in fp32, alone are trainable.
 
     Raises:
         InvalidParameter: A target module is not in this base.
@@ -30,7 +28,7 @@ def attach_adapter(model: Any, lora: Lora, target_modules: list[str], *, base_mo
         task_type="CAUSAL_LM",
     )
     _require_linears(model, target_modules)
-    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     adapted.peft_config["default"].base_model_name_or_path = base_model
     if re.fullmatch(r"[0-9a-f]{40}", revision):  # a hub commit; a registered folder has none that the hub knows
         adapted.peft_config["default"].revision = revision
@@ -57,18 +55,3 @@ def _require_linears(model: Any, target_modules: list[str]) -> None:
 def trainable(model: PeftModel) -> list[torch.nn.Parameter]:
     """The adapter's weights, in the model's order."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def apply_recompute(model: PeftModel, plan: TrainingPlan) -> None:
-    """Make the layers that the plan names forget their activations, or park their inputs in pinned memory."""
-    if plan.recompute is Recompute.NONE:
-        return
-    base = model.get_base_model()
-    # The second name is that of transformers before 5.23. Only the outer arguments choose layers and offload: among the
-    # inner ones they would travel on to the layers, which swallow them.
-    enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
-    enable(
-        {"use_reentrant": False},
-        every_n_layers=max(1, plan.recompute_every_n),
-        offload=plan.recompute is Recompute.OFFLOAD and torch.cuda.is_available(),
-    )

@@ -22,12 +22,6 @@ class Precision:
     device: torch.device
     compute: torch.dtype  # products of the base
     base: torch.dtype  # what is not quantised: embeddings, norms, head
-    adapter: torch.dtype
-    autocast: bool  # fp16 needs fp32 adapters under autocast, and a loss scale
-
-    def autocasting(self) -> torch.autocast:
-        """The context that products are computed in."""
-        return torch.autocast(self.device.type, self.compute, enabled=self.autocast)
 
     @property
     def scales_loss(self) -> bool:
@@ -39,14 +33,11 @@ def choose_precision(wanted: ComputeDtype) -> Precision:
     """Decide the types by the device: bf16 where the card has it, else fp16; on the CPU fp32 for what is not 4-bit."""
     if not torch.cuda.is_available():
         compute = torch.float32 if wanted is ComputeDtype.AUTO else getattr(torch, wanted.value)
-        fp32 = torch.float32
-        return Precision(device=torch.device("cpu"), compute=compute, base=fp32, adapter=fp32, autocast=False)
+        return Precision(device=torch.device("cpu"), compute=compute, base=torch.float32)
     has_bf16 = torch.cuda.get_device_capability() >= BF16_CAPABILITY
     automatic = torch.bfloat16 if has_bf16 else torch.float16
     compute = automatic if wanted is ComputeDtype.AUTO else getattr(torch, wanted.value)
-    half = compute is torch.float16
-    adapter = torch.float32 if half else compute
-    return Precision(device=torch.device("cuda", 0), compute=compute, base=compute, adapter=adapter, autocast=half)
+    return Precision(device=torch.device("cuda", 0), compute=compute, base=compute)
 
 
 def load_base(path: Path, quantization: Quantization, precision: Precision) -> Any:
@@ -72,8 +63,4 @@ def load_base(path: Path, quantization: Quantization, precision: Precision) -> A
     model.set_attn_implementation(ATTENTION)
     model.requires_grad_(False)
     model.config.use_cache = False
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # One forward in eval mode would repack the weights in place, and every later gradient upstream be lost.
-            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (bitsandbytes is untyped)
     return model

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
+from graft_worker.training.dropout import token_keys
+
 
 @dataclass(frozen=True)
 class Split:
@@ -54,6 +56,7 @@ class Microbatch:
     cu_seq_lens: torch.Tensor  # int32 [sequences + 1]
     max_length: int
     real_tokens: int
+    keys: torch.Tensor | None = None  # int32 [tokens]: what decides on dropout
 
 
 @lru_cache(maxsize=2)
@@ -96,14 +99,24 @@ def pack(lengths: list[int], budget: int) -> list[list[int]]:
 
 
 def microbatches(
-    split: Split, rows: np.ndarray, *, budget: int, packing: bool, device: torch.device
+    split: Split,
+    rows: np.ndarray,
+    *,
+    budget: int,
+    packing: bool,
+    device: torch.device,
+    update: tuple[int, int] | None = None,
 ) -> Iterator[Microbatch]:
-    """Yield the microbatches of one update; without packing, as many rows as would fit if each were padded."""
+    """Yield the microbatches of one update; without packing, as many rows as would fit if each were padded.
+
+    Args:
+        update: The run's seed and the update's number, from which dropout follows; None where nothing is dropped.
+    """
     rows = rows[split.lengths[rows] > 0]
     lengths = split.lengths[rows].tolist()
     groups = pack(lengths, budget) if packing else _in_order(lengths, budget)
     for group in groups:
-        yield _assemble(split, [int(rows[index]) for index in group], device)
+        yield _assemble(split, rows[group], np.array(group), device, update)
 
 
 def _in_order(lengths: list[int], budget: int) -> list[list[int]]:
@@ -120,7 +133,9 @@ def _in_order(lengths: list[int], budget: int) -> list[list[int]]:
     return groups
 
 
-def _assemble(split: Split, rows: list[int], device: torch.device) -> Microbatch:
+def _assemble(
+    split: Split, rows: np.ndarray, places: np.ndarray, device: torch.device, update: tuple[int, int] | None
+) -> Microbatch:
     spans = [(int(split.offsets[row]), int(split.offsets[row + 1])) for row in rows]
     ids = np.concatenate([split.input_ids[start:end] for start, end in spans]).astype(np.int64)
     mask = np.concatenate([split.loss_mask[start:end] for start, end in spans]).astype(bool)
@@ -129,6 +144,8 @@ def _assemble(split: Split, rows: list[int], device: torch.device) -> Microbatch
     mask[starts[:-1]] = False  # nothing comes before the first token of a sequence
     (learnt,) = np.nonzero(mask)
     positions = np.arange(len(ids)) - np.repeat(starts[:-1], lengths)
+
+    keys = None if update is None else token_keys(*update, np.repeat(places, lengths), positions)
 
     def there(array: np.ndarray, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         tensor = torch.as_tensor(array, dtype=dtype)
@@ -142,4 +159,5 @@ def _assemble(split: Split, rows: list[int], device: torch.device) -> Microbatch
         cu_seq_lens=there(starts, torch.int32),
         max_length=int(lengths.max()),
         real_tokens=len(ids),
+        keys=None if keys is None else there(keys, torch.int32),
     )

@@ -12,8 +12,9 @@ from graft_shared.errors import InvalidParameter, UnsupportedBaseModel
 from graft_shared.jobs import FailureReason
 from graft_worker.protocol import ExitCode, FailureEvent
 from graft_worker.training.checkpoint import CheckpointMismatch
+from graft_worker.training.figures import NotFinite
 from graft_worker.training.proof import NotProven
-from graft_worker.training.recipe import NotFinite, NothingToLearn
+from graft_worker.training.recipe import NothingToLearn
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _DISK_FULL_WORDS = tuple(f"(os error {number})" for number in _DISK_FULL)  # how safetensors, in Rust, says it

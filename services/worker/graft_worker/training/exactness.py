@@ -35,11 +35,11 @@ def require_exactness(model: PeftModel, forward: Forward, precision: Precision, 
     (batch,) = microbatches(split, np.arange(2), budget=len(ids), packing=True, device=precision.device)
     model.eval()
     try:
-        ours = forward.logits(batch).float()
+        ours = forward.logits(batch)
     except (TypeError, ValueError) as error:
         reason = "its attention takes no packed sequences"
         raise UnsupportedBaseModel(base_model=base_model, reason=reason) from error
-    theirs = [_alone(model, precision, batch.input_ids[:, start:end]) for start, end in _spans(offsets)]
+    theirs = [_alone(model, batch.input_ids[:, start:end]) for start, end in _spans(offsets)]
     model.train()
     # The median over a sequence's tokens: in a mixture of experts, rounding sends single tokens to another expert.
     differences = [
@@ -52,12 +52,11 @@ def require_exactness(model: PeftModel, forward: Forward, precision: Precision, 
         raise UnsupportedBaseModel(base_model=base_model, reason=reason)
 
 
-def _alone(model: PeftModel, precision: Precision, ids: torch.Tensor) -> torch.Tensor:
+def _alone(model: PeftModel, ids: torch.Tensor) -> torch.Tensor:
     """The logits of one sequence by the plainest path that transformers has, fp32 [tokens, vocabulary]."""
     base: Any = model.get_base_model()
     base.set_attn_implementation("eager")
-    with precision.autocasting():
-        logits: torch.Tensor = base(input_ids=ids, use_cache=False).logits
+    logits: torch.Tensor = base(input_ids=ids, use_cache=False).logits
     base.set_attn_implementation(ATTENTION)
     return logits[0].float()
 

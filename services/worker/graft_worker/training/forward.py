@@ -10,36 +10,36 @@ import torch
 from graft_worker.training.attention import ATTENTION, block_mask
 from graft_worker.training.base import Precision
 from graft_worker.training.batches import Microbatch
-from graft_worker.training.loss import Head, head_of, summed_cross_entropy
+from graft_worker.training.loss import Chunk, Head, chunk_loss, head_of, summed_cross_entropy
 
 
 class Forward:
     """The model as a function from microbatch to loss."""
 
-    def __init__(self, model: Any, precision: Precision) -> None:
+    def __init__(self, model: Any, precision: Precision, keys: torch.Tensor, chunk: Chunk = chunk_loss) -> None:
         base = model.get_base_model()
         self._model = model
-        self._backbone = getattr(base, base.base_model_prefix)
+        self.backbone = getattr(base, base.base_model_prefix)
         self._head: Head = head_of(base)
-        self._vocab_size = int(base.config.get_text_config().vocab_size)
         self._precision = precision
+        self._keys = keys
+        self._chunk = chunk
         self.packs_densely = base.config.get_text_config()._attn_implementation != ATTENTION
 
     def loss(self, batch: Microbatch) -> torch.Tensor:
         """The sum of the losses of the batch's learnt tokens, in nats; fp32 scalar, differentiable."""
-        with self._precision.autocasting():
-            states = self._hidden(batch)[batch.predictors]
-            return summed_cross_entropy(states, batch.targets, self._head, self._vocab_size)
+        if batch.keys is not None:
+            self._keys[: len(batch.keys)].copy_(batch.keys)
+        return summed_cross_entropy(self._hidden(batch), batch.predictors, batch.targets, self._head, self._chunk)
 
     @torch.no_grad()
     def logits(self, batch: Microbatch) -> torch.Tensor:
-        """What the model says at every token, [tokens, vocabulary]; for small batches, since `loss` never holds it."""
-        with self._precision.autocasting():
-            return self._head(self._hidden(batch))
+        """What the model says at every token, fp32 [tokens, vocabulary]; for small batches: `loss` never holds it."""
+        return self._head.logits(self._hidden(batch))
 
     def _hidden(self, batch: Microbatch) -> torch.Tensor:
         """The last hidden states, [tokens, hidden size]."""
-        states: torch.Tensor = self._backbone(
+        states: torch.Tensor = self.backbone(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **self._boundaries(batch)
         ).last_hidden_state
         return states[0]
@@ -51,7 +51,8 @@ class Forward:
             forbidden = torch.finfo(self._precision.base).min
             mask = torch.zeros(allowed.shape, dtype=self._precision.base, device=allowed.device)
             return {"attention_mask": mask.masked_fill(~allowed, forbidden)[None, None]}
-        borders, longest = batch.cu_seq_lens, batch.max_length
+        # A power of two, so that compiled layers see few of them; attention asks only that no sequence is longer.
+        borders, longest = batch.cu_seq_lens, 1 << (batch.max_length - 1).bit_length()
         return {
             "attention_mask": None,
             "cu_seq_lens_q": borders,
@@ -64,9 +65,9 @@ class Forward:
     def mean_loss(self, batches: Iterable[Microbatch]) -> float:
         """The held-out loss per learnt token, in nats, without dropout."""
         self._model.eval()
-        total, learnt = 0.0, 0
+        total, learnt = torch.zeros((), dtype=torch.float64, device=self._precision.device), 0
         for batch in batches:
-            total += float(self.loss(batch))
+            total += self.loss(batch)
             learnt += len(batch.targets)
         self._model.train()
-        return total / max(1, learnt)
+        return float(total) / max(1, learnt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,59 +14,95 @@ from graft_shared.memory import LOSS_CHUNK_BYTES
 
 FEWEST_CHUNK_TOKENS = 64
 
-Head = Callable[[torch.Tensor], torch.Tensor]
+Chunk = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
-def summed_cross_entropy(hidden: torch.Tensor, targets: torch.Tensor, head: Head, vocab_size: int) -> torch.Tensor:
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """From hidden states to logits, with what some families do to them."""
+
+    weight: torch.Tensor  # [vocabulary, hidden size]
+    bias: torch.Tensor | None = None
+    scale: float = 1.0  # Granite and Cohere scale logits
+    cap: float | None = None  # Gemma 2 squashes them to ±cap by tanh
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """fp32 [tokens, vocabulary] of states [tokens, hidden size]."""
+        logits = functional.linear(states, self.weight, self.bias).float() * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+def head_of(model: Any) -> Head:
+    """The output head of a transformers model."""
+    project = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    return Head(
+        weight=project.weight.detach(),
+        bias=None if project.bias is None else project.bias.detach(),
+        scale=float(getattr(config, "logit_scale", None) or 1.0)
+        / float(getattr(config, "logits_scaling", None) or 1.0),
+        cap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def summed_cross_entropy(
+    hidden: torch.Tensor, predictors: torch.Tensor, targets: torch.Tensor, head: Head, chunk: Chunk
+) -> torch.Tensor:
     """The sum of the negative log-likelihoods of `targets`, in nats; fp32 scalar.
 
     Args:
-        hidden: [learnt tokens, hidden size], the states that predict.
+        hidden: [tokens, hidden size].
+        predictors: int64 [learnt tokens], distinct: the position whose state predicts each target.
         targets: int64 [learnt tokens].
-        head: From states to logits; its parameters are frozen, only `hidden` gets a gradient.
+        head: Its parameters are frozen, only `hidden` gets a gradient.
+        chunk: `chunk_loss`, or what a compiler made of it.
     """
-    chunk_tokens = max(FEWEST_CHUNK_TOKENS, LOSS_CHUNK_BYTES // (4 * vocab_size))
-    loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, targets, head, chunk_tokens)  # type: ignore[no-untyped-call]
+    loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, predictors, targets, head, chunk)  # type: ignore[no-untyped-call]
     return loss
+
+
+def chunk_loss(
+    states: torch.Tensor,
+    targets: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    cap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The summed loss of some states, fp32 scalar, and its gradient to them, [tokens, hidden size].
+
+    The gradient of a cross-entropy is softmax minus one-hot, so neither needs autograd; a compiler makes it two passes
+    over the logits.
+    """
+    logits = Head(weight=weight, bias=bias, scale=scale, cap=cap).logits(states)
+    total = torch.logsumexp(logits, dim=-1, keepdim=True)
+    loss = (total - logits.gather(1, targets[:, None])).sum()
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    gradient = torch.exp(logits - total) - (classes[None, :] == targets[:, None]).float()
+    if cap is not None:
+        gradient = gradient * (1 - (logits / cap) ** 2)
+    return loss, (gradient * scale).to(states.dtype) @ weight
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Head, chunk_tokens: int) -> torch.Tensor:
-        wants_gradient = hidden.requires_grad
-        gradient = torch.empty_like(hidden) if wants_gradient else None
+    def forward(
+        ctx: Any, hidden: torch.Tensor, predictors: torch.Tensor, targets: torch.Tensor, head: Head, chunk: Chunk
+    ) -> torch.Tensor:
+        tokens = max(FEWEST_CHUNK_TOKENS, LOSS_CHUNK_BYTES // (4 * len(head.weight)))
+        gradient = torch.zeros_like(hidden)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(targets), chunk_tokens):
-            chunk = slice(start, start + chunk_tokens)
-            with torch.set_grad_enabled(wants_gradient):
-                states = hidden[chunk].detach().requires_grad_(wants_gradient)
-                loss = functional.cross_entropy(head(states).float(), targets[chunk], reduction="sum")
-            if gradient is not None:
-                (gradient[chunk],) = torch.autograd.grad(loss, states)
-            total += loss.detach()
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
+        for start in range(0, len(targets), tokens):
+            at = predictors[start : start + tokens]
+            wanted = targets[start : start + tokens]
+            loss, to_states = chunk(hidden[at], wanted, head.weight, head.bias, head.scale, head.cap)
+            gradient[at] = to_states
+            total += loss
+        ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * outputs[0].to(gradient.dtype), None, None, None
-
-
-def head_of(model: Any) -> Head:
-    """The output head, with what some families do to logits (Gemma 2's soft cap; the scales of Granite and Cohere)."""
-    project = model.get_output_embeddings()
-    config = model.config.get_text_config()
-    cap = getattr(config, "final_logit_softcapping", None)
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-
-    def head(states: torch.Tensor) -> torch.Tensor:
-        logits = project(states)
-        if scale != 1.0:
-            logits = logits * scale
-        squashed: torch.Tensor = logits if cap is None else cap * torch.tanh(logits / cap)
-        return squashed
-
-    return head
+        return gradient * outputs[0].to(gradient.dtype), None, None, None, None

@@ -1,7 +1,8 @@
 """The flat optimizer: all adapter weights as views of one parameter, so that one launch updates them all.
 
 bitsandbytes pages only tensors of 100,000 elements and more, launches once per tensor, and loses paging when its state
-is loaded. One flat fp32 master cures all three; where the adapter computes in bf16 it is copied down after each update.
+is loaded. One flat fp32 parameter cures all three. The layers cast its views to the type that they compute in, so that
+gradients come back in fp32 and gather there without loss, however many microbatches an update has.
 """
 
 from __future__ import annotations
@@ -22,45 +23,41 @@ _STATE_TENSORS = ("state1", "state2", "absmax1", "absmax2", "exp_avg", "exp_avg_
 
 
 class FlatOptimizer:
-    """AdamW over one flat fp32 master of all trainable parameters."""
+    """AdamW over all trainable parameters, laid into one."""
 
-    def __init__(self, parameters: list[torch.nn.Parameter], training: Training, dtype: torch.dtype) -> None:
-        self._views = parameters
-        device = parameters[0].device
-        size = sum(parameter.numel() for parameter in parameters)
-        self._weights = torch.empty(size, dtype=dtype, device=device)  # what the model computes with
-        self._gradients = torch.zeros(size, dtype=dtype, device=device)
+    def __init__(self, parameters: list[torch.nn.Parameter], training: Training) -> None:
+        flat = torch.cat([parameter.detach().flatten().float() for parameter in parameters])
+        self._weights = torch.nn.Parameter(flat)
+        self._weights.grad = torch.zeros_like(flat)
         offset = 0
         for parameter in parameters:
             span = slice(offset, offset + parameter.numel())
-            self._weights[span].copy_(parameter.detach().flatten())
-            parameter.data = self._weights[span].view(parameter.shape)
-            parameter.grad = self._gradients[span].view(parameter.shape)
+            parameter.data = flat[span].view(parameter.shape)
+            parameter.grad = self._weights.grad[span].view(parameter.shape)
             offset += parameter.numel()
-        own_master = dtype == torch.float32
-        self._master = torch.nn.Parameter(self._weights if own_master else self._weights.float())
-        self._own_master = own_master
-        self._optimizer = _build(self._master, training)
+        self._optimizer = _build(self._weights, training)
 
     @property
     def size(self) -> int:
         """How many numbers are trained."""
         return self._weights.numel()
 
+    @property
+    def _gradients(self) -> torch.Tensor:
+        assert self._weights.grad is not None  # noqa: S101 (made with the optimizer, and only ever written into)
+        return self._weights.grad
+
     def gradient_norm(self, scale: float = 1.0) -> torch.Tensor:
         """The 2-norm of the whole gradient times `scale`; fp32 scalar on the device."""
-        norm: torch.Tensor = torch.linalg.vector_norm(self._gradients, dtype=torch.float32)
+        norm: torch.Tensor = torch.linalg.vector_norm(self._gradients)
         return norm * scale
 
     def step(self, learning_rate: float, gradient_scale: float | torch.Tensor) -> None:
-        """Update all weights with the gradient times `gradient_scale`, and clear the gradient."""
-        self._master.grad = self._gradients.float().mul_(gradient_scale)
+        """Update all weights with the gradient times `gradient_scale`, and clear the gradient. Waits for no device."""
+        self._gradients.mul_(gradient_scale)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()
-        self._master.grad = None
-        if not self._own_master:
-            self._weights.copy_(self._master.detach())
         self.clear()
 
     def clear(self) -> None:
@@ -69,20 +66,18 @@ class FlatOptimizer:
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Everything that resuming needs: tensors by name, and plain numbers."""
-        if self._master not in self._optimizer.state:  # saved before the first update: fp16 may skip the first ones
+        if self._weights not in self._optimizer.state:  # saved before the first update: fp16 may skip the first ones
             _set_step(self._made_state(), 0)
-        state = self._optimizer.state[self._master]
+        state = self._optimizer.state[self._weights]
         tensors = {name: state[name].detach().cpu().clone() for name in _STATE_TENSORS if name in state}
         step = state["step"]
         numbers = {"step": int(step.item() if isinstance(step, torch.Tensor) else step)}
-        return {"master": self._master.detach().cpu().clone(), **tensors}, numbers
+        return {"weights": self._weights.detach().cpu().clone(), **tensors}, numbers
 
     def load(self, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
         """Go on from a saved state; paged buffers stay paged, since they are filled in place."""
         with torch.no_grad():
-            self._master.copy_(tensors["master"])
-            if not self._own_master:
-                self._weights.copy_(self._master)
+            self._weights.copy_(tensors["weights"])
         state = self._made_state()
         for name in _STATE_TENSORS:
             if name in tensors:
@@ -91,13 +86,13 @@ class FlatOptimizer:
 
     def _made_state(self) -> dict[str, Any]:
         """The optimizer's state buffers, made as its first step would make them."""
-        kept = self._master.detach().clone()
-        self._master.grad = torch.zeros_like(self._master)
+        kept, gathered = self._weights.detach().clone(), self._gradients.clone()
+        self.clear()
         self._optimizer.step()
-        self._master.grad = None
         with torch.no_grad():
-            self._master.copy_(kept)
-        state: dict[str, Any] = self._optimizer.state[self._master]
+            self._weights.copy_(kept)
+            self._gradients.copy_(gathered)
+        state: dict[str, Any] = self._optimizer.state[self._weights]
         return state
 
 
@@ -108,7 +103,7 @@ def _set_step(state: dict[str, Any], step: int) -> None:
         state["step"] = step
 
 
-def _build(master: torch.nn.Parameter, training: Training) -> torch.optim.Optimizer:
+def _build(weights: torch.nn.Parameter, training: Training) -> torch.optim.Optimizer:
     facts: dict[str, Any] = {
         "lr": training.learning_rate,
         "betas": (training.adam_beta1, training.adam_beta2),
@@ -116,6 +111,6 @@ def _build(master: torch.nn.Parameter, training: Training) -> torch.optim.Optimi
         "weight_decay": training.weight_decay,
     }
     if training.optim is Optim.ADAMW_TORCH:
-        return torch.optim.AdamW([master], fused=True, **facts)
-    optimizer: torch.optim.Optimizer = _BNB[training.optim]([master], **facts)
+        return torch.optim.AdamW([weights], fused=True, **facts)
+    optimizer: torch.optim.Optimizer = _BNB[training.optim]([weights], **facts)
     return optimizer

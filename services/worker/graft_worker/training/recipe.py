@@ -28,7 +28,7 @@ from graft_worker.protocol import (
     TrainRequest,
     WarningEvent,
 )
-from graft_worker.training.adapters import apply_recompute, attach_adapter, trainable
+from graft_worker.training.adapters import attach_adapter, trainable
 from graft_worker.training.base import Precision, choose_precision, load_base
 from graft_worker.training.batches import Microbatch, Split, microbatches, update_rows, updates_per_epoch
 from graft_worker.training.checkpoint import (
@@ -39,8 +39,17 @@ from graft_worker.training.checkpoint import (
     save_checkpoint,
 )
 from graft_worker.training.exactness import require_exactness
+from graft_worker.training.figures import Figures, NotFinite
 from graft_worker.training.forward import Forward
 from graft_worker.training.guard import Guard, ToldToStop
+from graft_worker.training.layers import (
+    Layers,
+    arrange_layers,
+    choose_compiler,
+    compiled_loss,
+    require_input_gradients,
+)
+from graft_worker.training.linear import take_over
 from graft_worker.training.optimizer import FlatOptimizer
 from graft_worker.training.proof import prove
 from graft_worker.training.publish import write_adapter, write_card, write_metrics
@@ -54,10 +63,6 @@ SPEED_WINDOW = 20  # optimizer steps that tokens_per_second looks back on
 FIRST_LOSS_SCALE = 2.0**5
 SMALLEST_LOSS_SCALE, LARGEST_LOSS_SCALE = 2.0**-10, 2.0**15
 LOSS_SCALE_GROWTH_STEPS = 2000
-
-
-class NotFinite(Exception):
-    """The loss or the gradient is no number any more."""
 
 
 class NothingToLearn(Exception):
@@ -83,6 +88,10 @@ class Run:
     progress: Progress
     total_steps: int
     saved_step: int
+    layers: Layers
+    told_of_plain_layers: bool = False
+    waiting: Figures | None = None  # of the last update, which the device may still be at work on
+    moments: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=SPEED_WINDOW + 1))
     saved_at: float = field(default_factory=time.monotonic)
     save_seconds: float = 0.0
 
@@ -126,14 +135,21 @@ def load(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guard
         revision=request.base_revision,
     )
     guard.check()
-    forward = Forward(model, precision)
+    longest = max(plan.microbatch_tokens, int(split.lengths.max()))
+    keys = torch.zeros(longest, dtype=torch.int32, device=precision.device)
+    take_over(model, precision.compute, dropout=spec.lora.lora_dropout, keys=keys)
+    steps = total_steps(spec.training, len(split))
+    tokens = round(split.lengths.mean() * spec.training.sequences_per_update * steps)
+    compiler = choose_compiler(model, tokens)
+    forward = Forward(model, precision, keys, compiled_loss(compiler))
     if forward.packs_densely:
         message = "This architecture keeps packed sequences apart by a dense mask: exact, but slower."
         events.emit(WarningEvent(code="dense_attention_mask", message=message))
     require_exactness(model, forward, precision, base_model=request.base_model)
-    apply_recompute(model, plan)
+    require_input_gradients(model)
+    layers = arrange_layers(forward.backbone, plan, backend=compiler)
     model.train()
-    optimizer = FlatOptimizer(trainable(model), spec.training, precision.adapter)
+    optimizer = FlatOptimizer(trainable(model), spec.training)
     progress = Progress(loss_scale=FIRST_LOSS_SCALE if precision.scales_loss else 1.0)
     if request.checkpoint_path is not None:
         progress = resume_from(Path(request.checkpoint_path), request, optimizer)
@@ -151,32 +167,34 @@ def load(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guard
         forward=forward,
         optimizer=optimizer,
         progress=progress,
-        total_steps=total_steps(spec.training, len(split)),
+        total_steps=steps,
         saved_step=progress.step,
+        layers=layers,
     )
 
 
 def train_steps(run: Run) -> None:
-    """Make every optimizer step that is left, with its evaluations and checkpoints."""
+    """Make every optimizer step that is left, with its evaluations and checkpoints.
+
+    The host is one update ahead of the device: an update's figures are read when the next one is under way.
+    """
     training, progress = run.spec.training, run.progress
-    window: deque[tuple[float, int]] = deque(maxlen=SPEED_WINDOW)
+    restart_clock(run)
     while True:
         # First in the loop, so that a run that was stopped in the middle of an evaluation makes it up.
         if evaluation_is_due(training, progress.step, run.total_steps):
             evaluate(run)
         if progress.step >= run.total_steps:
-            return
+            return settle(run)
         if _patience_is_over(run):
             message = (
                 f"The held-out loss has not fallen for {training.early_stopping_patience} evaluations: stopped early."
             )
             run.events.emit(WarningEvent(code="stopped_early", message=message))
-            return
-        began, tokens_before = time.monotonic(), progress.tokens_seen
-        loss, norm, learning_rate = update(run)
-        window.append((time.monotonic() - began, progress.tokens_seen - tokens_before))
-        if progress.step % training.logging_steps == 0 or progress.step == run.total_steps:
-            report(run, loss, norm, learning_rate, window)
+            return settle(run)
+        figures = update(run)
+        settle(run)
+        run.waiting = figures
         unsaved = time.monotonic() - run.saved_at
         if save_is_due(
             training, progress.step, run.total_steps, seconds_unsaved=unsaved, last_save_seconds=run.save_seconds
@@ -184,8 +202,8 @@ def train_steps(run: Run) -> None:
             save(run)
 
 
-def update(run: Run) -> tuple[float, float, float]:
-    """One optimizer step over `sequences_per_update` sequences; return loss, gradient norm and learning rate.
+def update(run: Run) -> Figures:
+    """One optimizer step over `sequences_per_update` sequences.
 
     The loss is the mean over all learnt tokens of the update, however they are split into microbatches.
     """
@@ -196,7 +214,7 @@ def update(run: Run) -> tuple[float, float, float]:
     learnt = tokens = 0
     before = random_state()
     try:
-        for batch in _batches(run, run.train, rows):
+        for batch in _batches(run, run.train, rows, update=(training.seed, progress.step)):
             loss = run.forward.loss(batch)
             if len(batch.targets):
                 (loss * progress.loss_scale).backward()  # type: ignore[no-untyped-call]
@@ -205,65 +223,103 @@ def update(run: Run) -> tuple[float, float, float]:
             tokens += batch.real_tokens
         run.guard.check()
     except ToldToStop:
-        run.optimizer.clear()  # half an update is none, and its dropout never was
+        run.optimizer.clear()  # half an update is none, and what the base's own dropout drew was never drawn
         restore_random_state(before)
         raise
-    mean, norm = _apply(run, float(total), learnt, learning_rate)
+    norm = _apply(run, learnt, learning_rate)
     progress.step += 1
     progress.tokens_seen += tokens
     progress.tokens_learnt += learnt
-    if learnt:
-        progress.last_loss = mean
-    return mean, norm, learning_rate
+    return Figures.take(
+        total / max(1, learnt),
+        norm,
+        step=progress.step,
+        tokens_seen=progress.tokens_seen,
+        tokens_learnt=learnt,
+        rate=learning_rate,
+    )
 
 
-def _apply(run: Run, total: float, learnt: int, learning_rate: float) -> tuple[float, float]:
-    """Clip and apply the gathered gradient; return the mean loss and the gradient's norm before clipping."""
+def _apply(run: Run, learnt: int, learning_rate: float) -> torch.Tensor:
+    """Clip and apply the gathered gradient; return its norm before clipping, 0 where nothing was applied."""
+    progress, limit = run.progress, run.spec.training.max_grad_norm
+    nothing = torch.zeros((), device=run.precision.device)
     if learnt == 0:
         run.optimizer.clear()
-        return 0.0, 0.0
-    progress, limit = run.progress, run.spec.training.max_grad_norm
+        return nothing
     unscale = 1.0 / (learnt * progress.loss_scale)
-    mean, norm = total / learnt, float(run.optimizer.gradient_norm(unscale))
-    if not math.isfinite(mean):
-        raise NotFinite(f"the loss is {mean} at step {progress.step + 1}")
-    if not math.isfinite(norm):
-        if not run.precision.scales_loss or progress.loss_scale <= SMALLEST_LOSS_SCALE:
-            raise NotFinite(f"the gradient's norm is {norm} at step {progress.step + 1}")
+    norm = run.optimizer.gradient_norm(unscale)
+    if run.precision.scales_loss and not _scale_was_right(run, bool(torch.isfinite(norm))):
+        run.optimizer.clear()
+        return nothing
+    clip = 1.0 if limit is None else (limit / (norm + 1e-6)).clamp(max=1.0)
+    run.optimizer.step(learning_rate, unscale * clip)
+    return norm
+
+
+def _scale_was_right(run: Run, finite: bool) -> bool:
+    """Whether this update's gradient can be used; adapts the loss scale of fp16 as `torch.amp.GradScaler` does."""
+    progress = run.progress
+    if not finite and progress.loss_scale > SMALLEST_LOSS_SCALE:
         progress.loss_scale /= 2
         progress.scale_good_steps = 0
-        run.optimizer.clear()
-        return mean, 0.0
-    clip = min(1.0, limit / (norm + 1e-6)) if limit is not None else 1.0
-    run.optimizer.step(learning_rate, unscale * clip)
-    if run.precision.scales_loss:
-        progress.scale_good_steps += 1
-        if progress.scale_good_steps % LOSS_SCALE_GROWTH_STEPS == 0:
-            progress.loss_scale = min(2 * progress.loss_scale, LARGEST_LOSS_SCALE)
-    return mean, norm
+        return False
+    progress.scale_good_steps += 1
+    if progress.scale_good_steps % LOSS_SCALE_GROWTH_STEPS == 0:
+        progress.loss_scale = min(2 * progress.loss_scale, LARGEST_LOSS_SCALE)
+    return True
 
 
-def report(run: Run, loss: float, norm: float, learning_rate: float, window: deque[tuple[float, int]]) -> None:
-    """Tell how far the run is."""
-    seconds, tokens = sum(seconds for seconds, _ in window), sum(tokens for _, tokens in window)
+def settle(run: Run) -> None:
+    """Read the figures of the update that is waited for, and tell how far the run is.
+
+    Raises:
+        NotFinite: The update made no numbers.
+    """
+    figures, run.waiting = run.waiting, None
+    if figures is None:
+        return
+    loss, norm = figures.read()
+    if figures.tokens_learnt:
+        run.progress.last_loss = loss
+    run.moments.append((time.monotonic(), figures.tokens_seen))
+    if figures.step % run.spec.training.logging_steps != 0 and figures.step != run.total_steps:
+        return
+    (began, tokens_before), (now, tokens) = run.moments[0], run.moments[-1]
     event = ProgressEvent(
-        step=run.progress.step,
+        step=figures.step,
         total_steps=run.total_steps,
-        epoch=run.progress.step / updates_per_epoch(len(run.train), run.spec.training.sequences_per_update),
-        tokens_seen=run.progress.tokens_seen,
-        tokens_per_second=tokens / seconds,
+        epoch=figures.step / updates_per_epoch(len(run.train), run.spec.training.sequences_per_update),
+        tokens_seen=figures.tokens_seen,
+        tokens_per_second=(tokens - tokens_before) / max(now - began, 1e-9),
         loss=loss,
         grad_norm=norm,
-        learning_rate=learning_rate,
+        learning_rate=figures.learning_rate,
     )
     run.events.emit(event)
     run.progress.lines.append(event.model_dump(exclude={"event"}))
+    _tell_of_plain_layers(run)
+
+
+def restart_clock(run: Run) -> None:
+    """Speed is measured from here: what came before was no training."""
+    run.moments.clear()
+    run.moments.append((time.monotonic(), run.progress.tokens_seen))
+
+
+def _tell_of_plain_layers(run: Run) -> None:
+    if run.layers.plain and not run.told_of_plain_layers:
+        run.told_of_plain_layers = True
+        reasons = "; ".join(sorted(set(run.layers.plain.values())))
+        message = f"Some layers of this base could not be compiled and run slower: {reasons}"
+        run.events.emit(WarningEvent(code="layers_not_compiled", message=message))
 
 
 def evaluate(run: Run) -> None:
     """Measure the held-out loss, if rows were held out."""
     if run.validation is None or any(line["step"] == run.progress.step for line in run.progress.evaluations):
         return
+    settle(run)
     run.events.emit(PhaseEvent(phase=Phase.EVALUATING))
     loss = run.forward.mean_loss(_batches(run, run.validation, np.arange(len(run.validation))))
     if not math.isfinite(loss):
@@ -273,10 +329,12 @@ def evaluate(run: Run) -> None:
     run.progress.lines.append({"step": run.progress.step, "eval_loss": loss})
     run.events.emit(EvaluationEvent(step=run.progress.step, eval_loss=loss))
     run.events.emit(PhaseEvent(phase=Phase.TRAINING))
+    restart_clock(run)
 
 
 def save(run: Run) -> None:
     """Write a checkpoint of the last finished step, unless there is one, and say where it lies."""
+    settle(run)
     if run.progress.step == run.saved_step:
         return
     began = time.monotonic()
@@ -284,6 +342,7 @@ def save(run: Run) -> None:
     run.saved_step, run.saved_at = run.progress.step, time.monotonic()
     run.save_seconds = run.saved_at - began
     run.events.emit(CheckpointEvent(step=run.progress.step, path=str(path)))
+    restart_clock(run)
 
 
 def finish(run: Run) -> None:
@@ -319,11 +378,13 @@ def peak_memory() -> dict[str, Any]:
     return {"measured_peak_bytes": peak, "measured_on": "host"}
 
 
-def _batches(run: Run, split: Split, rows: np.ndarray) -> Iterator[Microbatch]:
+def _batches(
+    run: Run, split: Split, rows: np.ndarray, *, update: tuple[int, int] | None = None
+) -> Iterator[Microbatch]:
     """The microbatches of these rows, the guard asked before each."""
-    plan = run.plan
+    plan, device = run.plan, run.precision.device
     for batch in microbatches(
-        split, rows, budget=plan.microbatch_tokens, packing=plan.packing, device=run.precision.device
+        split, rows, budget=plan.microbatch_tokens, packing=plan.packing, device=device, update=update
     ):
         run.guard.check()
         yield batch
@@ -340,3 +401,4 @@ def _seed(seed: int, *, deterministic: bool) -> None:
     torch.manual_seed(seed)
     if deterministic:
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # every buffer of ours is written before it is read

@@ -1,0 +1,210 @@
+"""The decoder layers: compiled once for all of them, and recomputed in the backward pass where the plan says so."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch.autograd.function import once_differentiable
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from graft_shared.memory import Recompute
+from graft_shared.planner import TrainingPlan
+from graft_worker.training.loss import Chunk, chunk_loss
+
+Run = Callable[..., Any]
+
+# Compiling takes up to a minute, from the disk a few seconds, and saves a third of the time. A GPU computes some 2e14
+# products a second uncompiled, so a run of less work than this would be over before it pays.
+LEAST_WORK = 4e15
+
+# Variants of one layer that may be compiled: training and evaluation, local and global attention, the first shapes.
+RECOMPILE_LIMIT = 32
+
+
+def choose_compiler(model: torch.nn.Module, tokens: int) -> str | None:
+    """The compiler for a run over so many tokens, or None: the same answer however often the run is begun again.
+
+    `GRAFT_COMPILER` in the environment decides for tests and benchmarks: a backend of `torch.compile`, or `none`.
+    """
+    wanted = os.environ.get("GRAFT_COMPILER")
+    if wanted is not None:
+        return None if wanted == "none" else wanted
+    weights = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, torch.nn.Linear))
+    return "inductor" if torch.cuda.is_available() and 4 * weights * tokens >= LEAST_WORK else None
+
+
+@dataclass
+class Layers:
+    """How the layers run; what could not be compiled is told by `plain`."""
+
+    count: int
+    plain: dict[str, str] = field(default_factory=dict)  # kind of layer -> why it runs uncompiled
+
+
+def arrange_layers(backbone: torch.nn.Module, plan: TrainingPlan, *, backend: str | None) -> Layers:
+    """Let each decoder layer run as the plan says.
+
+    Args:
+        backend: The compiler of `torch.compile`, or None for no compiler.
+    """
+    found = decoder_layers(backbone)
+    layers = Layers(len(found))
+    parking = Parking() if plan.recompute is Recompute.OFFLOAD and torch.cuda.is_available() else None
+    for index, layer in enumerate(found):
+        run: Run = layer.forward
+        if backend is not None:
+            run = _Compiled(run, backend, _kind(layer), layers.plain)
+        if plan.recompute is not Recompute.NONE and index % max(1, plan.recompute_every_n) == 0:
+            run = _recomputing(run, index, parking)
+        layer.forward = run
+    return layers
+
+
+def decoder_layers(backbone: torch.nn.Module) -> list[torch.nn.Module]:
+    """The blocks of the model, in order."""
+    return [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def require_input_gradients(model: Any) -> None:
+    """Let the first layer's input ask for a gradient as all others do: one form of the layer is compiled, not two."""
+    model.get_input_embeddings().register_forward_hook(lambda _module, _args, states: states.requires_grad_())
+
+
+def _kind(layer: torch.nn.Module) -> str:
+    """Layers built alike share what is compiled, and what cannot be."""
+    return " ".join(sorted({type(module).__name__ for module in layer.modules()}))
+
+
+class _Compiled:
+    """A layer's forward under the compiler; where the compiler gives up, the plain one, for all layers of its kind."""
+
+    def __init__(self, run: Run, backend: str, kind: str, plain: dict[str, str]) -> None:
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+        self._run = run
+        self._compiled = torch.compile(run, backend=backend, fullgraph=True)
+        self._kind, self._plain = kind, plain
+
+    def __call__(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._kind in self._plain:
+            return self._run(hidden, *args, **kwargs)
+        _mark_lengths(hidden.shape[1], hidden, *args, **kwargs)
+        try:
+            return self._compiled(hidden, *args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            self._plain[self._kind] = str(error).strip().splitlines()[0]
+            return self._run(hidden, *args, **kwargs)
+
+
+def compiled_loss(backend: str | None) -> Chunk:
+    """The loss of a chunk of tokens under the compiler, or as it is."""
+    if backend is None:
+        return chunk_loss
+    compiled = torch.compile(chunk_loss, backend=backend, fullgraph=True)
+
+    def loss(states: torch.Tensor, targets: torch.Tensor, *head: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        for tensor in (states, targets):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return compiled(states, targets, *head)
+
+    return loss
+
+
+def _mark_lengths(tokens: int, *args: Any, **kwargs: Any) -> None:
+    """Tell the compiler from the first call on which sizes will change: tokens, and sequences in a row."""
+    for value in _tensors([*args, *kwargs.values()]):
+        for dimension, size in enumerate(value.shape):
+            if size == tokens or (value.dim() == 1 and value.dtype == torch.int32):
+                torch._dynamo.maybe_mark_dynamic(value, dimension)
+
+
+def _tensors(values: list[Any]) -> list[torch.Tensor]:
+    flat: list[torch.Tensor] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            flat.append(value)
+        elif isinstance(value, (tuple, list)):
+            flat += _tensors(list(value))
+    return flat
+
+
+def _recomputing(run: Run, index: int, parking: Parking | None) -> Run:
+    """Run a layer so that only its input is kept, or parked, and the rest computed again in the backward pass."""
+
+    def recomputed(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        def again(states: torch.Tensor) -> Any:
+            return run(states, *args, **kwargs)
+
+        if not torch.is_grad_enabled():
+            return again(hidden)
+        return _Recomputed.apply(hidden, again, index, parking)  # type: ignore[no-untyped-call]
+
+    return recomputed
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, run: Run, index: int, parking: Parking | None) -> Any:
+        ctx.run, ctx.index, ctx.parking = run, index, parking
+        if parking is None:
+            ctx.save_for_backward(hidden)
+        else:
+            parking.park(index, hidden)
+        # With gradients, though they are thrown away: the compiler then needs one form of the layer, not two.
+        with torch.enable_grad():
+            out = run(hidden.detach().requires_grad_())
+        return out.detach() if isinstance(out, torch.Tensor) else (out[0].detach(), *out[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
+        hidden = ctx.saved_tensors[0] if ctx.parking is None else ctx.parking.fetch(ctx.index)
+        hidden = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            out = ctx.run(hidden)
+        torch.autograd.backward(out if isinstance(out, torch.Tensor) else out[0], grads[0])
+        return hidden.grad, None, None, None
+
+
+class Parking:
+    """Layer inputs in the host's pinned memory while the GPU does not need them; two of them are on the GPU at most."""
+
+    def __init__(self) -> None:
+        self._stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._buffers: dict[int, torch.Tensor] = {}
+        self._shapes: dict[int, torch.Size] = {}
+        self._coming: dict[int, torch.Tensor] = {}
+
+    def park(self, index: int, hidden: torch.Tensor) -> None:
+        """Begin to copy a layer's input out; its memory is free again when that is done."""
+        buffer = self._buffers.get(index)
+        if buffer is None or buffer.numel() < hidden.numel():
+            buffer = torch.empty(hidden.numel(), dtype=hidden.dtype, pin_memory=True)
+            self._buffers[index] = buffer
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            buffer[: hidden.numel()].copy_(hidden.detach().reshape(-1), non_blocking=True)
+        hidden.record_stream(self._stream)
+        self._shapes[index] = hidden.shape
+
+    def fetch(self, index: int) -> torch.Tensor:
+        """A layer's input, back on the GPU; the one before it is on its way."""
+        if index not in self._coming:
+            self._bring(index)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        hidden = self._coming.pop(index)
+        hidden.record_stream(torch.cuda.current_stream())
+        before = max((other for other in self._shapes if other < index), default=None)
+        del self._shapes[index]
+        if before is not None:
+            self._bring(before)
+        return hidden
+
+    def _bring(self, index: int) -> None:
+        shape = self._shapes[index]
+        with torch.cuda.stream(self._stream):
+            self._coming[index] = self._buffers[index][: shape.numel()].to("cuda", non_blocking=True).view(shape)

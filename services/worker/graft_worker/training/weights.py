@@ -1,0 +1,80 @@
+"""A frozen layer's weight as plain tensors, 4-bit or not, and its dense form for one product at a time."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+
+# The layout that bitsandbytes gives a Linear4bit: 64 weights share a constant, 256 constants share theirs.
+BLOCK_WEIGHTS = 64
+NESTED_BLOCK = 256
+
+_scratch: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+
+
+def weight_parts(linear: torch.nn.Linear) -> list[torch.Tensor]:
+    """The tensors that a frozen linear layer's weight is made of.
+
+    Returns:
+        [weight], or for a 4-bit layer [packed, absmax], or doubly quantised [packed, absmax, absmax of these, their
+        code, their offset], as `kernels.dequantise_4bit` takes them.
+    """
+    if not isinstance(linear, bnb.nn.Linear4bit):
+        return [linear.weight.detach()]
+    state: Any = linear.weight.quant_state
+    packed = linear.weight.detach().as_subclass(torch.Tensor)
+    if state.blocksize != BLOCK_WEIGHTS or (state.nested and state.state2.blocksize != NESTED_BLOCK):
+        raise ValueError(f"unknown 4-bit layout: blocks of {state.blocksize} weights")
+    if not state.nested:
+        return [packed, state.absmax]
+    return [packed, state.absmax, state.state2.absmax, state.state2.code, state.offset]
+
+
+def dense(parts: list[torch.Tensor], quant_type: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """The weight as one matrix [out, in], good until the next call: a 4-bit one is dequantised into a shared scratch.
+
+    Every bit is what `bitsandbytes.functional.dequantize_4bit` gives.
+    """
+    if len(parts) == 1:
+        return parts[0].to(dtype)
+    packed = parts[0]
+    numbers = shape[0] * shape[1]
+    if packed.is_cuda and numbers % BLOCK_WEIGHTS == 0:
+        from graft_worker.training.kernels import dequantise_4bit
+
+        out = _scratch_of(numbers, dtype, packed.device)
+        dequantise_4bit(parts, _levels(quant_type, packed.device), out)
+        return out.view(shape)
+    return torch.ops.bitsandbytes.dequantize_4bit(packed, _constants(parts), BLOCK_WEIGHTS, quant_type, shape, dtype)  # type: ignore[no-any-return]
+
+
+def _constants(parts: list[torch.Tensor]) -> torch.Tensor:
+    """One fp32 constant per block of weights."""
+    if len(parts) == 2:
+        return parts[1]
+    _, absmax, nested_absmax, nested_code, offset = parts
+    constants: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
+        absmax, nested_absmax, nested_code, NESTED_BLOCK, torch.float32
+    )
+    return constants + offset
+
+
+def _scratch_of(numbers: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The first numbers of a buffer that grows to the largest layer; whoever uses it is done before the next asks."""
+    held = _scratch.get((device, dtype))
+    if held is None or held.numel() < numbers:
+        held = _scratch[device, dtype] = torch.empty(numbers, dtype=dtype, device=device)
+    return held[:numbers]
+
+
+@lru_cache
+def _levels(quant_type: str, device: torch.device) -> torch.Tensor:
+    """The 16 values of a 4-bit type, asked of bitsandbytes itself; fp32."""
+    packed = torch.arange(16, dtype=torch.uint8, device=device).repeat_interleave(2).mul_(17)[:32].reshape(-1, 1)
+    one = torch.ones(1, dtype=torch.float32, device=device)
+    shape = (1, BLOCK_WEIGHTS)
+    values = torch.ops.bitsandbytes.dequantize_4bit(packed, one, BLOCK_WEIGHTS, quant_type, shape, torch.float32)
+    return values.flatten()[::4].contiguous()  # type: ignore[no-any-return]
