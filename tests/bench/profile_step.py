@@ -30,9 +30,9 @@ from tests.bench.train_once import DIMS, arguments_of, make_base, make_request, 
 WARM_UP, TIMED, PROFILED = 6, 20, 3
 # Kernels by what they do, the first pattern that matches; the rest is `other`.
 KINDS = {
-    "products of the base and head": r"gemm|cutlass|nvjet|xmma|cublas",
-    "dequantise": r"_dequantise|kDequantize",
     "attention": r"flash|fmha",
+    "dequantise": r"_dequantise|kDequantize",
+    "products": r"gemm|cutlass|nvjet|xmma|cublas",
     "optimizer": r"Optimizer|Preconditions|adam",
     "compiled elementwise": r"^triton_",
     "copies": r"Memcpy|Memset|copy_kernel|CatArray",

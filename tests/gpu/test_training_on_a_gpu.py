@@ -18,6 +18,7 @@ from graft_worker.training.attention import packed_attention
 from graft_worker.training.base import choose_precision, load_base
 from graft_worker.training.batches import Split, microbatches
 from graft_worker.training.forward import Forward
+from graft_worker.training.graphs import Graphs
 from graft_worker.training.layers import arrange_layers, compiled_loss, require_input_gradients
 from graft_worker.training.linear import take_over
 from graft_worker.training.weights import dense, weight_parts
@@ -59,12 +60,12 @@ def loaded(
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
     keys = torch.zeros(4096, dtype=torch.int32, device=precision.device)
     take_over(adapted, precision.compute, dropout=dropout, keys=keys)
-    forward = Forward(adapted, precision, keys, compiled_loss(backend))
+    forward = Forward(adapted, precision, keys, longest=512, chunk=compiled_loss(backend))
     require_input_gradients(adapted)
     plan = TrainingPlan(
         recompute=recompute, recompute_every_n=1, microbatch_tokens=4096, packing=True, optim=Optim.ADAMW_TORCH
     )
-    layers = arrange_layers(forward.backbone, plan, backend=backend)
+    layers = arrange_layers(forward.backbone, plan, backend=backend, largest_microbatch=4096)
     adapted.train()
     return adapted, forward, layers
 
@@ -72,10 +73,11 @@ def loaded(
 def gradients(
     model: Any, forward: Forward, split: Split, groups: list[list[int]], *, device: torch.device = GPU
 ) -> torch.Tensor:
-    model.zero_grad()
+    for parameter in trainable(model):  # in place: a captured backward pass adds to where they were
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
     for rows in groups:
         for batch in microbatches(split, np.array(rows), budget=4096, packing=True, device=device, update=(1, 2)):
-            forward.loss(batch).backward()
+            forward.learn(batch)
     return torch.cat([parameter.grad.flatten() for parameter in trainable(model)])
 
 
@@ -140,6 +142,22 @@ def test_compiled_and_recomputed_layers_have_the_gradients_of_plain_ones(
     assert apart(gradients(model, forward, split, [list(range(12)), list(range(20, 25))]), plain) > 0.1
     assert apart(gradients(model, forward, split, [list(range(12))]), plain) < 0.01
     assert layers.plain == {}
+
+
+@pytest.mark.parametrize("recompute", [Recompute.NONE, Recompute.OFFLOAD])
+def test_captured_microbatches_have_the_gradients_of_launched_ones(
+    base: Path, train_file: Path, recompute: Recompute
+) -> None:
+    split = Split.load(train_file)
+    groups = [[0, 1, 2], list(range(12)), [0, 1, 2], [5], list(range(12)), [20, 3]]
+    model, forward, _ = loaded(base, recompute=recompute, backend="inductor", dropout=0.1)
+    launched = [gradients(model, forward, split, [rows]) for rows in groups]
+    model, forward, layers = loaded(base, recompute=recompute, backend="inductor", dropout=0.1)
+    forward.graphs = Graphs(forward.hidden, layers.settle)
+    for parameter in trainable(model):
+        parameter.grad = torch.zeros_like(parameter)
+    for rows, expected in zip(groups * 2, launched * 2, strict=True):
+        assert apart(gradients(model, forward, split, [rows]), expected) < 0.01
 
 
 @pytest.mark.parametrize(

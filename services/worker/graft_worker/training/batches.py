@@ -37,6 +37,11 @@ class Split:
         return np.diff(self.offsets)
 
     @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return int(self.lengths.max(initial=0))
+
+    @cached_property
     def learnt_rows(self) -> np.ndarray:
         """The row of each token that can be learnt, int64: a row's first token has nothing to be predicted from."""
         learnt = self.loss_mask.astype(bool)
@@ -79,14 +84,20 @@ def update_rows(split: Split, step: int, *, sequences_per_update: int, seed: int
 
 
 def pack(lengths: list[int], budget: int) -> list[list[int]]:
-    """Distribute sequences over as few rows of at most `budget` tokens as first-fit decreasing finds.
+    """Distribute sequences over as few rows of at most `budget` tokens as first-fit decreasing finds, evenly.
 
     Returns:
         For each row the indices of its sequences. A sequence longer than the budget gets a row of its own.
     """
+    longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    rows = _first_fit(lengths, longest_first, budget)
+    return _even(lengths, longest_first, budget, len(rows)) or rows
+
+
+def _first_fit(lengths: list[int], order: list[int], budget: int) -> list[list[int]]:
     rows: list[list[int]] = []
     room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+    for index in order:
         for row, left in enumerate(room):
             if lengths[index] <= left:
                 rows[row].append(index)
@@ -95,6 +106,19 @@ def pack(lengths: list[int], budget: int) -> list[list[int]]:
         else:
             rows.append([index])
             room.append(budget - lengths[index])
+    return rows
+
+
+def _even(lengths: list[int], order: list[int], budget: int, count: int) -> list[list[int]] | None:
+    """Fill so many rows, always the emptiest, since a small row costs nearly what a full one does; None if one overflows."""
+    rows: list[list[int]] = [[] for _ in range(count)]
+    filled = [0] * count
+    for index in order:
+        row = filled.index(min(filled))
+        rows[row].append(index)
+        filled[row] += lengths[index]
+        if filled[row] > budget and len(rows[row]) > 1:
+            return None
     return rows
 
 

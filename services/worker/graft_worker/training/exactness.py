@@ -16,6 +16,7 @@ from graft_worker.training.batches import Split, microbatches
 from graft_worker.training.forward import Forward
 
 SAMPLE_LENGTHS = (23, 14)  # tokens, the longest first as packing lays them
+SAMPLE_TOKENS = max(SAMPLE_LENGTHS)
 # Relative difference of a token's logits. On an H200 rounding to bfloat16 alone makes 0.02 in two layers, 0.06 in a 7B
 # of random weights and 0.21 in 80 layers of large ones; an attention sink that is passed over makes 0.44.
 TOLERANCE = {torch.float32: 1e-3}

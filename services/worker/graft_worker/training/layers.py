@@ -34,33 +34,53 @@ def choose_compiler(model: torch.nn.Module, tokens: int) -> str | None:
     wanted = os.environ.get("GRAFT_COMPILER")
     if wanted is not None:
         return None if wanted == "none" else wanted
-    weights = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, torch.nn.Linear))
-    return "inductor" if torch.cuda.is_available() and 4 * weights * tokens >= LEAST_WORK else None
+    worth_it = 4 * linear_weights(model) * tokens >= LEAST_WORK
+    return "inductor" if torch.cuda.is_available() and worth_it else None
+
+
+def linear_weights(module: torch.nn.Module) -> int:
+    """Weights in the module's linear layers, quantised or not."""
+    return sum(part.in_features * part.out_features for part in module.modules() if isinstance(part, torch.nn.Linear))
 
 
 @dataclass
 class Layers:
     """How the layers run; what could not be compiled is told by `plain`."""
 
-    count: int
+    blocks: list[torch.nn.Module]
     plain: dict[str, str] = field(default_factory=dict)  # kind of layer -> why it runs uncompiled
+    parking: Parking | None = None
+
+    def settle(self) -> None:
+        """Join every stream that the layers use with the current one."""
+        if self.parking is not None:
+            self.parking.settle()
+
+    @property
+    def weights(self) -> int:
+        """Weights of one layer's products, the mean over all."""
+        return sum(linear_weights(block) for block in self.blocks) // max(1, len(self.blocks))
 
 
-def arrange_layers(backbone: torch.nn.Module, plan: TrainingPlan, *, backend: str | None) -> Layers:
+def arrange_layers(
+    backbone: torch.nn.Module, plan: TrainingPlan, *, backend: str | None, largest_microbatch: int
+) -> Layers:
     """Let each decoder layer run as the plan says.
 
     Args:
         backend: The compiler of `torch.compile`, or None for no compiler.
+        largest_microbatch: In tokens.
     """
-    found = decoder_layers(backbone)
-    layers = Layers(len(found))
-    parking = Parking() if plan.recompute is Recompute.OFFLOAD and torch.cuda.is_available() else None
-    for index, layer in enumerate(found):
+    layers = Layers(decoder_layers(backbone))
+    if plan.recompute is Recompute.OFFLOAD and torch.cuda.is_available():
+        layers.parking = Parking(largest_microbatch)
+    marked: list[Any] = [None]
+    for index, layer in enumerate(layers.blocks):
         run: Run = layer.forward
         if backend is not None:
-            run = _Compiled(run, backend, _kind(layer), layers.plain)
+            run = _Compiled(run, backend, _kind(layer), layers.plain, marked)
         if plan.recompute is not Recompute.NONE and index % max(1, plan.recompute_every_n) == 0:
-            run = _recomputing(run, index, parking)
+            run = _recomputing(run, index, layers.parking)
         layer.forward = run
     return layers
 
@@ -83,16 +103,20 @@ def _kind(layer: torch.nn.Module) -> str:
 class _Compiled:
     """A layer's forward under the compiler; where the compiler gives up, the plain one, for all layers of its kind."""
 
-    def __init__(self, run: Run, backend: str, kind: str, plain: dict[str, str]) -> None:
+    def __init__(self, run: Run, backend: str, kind: str, plain: dict[str, str], marked: list[Any]) -> None:
         torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
         self._run = run
         self._compiled = torch.compile(run, backend=backend, fullgraph=True)
         self._kind, self._plain = kind, plain
+        self._marked = marked  # the borders of the microbatch whose arguments are marked: all layers get the same ones
 
     def __call__(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._kind in self._plain:
             return self._run(hidden, *args, **kwargs)
-        _mark_lengths(hidden.shape[1], hidden, *args, **kwargs)
+        borders = kwargs.get("cu_seq_lens_q")
+        known = borders is not None and borders is self._marked[0]
+        _mark_lengths(hidden.shape[1], *([hidden] if known else [hidden, *args, *kwargs.values()]))
+        self._marked[0] = borders
         try:
             return self._compiled(hidden, *args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
@@ -114,9 +138,9 @@ def compiled_loss(backend: str | None) -> Chunk:
     return loss
 
 
-def _mark_lengths(tokens: int, *args: Any, **kwargs: Any) -> None:
+def _mark_lengths(tokens: int, *values: Any) -> None:
     """Tell the compiler from the first call on which sizes will change: tokens, and sequences in a row."""
-    for value in _tensors([*args, *kwargs.values()]):
+    for value in _tensors(list(values)):
         for dimension, size in enumerate(value.shape):
             if size == tokens or (value.dim() == 1 and value.dtype == torch.int32):
                 torch._dynamo.maybe_mark_dynamic(value, dimension)
@@ -173,38 +197,55 @@ class _Recomputed(torch.autograd.Function):
 class Parking:
     """Layer inputs in the host's pinned memory while the GPU does not need them; two of them are on the GPU at most."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: int) -> None:
+        """Args: `tokens` is the largest microbatch."""
+        self._tokens = tokens
         self._stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._buffers: dict[int, torch.Tensor] = {}
         self._shapes: dict[int, torch.Size] = {}
+        self._leaving: list[tuple[Any, torch.Tensor]] = []
         self._coming: dict[int, torch.Tensor] = {}
 
     def park(self, index: int, hidden: torch.Tensor) -> None:
-        """Begin to copy a layer's input out; its memory is free again when that is done."""
-        buffer = self._buffers.get(index)
-        if buffer is None or buffer.numel() < hidden.numel():
-            buffer = torch.empty(hidden.numel(), dtype=hidden.dtype, pin_memory=True)
-            self._buffers[index] = buffer
+        """Begin to copy a layer's input [1, tokens, width] out; its memory is free when the next but one comes."""
+        if index not in self._buffers:
+            numbers = self._tokens * hidden.shape[-1]
+            self._buffers[index] = torch.empty(numbers, dtype=hidden.dtype, pin_memory=True)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            buffer[: hidden.numel()].copy_(hidden.detach().reshape(-1), non_blocking=True)
-        hidden.record_stream(self._stream)
+            self._buffers[index][: hidden.numel()].copy_(hidden.detach().reshape(-1), non_blocking=True)
+        self._leaving.append((self._stream.record_event(), hidden.detach()))
         self._shapes[index] = hidden.shape
+        if len(self._leaving) > 1:
+            self._let_go(self._leaving.pop(0))
 
     def fetch(self, index: int) -> torch.Tensor:
         """A layer's input, back on the GPU; the one before it is on its way."""
+        self.settle()
         if index not in self._coming:
             self._bring(index)
         torch.cuda.current_stream().wait_stream(self._stream)
         hidden = self._coming.pop(index)
-        hidden.record_stream(torch.cuda.current_stream())
-        before = max((other for other in self._shapes if other < index), default=None)
         del self._shapes[index]
+        before = max((other for other in self._shapes if other < index), default=None)
         if before is not None:
             self._bring(before)
         return hidden
 
+    def settle(self) -> None:
+        """Let the current stream wait for all that is on its way out."""
+        while self._leaving:
+            self._let_go(self._leaving.pop(0))
+
+    def _let_go(self, leaving: tuple[Any, torch.Tensor]) -> None:
+        # No record_stream: under capture it would hold every input until the capture ends.
+        gone, _ = leaving
+        torch.cuda.current_stream().wait_event(gone)
+
     def _bring(self, index: int) -> None:
         shape = self._shapes[index]
+        hidden = torch.empty(shape, dtype=self._buffers[index].dtype, device="cuda")
+        self._stream.wait_stream(torch.cuda.current_stream())  # whoever had this memory before is done
         with torch.cuda.stream(self._stream):
-            self._coming[index] = self._buffers[index][: shape.numel()].to("cuda", non_blocking=True).view(shape)
+            hidden.view(-1).copy_(self._buffers[index][: shape.numel()], non_blocking=True)
+        self._coming[index] = hidden

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from graft_shared.memory import LOSS_CHUNK_BYTES
@@ -47,18 +46,27 @@ def head_of(model: Any) -> Head:
 
 def summed_cross_entropy(
     hidden: torch.Tensor, predictors: torch.Tensor, targets: torch.Tensor, head: Head, chunk: Chunk
-) -> torch.Tensor:
-    """The sum of the negative log-likelihoods of `targets`, in nats; fp32 scalar.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of the negative log-likelihoods of `targets`, and its gradient to the hidden states.
 
     Args:
-        hidden: [tokens, hidden size].
+        hidden: [tokens, hidden size], without autograd.
         predictors: int64 [learnt tokens], distinct: the position whose state predicts each target.
         targets: int64 [learnt tokens].
-        head: Its parameters are frozen, only `hidden` gets a gradient.
         chunk: `chunk_loss`, or what a compiler made of it.
+
+    Returns:
+        The loss in nats, fp32 scalar, and the gradient, [tokens, hidden size], in the type of `hidden`.
     """
-    loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, predictors, targets, head, chunk)  # type: ignore[no-untyped-call]
-    return loss
+    tokens = max(FEWEST_CHUNK_TOKENS, LOSS_CHUNK_BYTES // (4 * len(head.weight)))
+    gradient = torch.zeros_like(hidden)
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    for start in range(0, len(targets), tokens):
+        at = predictors[start : start + tokens]
+        wanted = targets[start : start + tokens]
+        loss, gradient[at] = chunk(hidden[at], wanted, head.weight, head.bias, head.scale, head.cap)
+        total += loss
+    return total, gradient
 
 
 def chunk_loss(
@@ -82,27 +90,3 @@ def chunk_loss(
     if cap is not None:
         gradient = gradient * (1 - (logits / cap) ** 2)
     return loss, (gradient * scale).to(states.dtype) @ weight
-
-
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, predictors: torch.Tensor, targets: torch.Tensor, head: Head, chunk: Chunk
-    ) -> torch.Tensor:
-        tokens = max(FEWEST_CHUNK_TOKENS, LOSS_CHUNK_BYTES // (4 * len(head.weight)))
-        gradient = torch.zeros_like(hidden)
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(targets), tokens):
-            at = predictors[start : start + tokens]
-            wanted = targets[start : start + tokens]
-            loss, to_states = chunk(hidden[at], wanted, head.weight, head.bias, head.scale, head.cap)
-            gradient[at] = to_states
-            total += loss
-        ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * outputs[0].to(gradient.dtype), None, None, None, None

@@ -38,9 +38,10 @@ from graft_worker.training.checkpoint import (
     resume_from,
     save_checkpoint,
 )
-from graft_worker.training.exactness import require_exactness
+from graft_worker.training.exactness import SAMPLE_TOKENS, require_exactness
 from graft_worker.training.figures import Figures, NotFinite
 from graft_worker.training.forward import Forward
+from graft_worker.training.graphs import Graphs, is_host_bound
 from graft_worker.training.guard import Guard, ToldToStop
 from graft_worker.training.layers import (
     Layers,
@@ -135,19 +136,22 @@ def load(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guard
         revision=request.base_revision,
     )
     guard.check()
-    longest = max(plan.microbatch_tokens, int(split.lengths.max()))
-    keys = torch.zeros(longest, dtype=torch.int32, device=precision.device)
+    largest = max(plan.microbatch_tokens, split.longest)
+    keys = torch.zeros(largest, dtype=torch.int32, device=precision.device)
     take_over(model, precision.compute, dropout=spec.lora.lora_dropout, keys=keys)
     steps = total_steps(spec.training, len(split))
     tokens = round(split.lengths.mean() * spec.training.sequences_per_update * steps)
     compiler = choose_compiler(model, tokens)
-    forward = Forward(model, precision, keys, compiled_loss(compiler))
+    longest = max(split.longest, validation.longest if validation is not None else 0, SAMPLE_TOKENS)
+    forward = Forward(model, precision, keys, longest=longest, chunk=compiled_loss(compiler))
     if forward.packs_densely:
         message = "This architecture keeps packed sequences apart by a dense mask: exact, but slower."
         events.emit(WarningEvent(code="dense_attention_mask", message=message))
     require_exactness(model, forward, precision, base_model=request.base_model)
     require_input_gradients(model)
-    layers = arrange_layers(forward.backbone, plan, backend=compiler)
+    layers = arrange_layers(forward.backbone, plan, backend=compiler, largest_microbatch=largest)
+    if compiler is not None and precision.device.type == "cuda" and is_host_bound(largest, layers.weights):
+        forward.graphs = Graphs(forward.hidden, layers.settle)
     model.train()
     optimizer = FlatOptimizer(trainable(model), spec.training)
     progress = Progress(loss_scale=FIRST_LOSS_SCALE if precision.scales_loss else 1.0)
@@ -215,10 +219,8 @@ def update(run: Run) -> Figures:
     before = random_state()
     try:
         for batch in _batches(run, run.train, rows, update=(training.seed, progress.step)):
-            loss = run.forward.loss(batch)
             if len(batch.targets):
-                (loss * progress.loss_scale).backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
+                total += run.forward.learn(batch, progress.loss_scale)
             learnt += len(batch.targets)
             tokens += batch.real_tokens
         run.guard.check()
