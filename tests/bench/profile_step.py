@@ -74,6 +74,7 @@ def main() -> None:
     for _ in range(WARM_UP):
         recipe.update(run).read()
     speeds = timed(run)
+    seen = run.progress.tokens_seen
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         for _ in range(PROFILED):
             recipe.update(run)
@@ -82,6 +83,7 @@ def main() -> None:
         "load_seconds": round(loaded, 2),
         "first_update_seconds": round(first, 2),
         "tokens_per_second": round(statistics.median(speeds)),
+        "tokens_per_profiled_update": (run.progress.tokens_seen - seen) // PROFILED,
         "device_ms_per_update": by_kind(profiler.events()),
         "kernels": heaviest(profiler.events()),
         "host_ms_per_update": host_parts(profiler),

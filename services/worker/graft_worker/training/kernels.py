@@ -31,7 +31,7 @@ def dequantise_4bit(parts: list[torch.Tensor], levels: torch.Tensor, out: torch.
     packed, absmax = parts[:2]
     # Arguments that a single quantisation does not use are never read.
     nested_absmax, nested_code, offset = parts[2:] if nested else (absmax, absmax, absmax)
-    tensors = (packed.view(torch.int32), levels, absmax, nested_absmax, nested_code, offset, out)
+    tensors = (packed.view(-1).view(torch.int32), levels, absmax, nested_absmax, nested_code, offset, out)
     grid = (triton.cdiv(words, WORDS_PER_PROGRAM), 1, 1)
     key = nested, out.dtype, words % 16 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
     kernel = _compiled.get(key)
