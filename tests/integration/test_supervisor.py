@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,6 +32,7 @@ from graft_worker.supervisor.neighbours import Neighbours
 from graft_worker.supervisor.slot import Slot, taken_if_free
 from graft_worker.tasks import answer_bell, look_for_work, slot_of
 from tests.fakes.doorbell import FakeDoorbell
+from tests.fakes.forked import forked_process
 from tests.store_factories import a_new_job
 from tests.waiting import wait_until
 
@@ -309,18 +309,11 @@ def test_an_error_of_the_machine_ends_the_run_by_its_name_and_not_the_worker(
 
 def test_a_slot_is_free_again_though_a_process_forked_meanwhile_lives_on(tmp_path: Path) -> None:
     slot = Slot(worker="w", stage=Stage.TRAIN, lock_dir=tmp_path)
-    ready, done = os.pipe(), os.pipe()
     with taken_if_free(slot) as free:
         assert free
-        if (pid := os.fork()) == 0:
-            os.write(ready[1], b".")
-            os.read(done[0], 1)
-            os._exit(0)
-        os.read(ready[0], 1)
-    with taken_if_free(slot) as free:
+        forked = forked_process()
+    with forked, taken_if_free(slot) as free:
         assert free
-    os.write(done[1], b".")
-    os.waitpid(pid, 0)
 
 
 def test_a_bucket_that_is_away_for_a_while_is_waited_for(make_worker: Callable[..., Worker], tmp_path: Path) -> None:
