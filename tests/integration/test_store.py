@@ -363,9 +363,10 @@ def test_a_page_after_a_foreign_job_is_refused(jobs: Jobs) -> None:
         jobs.list("default", JobQuery(after=foreign.id))
 
 
-def test_queue_positions_count_what_goes_first(jobs: Jobs, leases: Leases) -> None:
+def test_queue_positions_and_lengths_count_the_same_jobs(jobs: Jobs, leases: Leases) -> None:
     first, second, high = prepared(jobs, leases), prepared(jobs, leases), prepared(jobs, leases, priority="high")
     other_class = prepared(jobs, leases, gpu_class="80gb")
+    jobs.submit(a_new_job())  # waits in another queue: to be prepared
     positions = [jobs.queue_position(job) for job in (first, second, high, other_class)]
     assert positions == [2, 3, 1, 1]
     assert jobs.queue_lengths() == {"cpu": 3, "80gb": 1}

@@ -234,6 +234,8 @@ def test_there_is_no_adapter_before_the_job_has_succeeded(api: ApiService) -> No
 
 def test_capacity_shows_the_table_and_who_is_alive(api: ApiService) -> None:
     api.workers.beat(name="g", gpu_class="24gb", device="A10G", stages=(Stage.TRAIN,))
+    handed = api.new_job()["id"]
+    api.leases.hand_to_training(handed, api.claim(handed).epoch, {"report": {}})
     api.new_job()
     body = api.http.get("/capacity").json()
     by_name = {gpu["name"]: gpu for gpu in body["data"]}
