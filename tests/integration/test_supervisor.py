@@ -19,7 +19,7 @@ from graft_shared.buckets import Bucket
 from graft_shared.buckets.directory import DirectoryBucket
 from graft_shared.errors import BucketUnavailable, StoreUnavailable
 from graft_shared.jobs import Job, JobState, Stage, StoredObject
-from graft_shared.store import Files, Jobs, Leases, open_database
+from graft_shared.store import Files, Jobs, Leases, Workers, open_database
 from graft_shared.store.migrate import migrate
 from graft_shared.store.tables import jobs as jobs_table
 from graft_worker.device import Device
@@ -33,7 +33,7 @@ from graft_worker.supervisor.slot import Slot, taken_if_free
 from graft_worker.tasks import answer_bell, look_for_work, slot_of
 from tests.fakes.doorbell import FakeDoorbell
 from tests.fakes.forked import forked_process
-from tests.store_factories import a_new_job
+from tests.store_factories import a_beat, a_new_job
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +68,7 @@ class Worker:
                 hub_token=None,
             ),
             device=device,
+            place="here",
             open_dataset_bucket=lambda _: bucket,
             draining=self.drain.is_set,
         )
@@ -240,7 +241,8 @@ def test_a_trainer_whose_lease_was_given_away_is_killed_and_writes_nothing(make_
     job = worker.submit(steps="100000")
     working = worker.start()
     wait_until(lambda: worker.get(job).checkpoint is not None, what="a checkpoint")
-    (released,) = worker.leases.release_of("w/train")
+    Workers(worker.database).beat(**a_beat("w", place="here"))
+    (released,) = worker.leases.release_of("w/train", "here")
     worker.drain.set()
     working.join(timeout=20)
     assert no_child_is_left(worker)

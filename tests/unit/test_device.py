@@ -18,7 +18,7 @@ from graft_shared.store.migrate import migrate
 from graft_worker.celery_app import worker_arguments
 from graft_worker.device import Device, NoSuchDevice, find_device
 from graft_worker.settings import WorkerSettings
-from tests.store_factories import a_new_job
+from tests.store_factories import a_beat, a_new_job
 
 TABLE = load_capacity(None)
 CLASSES = [gpu.name for gpu in TABLE.classes]
@@ -126,7 +126,8 @@ def test_a_worker_hears_the_bells_of_exactly_those_jobs_that_the_store_gives_it(
     device = find_device("auto", Stage.TRAIN, TABLE)
     assert device.gpu_class == own
     jobs, leases, workers = Jobs(store), Leases(store, timedelta(seconds=60)), Workers(store)
-    workers.beat(name="w", gpu_class=device.gpu_class, device=device.name, stages=(device.stage,))
+    facts = {"gpu_class": device.gpu_class, "stages": (device.stage,), "takes_classes": device.takes_classes}
+    workers.beat(**a_beat("w", **facts))
     for asked in CLASSES:
         job, _ = jobs.submit(a_new_job(gpu_class=asked))
         prepared = leases.claim("p", stage=Stage.PREPARE, gpu_classes=[])
@@ -134,8 +135,9 @@ def test_a_worker_hears_the_bells_of_exactly_those_jobs_that_the_store_gives_it(
         leases.hand_to_training(job.id, prepared.epoch, {"report": {}})
         heard = queue_for(Stage.TRAIN, asked) in queues_of(device)
         told = bool(workers_for(Stage.TRAIN, asked, workers.alive(), TABLE))
+        rung = bool(leases.take_lost_bells(timedelta(0), workers.idle()))
         claimed = leases.claim("w", stage=device.stage, gpu_classes=device.takes_classes)
-        assert (asked, heard, told) == (asked, claimed is not None, claimed is not None)
+        assert (asked, heard, told, rung) == (asked, *[claimed is not None] * 3)
         jobs.cancel("default", job.id)
         if claimed is not None:
             leases.settle_cancelled(job.id, claimed.epoch)

@@ -73,6 +73,6 @@ def _wait_for_store(neighbours: Neighbours) -> None:
 
 
 def _next_job(slot: Slot, neighbours: Neighbours) -> Job | None:
-    for lost in neighbours.leases.release_of(slot.holder):
+    for lost in neighbours.leases.release_of(slot.holder, neighbours.place):
         log_event(logger, "own_lease_released", job_id=lost.id, epoch=lost.epoch)
     return neighbours.leases.claim(slot.holder, stage=slot.stage, gpu_classes=neighbours.device.takes_classes)
