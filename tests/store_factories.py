@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 from graft_shared.ids import new_job_id
+from graft_shared.jobs import Stage
 from graft_shared.specs import JobSpec
 from graft_shared.store import NewJob
 
@@ -32,3 +33,9 @@ def a_new_job(
         request_sha256=sha,
         idempotency_key=key,
     )
+
+
+def a_beat(name: str = "w", *, place: str = "here", gpu_class: str = "cpu", **changes: Any) -> dict[str, Any]:
+    """What a worker that trains on one class says of itself."""
+    facts = {"device": "a device", "stages": (Stage.TRAIN,), "takes_classes": (gpu_class,)}
+    return {"name": name, "place": place, "gpu_class": gpu_class, **facts, **changes}

@@ -21,7 +21,8 @@ GraftError
 │   └── ObjectNotFound
 ├── Conflict                       right in itself, too late or too early
 │   ├── JobFinished
-│   └── AdapterNotReady
+│   ├── AdapterNotReady
+│   └── WorkerNameTaken
 ├── LeaseLost                      another epoch owns the job now
 ├── ArtifactCorrupt                bytes read back differ from bytes written
 └── NeighbourUnavailable           worth trying again
@@ -136,6 +137,10 @@ class JobFinished(Conflict):
 
 class AdapterNotReady(Conflict):
     """The job '{job_id}' is '{status}': its adapter exists once it has succeeded."""
+
+
+class WorkerNameTaken(Conflict):
+    """Another live worker is named '{name}'. Set GRAFT_WORKER_NAME to a name that no other worker of the fleet has."""
 
 
 class LeaseLost(GraftError):

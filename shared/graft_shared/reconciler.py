@@ -14,8 +14,6 @@ from graft_shared.logs import configure_logging, log_event
 from graft_shared.settings import SharedSettings
 from graft_shared.store import Leases, Workers, open_database
 
-BELLS_AT_ONCE = 16  # a bell wakes a worker, and an awake worker drains its queue
-
 logger = logging.getLogger(__name__)
 
 
@@ -29,9 +27,9 @@ class Reconciler:
     bell_again: timedelta
 
     def reconcile(self) -> None:
-        """Give expired leases back, then ring for queued jobs whose bell is old, as long as workers are idle.
+        """Give expired leases back, then ring for queued jobs whose bell is old, one for each idle worker.
 
-        One bell is rung whatever the registry says: it may be wrong for a while.
+        A job that no idle worker may take gets no bell: it would lie in a queue that nobody empties.
 
         Raises:
             StoreUnavailable: The database does not answer; the next pass will do.
@@ -39,8 +37,7 @@ class Reconciler:
         for job in self.leases.release_expired():
             log_event(logger, "lease_expired", job_id=job.id, epoch=job.epoch, state=job.state.value)
         self.workers.forget_dead()
-        bells = min(max(self.workers.idle_count(), 1), BELLS_AT_ONCE)
-        for bell in self.leases.take_lost_bells(self.bell_again, bells):
+        for bell in self.leases.take_lost_bells(self.bell_again, self.workers.idle()):
             queue = queue_for(bell.stage, bell.gpu_class)
             rung = self.doorbell.ring(bell.job_id, queue)
             log_event(logger, "bell_rung_again", level=logging.DEBUG, job_id=bell.job_id, queue=queue, rung=rung)

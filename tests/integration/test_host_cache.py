@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,10 @@ from graft_shared.jobs import StoredObject
 from graft_worker.supervisor import bases
 from graft_worker.supervisor.bases import BaseModels
 from graft_worker.supervisor.cache import HostCache
+from graft_worker.supervisor.hashes import known_hashes, remember_hashes
+from tests.fakes.forked import forked_process
 
+SCANDIR = os.scandir
 COMMIT = "c0ffee" * 6 + "c0ff"
 WEIGHTS = b"weights" * 1000
 WEIGHTS_SHA256 = hashlib.sha256(WEIGHTS).hexdigest()
@@ -62,15 +67,52 @@ def test_an_object_is_fetched_once_for_all_jobs_of_a_host(bucket: CountingBucket
     assert bucket.reads == 1
 
 
-def test_a_fetch_that_is_repeated_and_one_after_a_crash_find_their_way(bucket: CountingBucket, tmp_path: Path) -> None:
+def test_a_fetch_that_is_repeated_finds_its_way(bucket: CountingBucket, tmp_path: Path) -> None:
     stored = bucket.put_bytes("rows", b"tokens")
     cache = cache_of(tmp_path)
-    (cache.folder / "objects").mkdir(parents=True)
-    (cache.folder / "objects" / f"{stored.sha256}.{os.getpid()}").write_bytes(b"half")  # process ids come again
     for _ in range(2):
         cache.fetch(bucket, stored, tmp_path / "rows")
     assert (tmp_path / "rows").read_bytes() == b"tokens"
     assert [path.name for path in (cache.folder / "objects").iterdir()] == [stored.sha256]
+
+
+def test_workers_whose_process_ids_are_alike_do_not_write_to_the_same_name(
+    bucket: CountingBucket, tmp_path: Path
+) -> None:
+    stored = bucket.put_bytes("rows", b"tokens")
+    cache = cache_of(tmp_path)
+    theirs = cache.folder / "objects" / f"{stored.sha256}.{os.getpid()}"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"half")
+    cache.fetch(bucket, stored, tmp_path / "rows")
+    assert theirs.read_bytes() == b"half"
+    assert (theirs.parent / stored.sha256).read_bytes() == b"tokens"
+
+
+def test_what_two_learn_of_a_hosts_files_is_remembered_of_both(tmp_path: Path) -> None:
+    memory = tmp_path / "base-hashes.json"
+    theirs = memory.with_suffix(f".{os.getpid()}")
+    theirs.write_text("half")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: remember_hashes(memory, {f"file-{n}": f"{n}"}), range(64)))
+    assert known_hashes(memory) == {f"file-{n}": f"{n}" for n in range(64)}
+    assert theirs.read_text() == "half"
+    assert {path.name for path in tmp_path.iterdir()} == {memory.name, theirs.name, "base-hashes.lock"}
+
+
+@pytest.mark.parametrize("content", [b'{"half', b"[]", b"\xff"])
+def test_hashes_that_cannot_be_read_are_learnt_anew(content: bytes, tmp_path: Path) -> None:
+    base = tmp_path / "models" / "org" / "base"
+    base.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (base / name).write_bytes(WEIGHTS)
+    cache = cache_of(tmp_path)
+    cache.folder.mkdir()
+    (cache.folder / "base-hashes.json").write_bytes(content)
+    models = BaseModels(registered_dir=tmp_path / "models", cache=cache, hub_token=None)
+    with models.whole("org/base", "main") as whole:
+        assert whole.revision.startswith("sha256-")
+    assert set(known_hashes(cache.folder / "base-hashes.json").values()) == {WEIGHTS_SHA256}
 
 
 def test_a_kept_object_that_the_disk_has_spoilt_is_fetched_again(bucket: CountingBucket, tmp_path: Path) -> None:
@@ -116,6 +158,74 @@ def test_a_base_in_use_is_never_evicted_and_an_older_one_goes_whole(tmp_path: Pa
         assert not idle.parents[1].exists()
     cache.make_room()
     assert not used.parents[1].exists()
+
+
+class Listing:
+    """What `os.scandir` found, and what another worker did before anybody could look closer."""
+
+    def __init__(self, path: Path, meanwhile: Callable[[Path], None]) -> None:
+        with SCANDIR(path) as found:
+            self._entries = iter(list(found))
+        meanwhile(Path(path))
+
+    def __enter__(self) -> Listing:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        pass
+
+    def __iter__(self) -> Listing:
+        return self
+
+    def __next__(self) -> os.DirEntry[str]:
+        return next(self._entries)
+
+
+@pytest.mark.parametrize("vanishing", ["blobs", f"blobs/{WEIGHTS_SHA256}", f"snapshots/{COMMIT}", "."])
+def test_what_vanishes_while_room_is_made_does_no_harm(
+    vanishing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = cache_of(tmp_path)
+    gone = hub_repository(cache, "org/base", used_at=1).parents[1] / vanishing
+    (cache.folder / "in-use" / "models--org--base.lock").unlink()
+
+    def evict(listed: Path) -> None:
+        if listed == gone.parent and gone.exists():
+            gone.rename(tmp_path / "gone")
+
+    monkeypatch.setattr(os, "scandir", lambda path: Listing(path, evict))
+    monkeypatch.setattr(os, "listdir", lambda path: [entry.name for entry in Listing(path, evict)])
+    cache.make_room()
+    assert not gone.exists()
+    assert caplog.messages == []
+
+
+def test_what_cannot_be_evicted_fails_no_run_and_keeps_nothing_else(bucket: CountingBucket, tmp_path: Path) -> None:
+    cache = cache_of(tmp_path, max_bytes=0)
+    stubborn = cache.folder / "objects" / "a-folder"
+    stubborn.mkdir(parents=True)
+    os.utime(stubborn, (1, 1))
+    cache.fetch(bucket, bucket.put_bytes("rows", b"tokens"), tmp_path / "rows")
+    assert (tmp_path / "rows").read_bytes() == b"tokens"
+    assert [path.name for path in stubborn.parent.iterdir()] == ["a-folder"]
+
+
+def test_a_cache_that_cannot_be_written_fails_no_run(bucket: CountingBucket, tmp_path: Path) -> None:
+    cache = cache_of(tmp_path)
+    cache.folder.mkdir()
+    (cache.folder / "objects").symlink_to("/proc/self")
+    cache.fetch(bucket, bucket.put_bytes("rows", b"tokens"), tmp_path / "rows")
+    assert (tmp_path / "rows").read_bytes() == b"tokens"
+
+
+def test_a_base_is_given_back_though_a_process_forked_meanwhile_lives_on(tmp_path: Path) -> None:
+    cache = cache_of(tmp_path, max_bytes=0)
+    snapshot = hub_repository(cache, "org/base", used_at=1)
+    with cache.borrowed("org/base"):
+        forked = forked_process()
+    with forked:
+        cache.make_room()
+    assert not snapshot.exists()
 
 
 def test_weights_that_are_not_the_hubs_are_refused_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from graft_shared.store.migrate import migrate
 from graft_shared.store.tables import jobs as jobs_table
 from graft_shared.store.tables import workers as workers_table
 from tests.fakes.doorbell import FakeDoorbell
-from tests.store_factories import a_new_job
+from tests.store_factories import a_beat, a_new_job
 from tests.waiting import wait_until
 
 
@@ -34,7 +34,7 @@ def test_no_more_bells_are_rung_than_workers_are_idle(database: Database) -> Non
     for _ in range(6):
         jobs.submit(a_new_job())
     for name in ("a", "b", "c"):
-        workers.beat(name=name, gpu_class="cpu", device="CPU", stages=(Stage.PREPARE,))
+        workers.beat(**a_beat(name, stages=(Stage.PREPARE,)))
     Leases(database, timedelta(seconds=60)).claim("a/prepare", stage=Stage.PREPARE, gpu_classes=[])
     reconciler(database, bell).reconcile()
     assert len(bell.rung) == 2
@@ -42,9 +42,50 @@ def test_no_more_bells_are_rung_than_workers_are_idle(database: Database) -> Non
     assert len(bell.rung) == 4, "the next pass goes on with the others"
 
 
+def queued_for_training(database: Database, *gpu_classes: str) -> list[str]:
+    """Jobs that wait for a trainer of these classes, the oldest first."""
+    jobs, leases = Jobs(database), Leases(database, timedelta(seconds=60))
+    ids = []
+    for gpu_class in gpu_classes:
+        ids.append(jobs.submit(a_new_job(gpu_class=gpu_class))[0].id)
+        prepared = leases.claim("preparer/prepare", stage=Stage.PREPARE, gpu_classes=[])
+        assert prepared is not None
+        leases.hand_to_training(prepared.id, prepared.epoch, {"report": {}})
+    return ids
+
+
+def test_jobs_of_a_class_that_nobody_serves_keep_no_bell_from_others(database: Database) -> None:
+    bell = FakeDoorbell()
+    *_, live = queued_for_training(database, *["80gb"] * 5, "24gb")
+    Workers(database).beat(**a_beat(gpu_class="24gb"))
+    reconciler(database, bell).reconcile()
+    assert bell.rung == [(live, "24gb")]
+
+
+def test_idle_workers_that_prepare_are_rung_for_no_training(database: Database) -> None:
+    bell = FakeDoorbell()
+    first, *_ = queued_for_training(database, *["24gb"] * 3)
+    for number in range(3):
+        Workers(database).beat(**a_beat(f"p{number}", stages=(Stage.PREPARE,), takes_classes=("24gb",)))
+    reconciler(database, bell).reconcile()
+    assert bell.rung == []
+    Workers(database).beat(**a_beat(gpu_class="24gb"))
+    reconciler(database, bell).reconcile()
+    assert bell.rung == [(first, "24gb")]
+
+
+def test_a_large_gpu_is_left_to_the_job_that_only_it_can_take(database: Database) -> None:
+    bell = FakeDoorbell()
+    small, large, _ = queued_for_training(database, "24gb", "80gb", "24gb")
+    Workers(database).beat(**a_beat("a", gpu_class="80gb", takes_classes=("80gb", "24gb")))
+    Workers(database).beat(**a_beat("b", gpu_class="24gb"))
+    reconciler(database, bell).reconcile()
+    assert bell.rung == [(small, "24gb"), (large, "80gb")]
+
+
 def test_a_worker_not_seen_for_a_day_is_forgotten(database: Database) -> None:
     for name in ("gone", "here"):
-        Workers(database).beat(name=name, gpu_class="cpu", device="CPU", stages=(Stage.TRAIN,))
+        Workers(database).beat(**a_beat(name))
     with database.writing() as connection:
         connection.execute(update(workers_table).where(workers_table.c.name == "gone").values(seen_at=now() - 90_000))
     reconciler(database, FakeDoorbell()).reconcile()
@@ -55,6 +96,7 @@ def test_a_worker_not_seen_for_a_day_is_forgotten(database: Database) -> None:
 def test_a_job_whose_worker_was_lost_is_queued_again_and_rung(database: Database) -> None:
     jobs, bell = Jobs(database), FakeDoorbell()
     job, _ = jobs.submit(a_new_job())
+    Workers(database).beat(**a_beat("p", stages=(Stage.PREPARE,)))
     Leases(database, timedelta(seconds=60)).claim("w", stage=Stage.PREPARE, gpu_classes=[])
     reconciler(database, bell).reconcile()
     assert (jobs.get("default", job.id).state, bell.rung) == (JobState.RUNNING, [])
@@ -68,6 +110,7 @@ def test_a_job_whose_worker_was_lost_is_queued_again_and_rung(database: Database
 def test_a_bell_that_was_never_rung_is_rung_once_by_two_reconcilers(database: Database) -> None:
     job, _ = Jobs(database).submit(a_new_job())
     bell = FakeDoorbell()
+    Workers(database).beat(**a_beat("p", stages=(Stage.PREPARE,)))
     for _ in range(2):
         reconciler(database, bell).reconcile()
     assert bell.rung == [(job.id, "prepare")]
@@ -79,6 +122,7 @@ def test_a_database_that_is_away_is_waited_for(tmp_path: Path) -> None:
     running = threading.Thread(target=reconciler(database, bell).run, args=[timedelta(milliseconds=20), stop])
     running.start()
     migrate(database)
+    Workers(database).beat(**a_beat("p", stages=(Stage.PREPARE,)))
     job, _ = Jobs(database).submit(a_new_job())
     wait_until(lambda: bell.rung == [(job.id, "prepare")], seconds=20, what="the bell")
     stop.set()

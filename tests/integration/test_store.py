@@ -10,7 +10,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import update
 
-from graft_shared.errors import FileNotFound, IdempotencyConflict, JobFinished, JobNotFound, LeaseLost
+from graft_shared.errors import FileNotFound, IdempotencyConflict, JobFinished, JobNotFound, LeaseLost, WorkerNameTaken
 from graft_shared.jobs import (
     MAX_RUNS_WITHOUT_PROGRESS,
     Checkpoint,
@@ -28,7 +28,9 @@ from graft_shared.store.engine import journal_mode, now
 from graft_shared.store.migrate import migrate
 from graft_shared.store.tables import jobs as jobs_table
 from graft_shared.store.tables import metadata
-from tests.store_factories import a_new_job
+from graft_shared.store.tables import workers as workers_table
+from graft_shared.store.workers import ALIVE_FOR
+from tests.store_factories import a_beat, a_new_job
 
 CRASH = Failure(reason=FailureReason.CRASH, message="It broke")
 LOST = Failure(reason=FailureReason.WORKER_LOST, message="It was lost")
@@ -217,10 +219,29 @@ def test_many_reconcilers_release_an_expired_lease_once(database: Database, jobs
     assert jobs.get("default", job.id).epoch == job.epoch + 1
 
 
-def test_a_restarted_worker_releases_its_own_old_leases_at_once(jobs: Jobs, leases: Leases) -> None:
+def test_a_restarted_worker_releases_its_own_old_leases_at_once(database: Database, jobs: Jobs, leases: Leases) -> None:
     job = running(jobs, leases)
-    assert leases.release_of("someone-else") == []
-    assert [released.id for released in leases.release_of("trainer")] == [job.id]
+    for name in ("trainer", "someone-else"):
+        Workers(database).beat(**a_beat(name))
+    assert leases.release_of("someone-else", "here") == []
+    assert [released.id for released in leases.release_of("trainer", "here")] == [job.id]
+
+
+def test_a_worker_elsewhere_releases_nothing_while_one_of_its_name_is_heard_of(
+    database: Database, jobs: Jobs, leases: Leases
+) -> None:
+    job, workers = running(jobs, leases), Workers(database)
+    workers.beat(**a_beat("trainer"))
+    with pytest.raises(WorkerNameTaken):
+        workers.beat(**a_beat("trainer", place="elsewhere"))
+    assert leases.release_of("trainer", "elsewhere") == []
+    with database.writing() as connection:
+        connection.execute(update(workers_table).values(seen_at=now() - ALIVE_FOR.total_seconds() - 1))
+    workers.beat(**a_beat("trainer", place="elsewhere"))
+    assert leases.release_of("trainer", "here") == []
+    assert [released.id for released in leases.release_of("trainer", "elsewhere")] == [job.id]
+    with pytest.raises(WorkerNameTaken):
+        workers.beat(**a_beat("trainer"))
 
 
 def test_a_crash_is_charged_and_ends_the_job_at_max_attempts(database: Database, jobs: Jobs, leases: Leases) -> None:
@@ -324,13 +345,18 @@ def test_of_finish_and_cancel_the_first_commit_wins(jobs: Jobs, leases: Leases) 
     assert event_types(jobs, job)[-1] == "succeeded"
 
 
-def test_a_bell_is_rung_again_only_when_it_is_old_and_by_one_reconciler(jobs: Jobs, leases: Leases) -> None:
+def test_a_bell_is_rung_again_only_when_it_is_old_and_by_one_reconciler(
+    database: Database, jobs: Jobs, leases: Leases
+) -> None:
     job, _ = jobs.submit(a_new_job())
+    for number in range(10):
+        Workers(database).beat(**a_beat(f"p{number}", stages=(Stage.PREPARE,)))
+    idle = Workers(database).idle()
     with ThreadPoolExecutor(4) as pool:
-        taken = list(pool.map(lambda _: leases.take_lost_bells(timedelta(seconds=30), 10), range(4)))
+        taken = list(pool.map(lambda _: leases.take_lost_bells(timedelta(seconds=30), idle), range(4)))
     assert [bell.job_id for some in taken for bell in some] == [job.id]
-    assert leases.take_lost_bells(timedelta(seconds=30), 10) == []
-    assert [bell.job_id for bell in leases.take_lost_bells(timedelta(0), 10)] == [job.id]
+    assert leases.take_lost_bells(timedelta(seconds=30), idle) == []
+    assert [bell.job_id for bell in leases.take_lost_bells(timedelta(0), idle)] == [job.id]
 
 
 def test_pages_of_jobs_hold_every_job_once_newest_first(jobs: Jobs) -> None:
@@ -363,9 +389,10 @@ def test_a_page_after_a_foreign_job_is_refused(jobs: Jobs) -> None:
         jobs.list("default", JobQuery(after=foreign.id))
 
 
-def test_queue_positions_count_what_goes_first(jobs: Jobs, leases: Leases) -> None:
+def test_queue_positions_and_lengths_count_the_same_jobs(jobs: Jobs, leases: Leases) -> None:
     first, second, high = prepared(jobs, leases), prepared(jobs, leases), prepared(jobs, leases, priority="high")
     other_class = prepared(jobs, leases, gpu_class="80gb")
+    jobs.submit(a_new_job())  # waits in another queue: to be prepared
     positions = [jobs.queue_position(job) for job in (first, second, high, other_class)]
     assert positions == [2, 3, 1, 1]
     assert jobs.queue_lengths() == {"cpu": 3, "80gb": 1}
@@ -407,10 +434,12 @@ def test_files_belong_to_their_tenant_and_are_paged(database: Database) -> None:
 def test_a_worker_is_alive_while_it_beats(database: Database) -> None:
     workers = Workers(database)
     for _ in range(2):
-        workers.beat(name="w", gpu_class="24gb", device="RTX 4090", stages=(Stage.TRAIN,))
+        workers.beat(**a_beat("w", gpu_class="24gb"))
     (worker,) = workers.alive()
     assert (worker.name, worker.gpu_class, worker.stages) == ("w", "24gb", (Stage.TRAIN,))
-    workers.leave("w")
+    workers.leave("w", "elsewhere")
+    assert workers.alive() == [worker]
+    workers.leave("w", "here")
     assert workers.alive() == []
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from sqlalchemy import update
 from graft_shared.artifacts import AdapterManifest
 from graft_shared.buckets import Bucket
 from graft_shared.buckets.directory import DirectoryBucket
-from graft_shared.errors import BucketUnavailable
+from graft_shared.errors import BucketUnavailable, StoreUnavailable
 from graft_shared.jobs import Job, JobState, Stage, StoredObject
-from graft_shared.store import Files, Jobs, Leases, open_database
+from graft_shared.store import Files, Jobs, Leases, Workers, open_database
 from graft_shared.store.migrate import migrate
 from graft_shared.store.tables import jobs as jobs_table
 from graft_worker.device import Device
@@ -33,7 +32,8 @@ from graft_worker.supervisor.neighbours import Neighbours
 from graft_worker.supervisor.slot import Slot, taken_if_free
 from graft_worker.tasks import answer_bell, look_for_work, slot_of
 from tests.fakes.doorbell import FakeDoorbell
-from tests.store_factories import a_new_job
+from tests.fakes.forked import forked_process
+from tests.store_factories import a_beat, a_new_job
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +68,7 @@ class Worker:
                 hub_token=None,
             ),
             device=device,
+            place="here",
             open_dataset_bucket=lambda _: bucket,
             draining=self.drain.is_set,
         )
@@ -240,7 +241,8 @@ def test_a_trainer_whose_lease_was_given_away_is_killed_and_writes_nothing(make_
     job = worker.submit(steps="100000")
     working = worker.start()
     wait_until(lambda: worker.get(job).checkpoint is not None, what="a checkpoint")
-    (released,) = worker.leases.release_of("w/train")
+    Workers(worker.database).beat(**a_beat("w", place="here"))
+    (released,) = worker.leases.release_of("w/train", "here")
     worker.drain.set()
     working.join(timeout=20)
     assert no_child_is_left(worker)
@@ -309,18 +311,11 @@ def test_an_error_of_the_machine_ends_the_run_by_its_name_and_not_the_worker(
 
 def test_a_slot_is_free_again_though_a_process_forked_meanwhile_lives_on(tmp_path: Path) -> None:
     slot = Slot(worker="w", stage=Stage.TRAIN, lock_dir=tmp_path)
-    ready, done = os.pipe(), os.pipe()
     with taken_if_free(slot) as free:
         assert free
-        if (pid := os.fork()) == 0:
-            os.write(ready[1], b".")
-            os.read(done[0], 1)
-            os._exit(0)
-        os.read(ready[0], 1)
-    with taken_if_free(slot) as free:
+        forked = forked_process()
+    with forked, taken_if_free(slot) as free:
         assert free
-    os.write(done[1], b".")
-    os.waitpid(pid, 0)
 
 
 def test_a_bucket_that_is_away_for_a_while_is_waited_for(make_worker: Callable[..., Worker], tmp_path: Path) -> None:
@@ -392,6 +387,69 @@ def test_a_bell_that_an_idle_worker_hears_is_not_passed_on(make_worker: Callable
     look_for_work(worker.preparing)
     answer_bell(worker.neighbours, pass_on=lambda: pytest.fail("nobody else is needed"))
     assert worker.get(job).state is JobState.SUCCEEDED
+
+
+def test_a_bell_that_a_leaving_worker_hears_is_passed_on(make_worker: Callable[..., Worker]) -> None:
+    worker = make_worker()
+    job = worker.submit()
+    look_for_work(worker.preparing)
+    worker.drain.set()
+    passed_on: list[str] = []
+    answer_bell(worker.neighbours, pass_on=lambda: passed_on.append(job.id))
+    assert passed_on == [job.id]
+    assert worker.get(job).state is JobState.QUEUED
+
+
+class AbsentStore(Leases):
+    """A store that is away for the first claim."""
+
+    refusals = 1
+
+    def claim(self, worker: str, *, stage: Stage, gpu_classes: Sequence[str]) -> Job | None:
+        if self.refusals:
+            self.refusals -= 1
+            raise StoreUnavailable(reason="away")
+        return super().claim(worker, stage=stage, gpu_classes=gpu_classes)
+
+
+def test_a_bell_heard_while_the_store_is_away_is_passed_on_and_answered_once_it_is_back(
+    make_worker: Callable[..., Worker],
+) -> None:
+    worker = make_worker()
+    job = worker.submit()
+    look_for_work(worker.preparing)
+    absent = replace(worker.neighbours, leases=AbsentStore(worker.database, worker.settings.lease))
+    passed_on: list[str] = []
+    answer_bell(absent, pass_on=lambda: passed_on.append(job.id))
+    assert passed_on == [job.id]
+    assert worker.get(job).state is JobState.SUCCEEDED
+
+
+def leftover(worker: Worker, name: str, stage: str) -> Path:
+    """A folder as a killed worker leaves it."""
+    folder = worker.settings.work_dir / name / stage / "ftjob-gone-e1"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"gigabytes")
+    return folder
+
+
+def test_what_killed_workers_of_this_host_left_is_removed_and_what_a_live_one_works_on_is_not(
+    make_worker: Callable[..., Worker],
+) -> None:
+    worker = make_worker()
+    own, dead = leftover(worker, "w", "train"), leftover(worker, "dead", "prepare")
+    live = leftover(worker, "live", "train")
+    with taken_if_free(Slot(worker="live", stage=Stage.TRAIN, lock_dir=worker.settings.lock_dir)):
+        look_for_work(worker.neighbours)
+    assert [own.exists(), dead.exists(), live.exists()] == [False, False, True]
+
+
+def test_a_worker_without_its_slot_removes_nothing(make_worker: Callable[..., Worker]) -> None:
+    worker = make_worker()
+    own = leftover(worker, "w", "train")
+    with taken_if_free(slot_of(worker.neighbours)):
+        look_for_work(worker.neighbours)
+    assert own.exists()
 
 
 def test_a_cancel_reaches_a_run_that_waits_for_the_bucket(make_worker: Callable[..., Worker], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from graft_shared.jobs import Failure, FailureReason, Stage
 from graft_shared.memory import TrainingPlan
 from graft_shared.store.tables import jobs
 from tests.api_service import LLAMA, ApiService, error_of, make_service, migrated_database
-from tests.store_factories import a_new_job
+from tests.store_factories import a_beat, a_new_job
 from tests.waiting import wait_until
 
 GIB = 1024**3
@@ -458,13 +458,13 @@ def test_a_queued_job_says_what_it_waits_for(api: ApiService) -> None:
         return str(api.http.get(f"/jobs/{job_id}").json()["queue"]["reason"])
 
     assert reason(first) == "No live worker prepares data."
-    api.workers.beat(name="c", gpu_class="cpu", device="CPU", stages=(Stage.PREPARE, Stage.TRAIN))
+    api.workers.beat(**a_beat("c", stages=(Stage.PREPARE, Stage.TRAIN)))
     assert reason(first) == "Waiting for data preparation."
     assert reason(second) == "Waiting for data preparation, 1 job before it."
     prepared = api.claim(first)
     api.leases.hand_to_training(first, prepared.epoch, {"report": {}})
     assert reason(first) == "No live worker of class 16gb."
-    api.workers.beat(name="g", gpu_class="80gb", device="A100", stages=(Stage.TRAIN,))
+    api.workers.beat(**a_beat("g", gpu_class="80gb"))
     assert reason(first) == "Next in line for a worker of class 16gb."
     running = api.claim(first, Stage.TRAIN)
     api.leases.settle_failure(first, running.epoch, Failure(reason=FailureReason.CRASH, message="It crashed."))
@@ -473,7 +473,9 @@ def test_a_queued_job_says_what_it_waits_for(api: ApiService) -> None:
 
 def _lost_bells(api: ApiService) -> list[str]:
     """The jobs whose bell a reconciler would ring now; asking marks them, as a reconciler does."""
-    return [bell.job_id for bell in api.leases.take_lost_bells(timedelta(seconds=30), 10)]
+    for number in range(10):
+        api.workers.beat(**a_beat(f"prepare-{number}", stages=(Stage.PREPARE,)))
+    return [bell.job_id for bell in api.leases.take_lost_bells(timedelta(seconds=30), api.workers.idle())]
 
 
 def _bell_rung_at(api: ApiService, job_id: str) -> float | None:

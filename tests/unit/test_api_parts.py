@@ -16,9 +16,9 @@ from graft_api.__main__ import Exposed, check_exposure
 from graft_api.jobs import service as jobs_service
 from graft_shared.artifacts import adapter_prefix, log_key
 from graft_shared.errors import BucketUnavailable
-from graft_shared.jobs import Stage
 from graft_shared.store import open_database
 from tests.api_service import ADAPTER, LLAMA, ROWS, ApiService, error_of, make_service, migrated_database
+from tests.store_factories import a_beat
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +233,9 @@ def test_there_is_no_adapter_before_the_job_has_succeeded(api: ApiService) -> No
 
 
 def test_capacity_shows_the_table_and_who_is_alive(api: ApiService) -> None:
-    api.workers.beat(name="g", gpu_class="24gb", device="A10G", stages=(Stage.TRAIN,))
+    api.workers.beat(**a_beat("g", gpu_class="24gb", device="A10G"))
+    handed = api.new_job()["id"]
+    api.leases.hand_to_training(handed, api.claim(handed).epoch, {"report": {}})
     api.new_job()
     body = api.http.get("/capacity").json()
     by_name = {gpu["name"]: gpu for gpu in body["data"]}

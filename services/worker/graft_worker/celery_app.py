@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,11 +21,12 @@ from graft_shared.buckets import open_bucket
 from graft_shared.capacity import CapacityTable
 from graft_shared.defaults import load_capacity
 from graft_shared.dispatch import BROKER_TRANSPORT_OPTIONS, PREPARE_QUEUE, RING_TASK, CeleryDoorbell
-from graft_shared.errors import StoreUnavailable
+from graft_shared.errors import StoreUnavailable, WorkerNameTaken
 from graft_shared.jobs import Stage
 from graft_shared.logs import configure_logging, log_event
 from graft_shared.store import Files, Leases, Workers, open_database
 from graft_worker.device import Device, NoSuchDevice, find_device
+from graft_worker.place import hold_name, place_of, register
 from graft_worker.settings import WorkerSettings
 from graft_worker.supervisor.bases import BaseModels
 from graft_worker.supervisor.cache import HostCache
@@ -32,6 +34,7 @@ from graft_worker.supervisor.neighbours import Neighbours
 from graft_worker.tasks import answer_bell, look_for_work
 
 BEAT_SECONDS = 15.0
+REGISTER_PAUSE_SECONDS = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +127,7 @@ def _open_neighbours(_pid: int) -> Neighbours:
             hub_token=token.get_secret_value() if token else None,
         ),
         device=this_device(settings),
+        place=place_of(settings.lock_dir),
         open_dataset_bucket=lambda name: open_bucket(settings.model_copy(update={"s3_bucket": name})),
         draining=lambda: bool(_draining.value),
     )
@@ -160,7 +164,7 @@ def _end(**_: Any) -> None:
         thread.join()
     here = neighbours()
     try:
-        Workers(here.database).leave(here.settings.worker_name)
+        Workers(here.database).leave(here.settings.worker_name, here.place)
     except StoreUnavailable as error:
         log_event(logger, "leave_not_recorded", level=logging.WARNING, reason=error.message)
     log_event(logger, "worker_stopped", worker=here.settings.worker_name)
@@ -190,15 +194,41 @@ def _look() -> None:
 
 
 def _beat() -> None:
-    here, device = neighbours(), neighbours().device
+    here = neighbours()
     while not _stopping.is_set():
         try:
-            Workers(here.database).beat(
-                name=here.settings.worker_name, gpu_class=device.gpu_class, device=device.name, stages=(device.stage,)
-            )
+            _say_alive(here.settings, here.device, Workers(here.database), here.place)
         except StoreUnavailable as error:
             log_event(logger, "beat_missed", level=logging.WARNING, reason=error.message)
         _stopping.wait(BEAT_SECONDS)
+
+
+def _say_alive(settings: WorkerSettings, device: Device, workers: Workers, place: str) -> None:
+    workers.beat(
+        name=settings.worker_name,
+        place=place,
+        gpu_class=device.gpu_class,
+        device=device.name,
+        stages=(device.stage,),
+        takes_classes=device.takes_classes,
+    )
+
+
+def _take_name(settings: WorkerSettings, device: Device) -> None:
+    """Make sure that nobody else works under our name; its connection is gone before the pool is forked."""
+    hold_name(settings.worker_name, settings.lock_dir)
+    place = place_of(settings.lock_dir)
+    database = open_database(settings.database)
+    workers = Workers(database)
+    try:
+        register(
+            settings.worker_name,
+            workers,
+            beat=lambda: _say_alive(settings, device, workers, place),
+            pause=lambda: time.sleep(REGISTER_PAUSE_SECONDS),
+        )
+    finally:
+        database.close()
 
 
 def main() -> None:
@@ -207,6 +237,7 @@ def main() -> None:
     configure_logging(json_lines=settings.log_json)
     try:
         device = this_device(settings)
-    except NoSuchDevice as error:
+        _take_name(settings, device)
+    except (NoSuchDevice, WorkerNameTaken) as error:
         sys.exit(f"error: {error}")
     build_app(settings).worker_main(worker_arguments(settings, device))

@@ -73,7 +73,8 @@ def _cpu(stage: Stage, table: CapacityTable) -> Device:
     classes = tuple(gpu_class.name for gpu_class in table.classes if gpu_class.is_cpu)
     if stage is Stage.TRAIN and not classes:
         raise NoSuchDevice("The capacity table has no class for CPUs: set GRAFT_WORKER_DEVICE to a GPU.")
-    return Device(kind="cpu", index=0, name="CPU", gpu_class="cpu", takes_classes=classes, stage=stage)
+    gpu_class = classes[0] if classes else "cpu"
+    return Device(kind="cpu", index=0, name="CPU", gpu_class=gpu_class, takes_classes=classes, stage=stage)
 
 
 def _gpus() -> list[tuple[str, int]]:

@@ -6,6 +6,7 @@ import sys
 
 from graft_shared.errors import StoreUnavailable
 from graft_shared.store import Workers, open_database
+from graft_worker.place import place_of
 from graft_worker.settings import WorkerSettings
 
 
@@ -19,7 +20,7 @@ def main() -> None:
         sys.exit(f"unknown: {error}")
     finally:
         database.close()
-    if settings.worker_name not in {worker.name for worker in alive}:
+    if (settings.worker_name, place_of(settings.lock_dir)) not in {(worker.name, worker.place) for worker in alive}:
         sys.exit(f"not seen lately: {settings.worker_name}")
 
 

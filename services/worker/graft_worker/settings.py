@@ -15,7 +15,7 @@ class WorkerSettings(SharedSettings):
     """One worker drives one device and does one stage on it, so that a bell it hears is a bell it can answer."""
 
     worker_name: str = Field(default_factory=socket.gethostname, pattern=r"^[A-Za-z0-9._-]{1,100}$")
-    """Must be unique among the workers of a fleet, and the same after a restart."""
+    """Unique among the workers of a fleet, or the later one does not start; and the same after a restart."""
     worker_device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda:\d+)$")
     """`auto` takes the first GPU, else the CPU."""
     worker_stage: Stage = Stage.TRAIN

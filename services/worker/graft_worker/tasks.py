@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 
 from graft_shared.errors import StoreUnavailable
 from graft_shared.jobs import Job
 from graft_shared.logs import log_event
+from graft_worker.supervisor.leftovers import folder_of, remove_leftovers
 from graft_worker.supervisor.neighbours import Neighbours
+from graft_worker.supervisor.patience import Patience
 from graft_worker.supervisor.run import Run
 from graft_worker.supervisor.slot import Slot, taken, taken_if_free
+
+STORE_PATIENCE_SECONDS = 30.0  # a bell that nobody can answer goes round this often, at most
 
 logger = logging.getLogger(__name__)
 
 
 def answer_bell(neighbours: Neighbours, pass_on: Callable[[], object]) -> None:
-    """Work because a bell was heard.
+    """Work because a bell was heard; one that cannot be answered is passed on to whoever can.
 
-    When this worker turns out to be busy (it found work by looking), the bell is passed on to whoever is idle, and
-    this process waits for the slot meanwhile: one that came back at once would swallow the next bell too.
+    That is so when this worker is busy (it found work by looking), leaves, or does not reach the store. This process
+    waits for the slot or the store meanwhile: one that came back at once would swallow the next bell too.
     """
     slot = slot_of(neighbours)
     with taken_if_free(slot) as is_free:
-        if is_free:
-            _work_until_idle(slot, neighbours)
+        if is_free and _work_until_idle(slot, neighbours):
             return
     pass_on()
+    _wait_for_store(neighbours)
     with taken(slot):
         _work_until_idle(slot, neighbours)
 
@@ -45,20 +50,29 @@ def slot_of(neighbours: Neighbours) -> Slot:
     return Slot(worker=settings.worker_name, stage=neighbours.device.stage, lock_dir=settings.lock_dir)
 
 
-def _work_until_idle(slot: Slot, neighbours: Neighbours) -> None:
+def _work_until_idle(slot: Slot, neighbours: Neighbours) -> bool:
+    """Work as long as there is work; False when there may be more that this worker cannot take."""
+    work_dir = neighbours.settings.work_dir
+    remove_leftovers(slot, work_dir)
     while not neighbours.draining():
         try:
             job = _next_job(slot, neighbours)
         except StoreUnavailable as error:
             log_event(logger, "claim_postponed", level=logging.WARNING, reason=error.message)
-            return
+            return False
         if job is None:
-            return
-        workdir = neighbours.settings.work_dir / slot.worker / slot.stage.value / f"{job.id}-e{job.epoch}"
-        Run(job, workdir, neighbours).run()
+            return True
+        Run(job, folder_of(slot, work_dir) / f"{job.id}-e{job.epoch}", neighbours).run()
+    return False
+
+
+def _wait_for_store(neighbours: Neighbours) -> None:
+    patience = Patience(seconds=STORE_PATIENCE_SECONDS, gave_up=neighbours.draining)
+    with contextlib.suppress(StoreUnavailable):
+        patience.wait_for(neighbours.database.ping)
 
 
 def _next_job(slot: Slot, neighbours: Neighbours) -> Job | None:
-    for lost in neighbours.leases.release_of(slot.holder):
+    for lost in neighbours.leases.release_of(slot.holder, neighbours.place):
         log_event(logger, "own_lease_released", job_id=lost.id, epoch=lost.epoch)
     return neighbours.leases.claim(slot.holder, stage=slot.stage, gpu_classes=neighbours.device.takes_classes)

@@ -181,10 +181,10 @@ class Jobs:
         return as_datetime(moment) if moment is not None else None
 
     def queue_lengths(self) -> dict[str, int]:
-        """Queued jobs by GPU class, over all tenants."""
+        """Jobs that wait to be trained, by GPU class, over all tenants: those that `queue_position` counts."""
         query = (
             select(jobs.c.gpu_class, func.count())
-            .where(jobs.c.state == JobState.QUEUED.value)
+            .where(jobs.c.state == JobState.QUEUED.value, jobs.c.stage == Stage.TRAIN.value)
             .group_by(jobs.c.gpu_class)
         )
         with self._database.reading() as connection:

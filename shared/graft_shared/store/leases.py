@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import and_, case, func, literal, or_, select, update
-from sqlalchemy.engine import Connection, RowMapping
+from sqlalchemy import and_, case, exists, func, literal, or_, select, true, update
+from sqlalchemy.engine import Connection, Row, RowMapping
 
 from graft_shared.errors import LeaseLost
 from graft_shared.jobs import (
@@ -25,7 +25,8 @@ from graft_shared.jobs import (
 )
 from graft_shared.store.engine import Database, now
 from graft_shared.store.rows import add_event, checkpoint_values, compare_and_set, job_from
-from graft_shared.store.tables import jobs
+from graft_shared.store.tables import jobs, workers
+from graft_shared.store.workers import LiveWorker, name_of
 
 RETRY_DELAY_SECONDS = 5.0  # before the second attempt; doubled for each further one, so that a neighbour can come back
 
@@ -231,27 +232,30 @@ class Leases:
             row = connection.execute(select(jobs).where(jobs.c.id == job_id)).mappings().one_or_none()
         return job_from(row) if row is not None else None
 
-    def release_of(self, worker: str) -> list[Job]:
-        """Give back the leases of an earlier life of this worker, at once."""
-        return self._fence(jobs.c.worker == worker, f"Worker {worker} was restarted.")
+    def release_of(self, worker: str, place: str) -> list[Job]:
+        """Give back the leases of an earlier life of this worker, at once.
+
+        Nothing is given back while the name is another place's: those leases are then of a worker that lives.
+        """
+        named = exists().where(workers.c.name == name_of(worker), workers.c.place == place)
+        return self._fence(and_(jobs.c.worker == worker, named), f"Worker {worker} was restarted.")
 
     def release_expired(self) -> list[Job]:
         """Give back every lease that has run out, by the database's clock."""
         return self._fence(jobs.c.lease_expires_at < now(), "The worker was not heard of for a whole lease.")
 
-    def take_lost_bells(self, older_than: timedelta, limit: int) -> list[LostBell]:
-        """Return queued jobs whose bell is old, marked as rung now, so that of many reconcilers one rings."""
-        due = select(jobs.c.id).where(
-            jobs.c.state == JobState.QUEUED.value,
-            jobs.c.not_before <= now(),
-            or_(jobs.c.bell_rung_at.is_(None), jobs.c.bell_rung_at < now() - older_than.total_seconds()),
-        )
-        due = due.order_by(jobs.c.priority.desc(), jobs.c.created_at).limit(limit).with_for_update(skip_locked=True)
+    def take_lost_bells(self, older_than: timedelta, idle: Sequence[LiveWorker]) -> list[LostBell]:
+        """Return queued jobs whose bell is old, at most one for each of these workers, and one that it may take.
+
+        They are marked as rung now, so that of many reconcilers one rings.
+        """
         with self._database.writing() as connection:
-            ids = connection.execute(due).scalars().all()
-            rung = update(jobs).where(jobs.c.id.in_(ids)).values(bell_rung_at=now()).returning(jobs)
-            rows = connection.execute(rung).mappings().all() if ids else []
-        return [LostBell(job_id=row["id"], stage=Stage(row["stage"]), gpu_class=row["gpu_class"]) for row in rows]
+            due = [row for kind in _kinds_taken(idle) for row in connection.execute(_due(kind, older_than, len(idle)))]
+            bells = _one_for_each(sorted(due, key=lambda row: (-row.priority, row.created_at)), idle)
+            rung = update(jobs).where(jobs.c.id.in_([bell.job_id for bell in bells])).values(bell_rung_at=now())
+            if bells:
+                connection.execute(rung)
+        return bells
 
     def mark_rung(self, job_id: str) -> None:
         """Remember that this job's bell was rung just now."""
@@ -267,6 +271,46 @@ class Leases:
                 row = compare_and_set(connection, job_id, epoch, JobState.RUNNING, epoch=epoch + 1, **_no_lease())
                 fenced.append(job_from(_after(connection, row, failure, epoch)))
         return fenced
+
+
+_Kind = tuple[Stage, str | None]
+"""A queue: a stage, and the class of its jobs where that matters."""
+
+
+def _kinds_taken(idle: Sequence[LiveWorker]) -> list[_Kind]:
+    kinds: set[_Kind] = set()
+    for worker in idle:
+        if Stage.PREPARE in worker.stages:
+            kinds.add((Stage.PREPARE, None))
+        if Stage.TRAIN in worker.stages:
+            kinds.update((Stage.TRAIN, gpu_class) for gpu_class in worker.takes_classes)
+    return sorted(kinds, key=str)  # in one order, so that two reconcilers do not wait for each other
+
+
+def _due(kind: _Kind, older_than: timedelta, limit: int) -> Any:
+    stage, gpu_class = kind
+    due = select(jobs.c.id, jobs.c.stage, jobs.c.gpu_class, jobs.c.priority, jobs.c.created_at).where(
+        jobs.c.state == JobState.QUEUED.value,
+        jobs.c.stage == stage.value,
+        jobs.c.gpu_class == gpu_class if gpu_class is not None else true(),
+        jobs.c.not_before <= now(),
+        or_(jobs.c.bell_rung_at.is_(None), jobs.c.bell_rung_at < now() - older_than.total_seconds()),
+    )
+    due = due.order_by(jobs.c.priority.desc(), jobs.c.created_at).limit(limit)
+    return due.with_for_update(skip_locked=True)
+
+
+def _one_for_each(due: Sequence[Row[Any]], idle: Sequence[LiveWorker]) -> list[LostBell]:
+    """Pair jobs with workers, in the jobs' order; one that could take less is chosen before one that could more."""
+    free = sorted(idle, key=lambda worker: len(worker.takes_classes))
+    bells = []
+    for row in due:
+        bell = LostBell(job_id=row.id, stage=Stage(row.stage), gpu_class=row.gpu_class)
+        able = next((worker for worker in free if worker.takes(bell.stage, bell.gpu_class)), None)
+        if able is not None:
+            free.remove(able)
+            bells.append(bell)
+    return bells
 
 
 def _best_queued(stage: Stage, gpu_classes: Collection[str]) -> Any:

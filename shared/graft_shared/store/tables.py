@@ -111,4 +111,6 @@ workers = Table(
     Column("stages", JSON, nullable=False),
     Column("started_at", Double, nullable=False),
     Column("seen_at", Double, nullable=False),
+    Column("place", String(64)),
+    Column("takes_classes", JSON),
 )

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy import delete, insert, or_, select, update
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import IntegrityError
 
+from graft_shared.errors import WorkerNameTaken
 from graft_shared.jobs import JobState, Stage
 from graft_shared.store.engine import Database, as_datetime, now
 from graft_shared.store.tables import jobs, workers
@@ -20,60 +23,105 @@ class LiveWorker:
     """One worker: a device and what it does with it."""
 
     name: str
+    place: str | None
     gpu_class: str
     device: str
     stages: tuple[Stage, ...]
+    takes_classes: tuple[str, ...]
     seen_at: datetime
+
+    def takes(self, stage: Stage, gpu_class: str) -> bool:
+        """Whether it may claim such a job; preparing needs no GPU, so there classes do not count."""
+        return stage in self.stages and (stage is Stage.PREPARE or gpu_class in self.takes_classes)
 
 
 class Workers:
-    """Registration and heartbeat of workers."""
+    """Registration and heartbeat of workers. A name is one worker's, for as long as that worker is heard of."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def beat(self, *, name: str, gpu_class: str, device: str, stages: tuple[Stage, ...]) -> None:
-        """Say that this worker is alive; registers it the first time."""
+    def beat(
+        self,
+        *,
+        name: str,
+        place: str,
+        gpu_class: str,
+        device: str,
+        stages: tuple[Stage, ...],
+        takes_classes: tuple[str, ...],
+    ) -> None:
+        """Say that this worker is alive; registers it the first time.
+
+        Args:
+            place: Where it lives. No two live workers of one name can be at one place: whoever beats from there is
+                the worker that beat before, or its next life.
+
+        Raises:
+            WorkerNameTaken: A worker of this name at another place was seen within `ALIVE_FOR`.
+        """
         values = {
+            "place": place,
             "gpu_class": gpu_class,
             "device": device,
             "stages": [stage.value for stage in stages],
+            "takes_classes": list(takes_classes),
             "seen_at": now(),
         }
-        with self._database.writing() as connection:
-            known = connection.execute(update(workers).where(workers.c.name == name).values(**values)).rowcount
-            if not known:
-                connection.execute(insert(workers).values(name=name, started_at=now(), **values))
+        ours = or_(workers.c.place == place, workers.c.seen_at < now() - ALIVE_FOR.total_seconds())
+        try:
+            with self._database.writing() as connection:
+                renewed = update(workers).where(workers.c.name == name, ours).values(**values)
+                if not connection.execute(renewed).rowcount:
+                    connection.execute(insert(workers).values(name=name, started_at=now(), **values))
+        except IntegrityError as error:
+            raise WorkerNameTaken(name=name) from error
 
-    def leave(self, name: str) -> None:
+    def seen_at(self, name: str) -> datetime | None:
+        """When a worker of this name was seen last; None when there is none."""
+        with self._database.reading() as connection:
+            seen = connection.execute(select(workers.c.seen_at).where(workers.c.name == name)).scalar_one_or_none()
+        return as_datetime(seen) if seen is not None else None
+
+    def leave(self, name: str, place: str) -> None:
         """Say that this worker has ended."""
         with self._database.writing() as connection:
-            connection.execute(delete(workers).where(workers.c.name == name))
+            connection.execute(delete(workers).where(workers.c.name == name, workers.c.place == place))
 
     def forget_dead(self) -> None:
         """Drop those that were not seen for `REMEMBERED_FOR`."""
         with self._database.writing() as connection:
             connection.execute(delete(workers).where(workers.c.seen_at < now() - REMEMBERED_FOR.total_seconds()))
 
-    def idle_count(self) -> int:
-        """How many live workers hold no job; each has one slot."""
-        alive = select(func.count()).where(workers.c.seen_at > now() - ALIVE_FOR.total_seconds()).scalar_subquery()
-        running = select(func.count()).where(jobs.c.state == JobState.RUNNING.value).scalar_subquery()
-        with self._database.reading() as connection:
-            return max(0, int(connection.execute(select(alive - running)).scalar_one()))
-
     def alive(self) -> list[LiveWorker]:
         """Return the workers seen within `ALIVE_FOR`, by name."""
-        query = select(workers).where(workers.c.seen_at > now() - ALIVE_FOR.total_seconds()).order_by(workers.c.name)
         with self._database.reading() as connection:
-            rows = connection.execute(query).mappings().all()
-        return [
-            LiveWorker(
-                name=row["name"],
-                gpu_class=row["gpu_class"],
-                device=row["device"],
-                stages=tuple(Stage(stage) for stage in row["stages"]),
-                seen_at=as_datetime(row["seen_at"]),
-            )
-            for row in rows
-        ]
+            return _alive(connection)
+
+    def idle(self) -> list[LiveWorker]:
+        """Return the live workers that hold no job; each has one slot."""
+        with self._database.reading() as connection:
+            holders = connection.execute(select(jobs.c.worker).where(jobs.c.state == JobState.RUNNING.value)).scalars()
+            busy = {name_of(holder) for holder in holders}
+            return [worker for worker in _alive(connection) if worker.name not in busy]
+
+
+def name_of(holder: str) -> str:
+    """The name of the worker under whose slot (`name/stage`) a lease is held."""
+    return holder.partition("/")[0]
+
+
+def _alive(connection: Connection) -> list[LiveWorker]:
+    query = select(workers).where(workers.c.seen_at > now() - ALIVE_FOR.total_seconds()).order_by(workers.c.name)
+    return [
+        LiveWorker(
+            name=row["name"],
+            place=row["place"],
+            gpu_class=row["gpu_class"],
+            device=row["device"],
+            stages=tuple(Stage(stage) for stage in row["stages"]),
+            takes_classes=tuple(row["takes_classes"] or ()),
+            seen_at=as_datetime(row["seen_at"]),
+        )
+        for row in connection.execute(query).mappings()
+    ]

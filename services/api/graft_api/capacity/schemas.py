@@ -18,7 +18,7 @@ class GpuClassBody(BaseModel):
     usable_bytes: int = Field(description="What a job may take of it.")
     price_per_hour: float | None
     live_workers: int
-    queue_length: int
+    queue_length: int = Field(description="Jobs that wait to be trained, as `queue.position` counts them.")
     largest_base_model: str | None = Field(description="The largest catalogue base that it trains, at 512 tokens.")
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +27,7 @@ from graft_shared.errors import (
     UnsupportedBaseModel,
 )
 from graft_worker.supervisor.cache import HostCache
+from graft_worker.supervisor.hashes import known_hashes, remember_hashes
 
 TOKENIZER_FILES = ("config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
                    "*.model", "chat_template*", "generation_config.json")  # fmt: skip
@@ -142,7 +141,7 @@ class BaseModels:
     def _hashes(self, files: Sequence[Path]) -> dict[Path, str]:
         """The sha256 of every file; one that has not changed since it was last read is not read again."""
         memory = self.cache.folder / "base-hashes.json"
-        known: dict[str, str] = json.loads(memory.read_text()) if memory.exists() else {}
+        known = known_hashes(memory)
         hashes: dict[Path, str] = {}
         learnt: dict[str, str] = {}
         for path in files:
@@ -150,10 +149,7 @@ class BaseModels:
             name = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
             hashes[path] = known.get(name) or learnt.setdefault(name, hash_file(path)[1])
         if learnt:
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            partial = memory.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(known | learnt))
-            partial.replace(memory)  # whole files only; of two at once one is forgotten, and read again some day
+            remember_hashes(memory, learnt)
         return hashes
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import shutil
@@ -16,10 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISLNK
+from uuid import uuid4
 
 from graft_shared.buckets import Bucket, fetch, hash_file
 from graft_shared.jobs import StoredObject
 from graft_shared.logs import log_event
+from graft_worker.supervisor.locks import locked, locked_if_free
 
 logger = logging.getLogger(__name__)
 
@@ -48,32 +50,26 @@ class HostCache:
         if self._holds(object, kept) and _linked(kept, path):
             return
         fetch(bucket, object, path)
-        self._objects.mkdir(parents=True, exist_ok=True)
-        new = kept.with_name(f"{kept.name}.{os.getpid()}")
-        if _linked(path, new):
-            new.replace(kept)
+        self._keep(path, kept)
         self.make_room()
 
     @contextmanager
     def borrowed(self, base_model: str) -> Iterator[None]:
         """Keep a hub base from being evicted while the block runs; it counts as used now."""
         lock = self._lock_of(_repo_folder(base_model))
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with lock.open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_SH)
+        with locked(lock, shared=True):
             os.utime(lock)
             yield
 
     def make_room(self) -> None:
-        """Evict what was not used for the longest time, until everything fits; what is in use stays."""
-        entries = sorted([*self._kept_objects(), *self._kept_bases()])
-        excess = sum(size for _, _, size in entries) - self.max_bytes
-        for _, path, size in entries:
-            if excess <= 0:
-                return
-            if self._evicted(path):
-                excess -= size
-                log_event(logger, "cache_entry_evicted", entry=path.name, bytes=size)
+        """Evict what was not used for the longest time, until everything fits; what is in use stays.
+
+        Best effort: what another worker takes away meanwhile is no matter, and what stands in the way is logged.
+        """
+        try:
+            self._evict_down_to(self.max_bytes)
+        except OSError as error:
+            log_event(logger, "cache_not_tidied", level=logging.WARNING, reason=str(error))
 
     @property
     def _objects(self) -> Path:
@@ -81,6 +77,28 @@ class HostCache:
 
     def _lock_of(self, repo_folder: str) -> Path:
         return self.folder / "in-use" / f"{repo_folder}.lock"
+
+    def _keep(self, path: Path, kept: Path) -> None:
+        """Keep what was fetched; a cache that cannot take it costs the next job time, and this one nothing."""
+        new = kept.with_name(f"{kept.name}.{uuid4().hex}")  # containers number their processes alike
+        try:
+            new.parent.mkdir(parents=True, exist_ok=True)
+            if _linked(path, new):
+                new.replace(kept)
+        except OSError as error:
+            log_event(logger, "object_not_kept", level=logging.WARNING, entry=kept.name, reason=str(error))
+        finally:
+            new.unlink(missing_ok=True)  # also after `replace`, which leaves a second name of the same file alone
+
+    def _evict_down_to(self, max_bytes: int) -> None:
+        entries = sorted([*self._kept_objects(), *self._kept_bases()])
+        excess = sum(size for _, _, size in entries) - max_bytes
+        for _, path, size in entries:
+            if excess <= 0:
+                return
+            if self._evicted(path):
+                excess -= size
+                log_event(logger, "cache_entry_evicted", entry=path.name, bytes=size)
 
     def _holds(self, object: StoredObject, kept: Path) -> bool:
         """Whether the kept bytes are right; a disk may lie, so they are hashed again."""
@@ -102,23 +120,27 @@ class HostCache:
     def _kept_bases(self) -> Iterator[tuple[float, Path, int]]:
         for path in _children(self.hub_dir):
             if path.name.startswith("models--"):
-                lock = self._lock_of(path.name)
-                used_at = lock.stat().st_mtime if lock.exists() else path.stat().st_mtime
-                yield used_at, path, _bytes_under(path)
+                with contextlib.suppress(FileNotFoundError):
+                    yield self._used_at(path), path, _bytes_under(path)
+
+    def _used_at(self, repo_folder: Path) -> float:
+        try:
+            return self._lock_of(repo_folder.name).stat().st_mtime
+        except FileNotFoundError:
+            return repo_folder.stat().st_mtime
 
     def _evicted(self, path: Path) -> bool:
-        if path.parent == self._objects:
-            path.unlink(missing_ok=True)
-            return True
-        lock = self._lock_of(path.name)
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with lock.open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            shutil.rmtree(path, ignore_errors=True)
-            return True
+        try:
+            if path.parent == self._objects:
+                path.unlink(missing_ok=True)
+                return True
+            with locked_if_free(self._lock_of(path.name)) as is_free:
+                if is_free:
+                    shutil.rmtree(path)
+                return is_free
+        except OSError as error:
+            log_event(logger, "cache_entry_not_evicted", level=logging.WARNING, entry=path.name, reason=str(error))
+            return False
 
 
 def _repo_folder(base_model: str) -> str:
@@ -127,24 +149,39 @@ def _repo_folder(base_model: str) -> str:
 
 
 def _children(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
 
 
 def _bytes_under(folder: Path) -> int:
-    """The size of the files themselves: snapshots are links to them."""
-    files = (path for path in folder.rglob("*") if not path.is_symlink() and path.is_file())
-    return sum(path.stat().st_size for path in files)
+    """The size of the files themselves: snapshots are links to them. What goes away meanwhile counts nothing."""
+    return sum(_bytes_of(Path(parent, name)) for parent, _, names in os.walk(folder) for name in names)
+
+
+def _bytes_of(path: Path) -> int:
+    try:
+        stat = path.lstat()
+    except FileNotFoundError:
+        return 0
+    return 0 if S_ISLNK(stat.st_mode) else stat.st_size
 
 
 def _linked(source: Path, target: Path) -> bool:
     """Give a file a second name, in place of what an earlier try left; a copy elsewhere. False when it is gone."""
     target.unlink(missing_ok=True)
     try:
-        os.link(source, target)
+        _link_or_copy(source, target)
     except FileNotFoundError:
         return False
+    return True
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK):
             raise
         shutil.copyfile(source, target)
-    return True

@@ -15,7 +15,7 @@ from graft_worker.supervisor.bases import BaseModels
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbours:
-    """The store, the bucket, the bell, the base models, and this worker's own device and settings."""
+    """The store, the bucket, the bell, the base models, and this worker's own device, place and settings."""
 
     settings: WorkerSettings
     database: Database
@@ -25,5 +25,6 @@ class Neighbours:
     doorbell: Doorbell
     base_models: BaseModels
     device: Device
+    place: str  # where this worker lives: see `graft_worker.place`
     open_dataset_bucket: Callable[[str], Bucket]
     draining: Callable[[], bool]
