@@ -23,7 +23,9 @@ demo: $(VENV)/.ready ## make a small base model, fine-tune it through the servic
 	@$(BIN)/python demo/run.py
 
 up: .env ## build and start the cluster of docker-compose.yml, and wait until it is healthy
-	$(COMPOSE) up --detach --build --wait
+	@mkdir -p models
+	$(COMPOSE) --profile images build
+	$(COMPOSE) up --detach --no-build --wait
 
 down: ## stop the cluster; its data stays
 	$(COMPOSE) down
@@ -41,8 +43,9 @@ check: $(VENV)/.ready-dev ## format, lint, types, the contracts between the room
 	@$(BIN)/lint-imports --no-logo --config pyproject.toml
 	@$(BIN)/yamllint --strict .
 	@$(BIN)/hadolint deploy/*.Dockerfile
-	@sed -E 's/^([A-Z_0-9]*(PASSWORD|SECRET_ACCESS_KEY|API_KEYS))=$$/\1=x/' deploy/env.example > $(VENV)/check.env
+	@sed -E 's/^([A-Z_0-9]*(PASSWORD|SECRET_ACCESS_KEY|API_KEYS|HOST_NAME))=$$/\1=x/' deploy/env.example > $(VENV)/check.env
 	@COMPOSE_PROFILES='*' $(BIN)/docker-compose --env-file $(VENV)/check.env config --quiet
+	@CLUSTER_BIND=10.0.0.1 $(BIN)/docker-compose --env-file $(VENV)/check.env -f docker-compose.yml -f deploy/hosts.yml config --quiet
 
 test: $(VENV)/.ready-dev ## every test; starts its own PostgreSQL, Redis and S3 server, all from pip
 	@$(BIN)/python -m pytest

@@ -116,6 +116,10 @@ class OnThisMachine(Service):
         logs = sorted(self.state_dir.glob("*.log"))
         return "\n".join(f"== {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in logs)
 
+    def logged(self, event: str) -> int:
+        """How often the service's processes have written this event."""
+        return sum(path.read_text(errors="replace").count(f'"{event}"') for path in self.state_dir.glob("*.log"))
+
     def _is_ours(self, pid: int) -> bool:
         folder = str(self.state_dir)
         traces = (_read(pid, "environ"), _read(pid, "cmdline"), _folder_of(pid))  # Redis overwrites the first two

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,3 +88,46 @@ def steps_redone(events: Sequence[Event]) -> int:
     """How many optimizer steps were made twice."""
     steps = [event["data"]["step"] for event in events if event["type"] == "metrics" and "loss" in event["data"]]
     return len(steps) - len(set(steps))
+
+
+def trainings_go_on_from_the_last_checkpoint(events: Sequence[Event]) -> None:
+    """The first step of every run of training follows the last checkpoint that was stored before its claim."""
+    claims = [event for event in events if event["type"] == "claimed" and event["data"]["stage"] == "train"]
+    for claim in claims:
+        stored = [e["data"]["step"] for e in events if e["type"] == "checkpoint" and e["id"] < claim["id"]]
+        steps = [
+            event["data"]["step"]
+            for event in events
+            if event["type"] == "metrics" and event["epoch"] == claim["epoch"] and "loss" in event["data"]
+        ]
+        assert steps[:1] == [max(stored, default=0) + 1], (claim, stored, steps[:1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sighting:
+    """One trainer's process, as somebody who looked at the machine again and again saw it. Seconds of one clock."""
+
+    job_id: str
+    epoch: int
+    pid: int
+    first_at: float
+    last_at: float
+
+
+def trainers_beside_each_other(sightings: Sequence[Sighting], *, longer_than: float) -> list[str]:
+    """The pairs of trainers of one job that lived at the same time, for more than so many seconds."""
+    found = []
+    for one, other in itertools.combinations(sightings, 2):
+        together = min(one.last_at, other.last_at) - max(one.first_at, other.first_at)
+        if one.job_id == other.job_id and together > longer_than:
+            found.append(f"{one.job_id}: epochs {one.epoch} and {other.epoch} side by side for {together:.2f} s")
+    return found
+
+
+def trainers_came_in_turn(sightings: Sequence[Sighting]) -> None:
+    """Epochs of one job are seen one after the other, never an older one again."""
+    for job_id in {sighting.job_id for sighting in sightings}:
+        own = [sighting for sighting in sightings if sighting.job_id == job_id]
+        begun = [sighting.epoch for sighting in sorted(own, key=lambda sighting: sighting.first_at)]
+        ended = [sighting.epoch for sighting in sorted(own, key=lambda sighting: sighting.last_at)]
+        assert begun == ended == sorted(set(begun)), (job_id, begun, ended)

@@ -18,7 +18,6 @@ from tests.waiting import free_port
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = Path(sys.executable).parent / "docker-compose"
-IMAGES = {"graft-api": ("api", "api"), "graft-prepare": ("worker", "prepare"), "graft-worker": ("worker", "worker")}
 
 
 class ComposeFailed(Exception):
@@ -53,6 +52,7 @@ class Cluster(Service):
             "S3_SECRET_ACCESS_KEY": secrets.token_hex(24),
             "S3_PUBLIC_ENDPOINT_URL": f"http://127.0.0.1:{self.store_port}",
             "API_KEYS": f"default={self.api_key}",
+            "HOST_NAME": "tests",
             "PORT": str(self.port),
             "S3_PORT": str(self.store_port),
             "MODELS_DIR": str(self.models_dir),
@@ -65,12 +65,21 @@ class Cluster(Service):
         (self.folder / "env").write_text(text)
 
     def build(self) -> None:
-        """Build every image from its unmodified Dockerfile."""
-        for image, (dockerfile, pins) in IMAGES.items():
+        """Build every image as the compose file says, each once, like `make up`.
+
+        Not by `docker-compose build`: that needs the buildx plugin, which Debian's engine comes without.
+        """
+        services = json.loads(self.compose("--profile", "images", "config", "--format", "json"))["services"]
+        for service in services.values():
+            if "build" not in service:
+                continue
+            image, build = service["image"], service["build"]
             began = time.monotonic()
-            arguments = ["build", "--network", "host", "--file", f"deploy/{dockerfile}.Dockerfile", "--tag", image]
-            arguments += ["--build-arg", f"PINS={pins}"] if dockerfile == "worker" else []
-            self.engine.run(*arguments, str(ROOT))
+            arguments = ["build", "--network", "host", "--tag", image]
+            arguments += ["--file", str(Path(build["context"], build["dockerfile"]))]
+            for name, value in build["args"].items():
+                arguments += ["--build-arg", f"{name}={value}"]
+            self.engine.run(*arguments, build["context"])
             size = int(self.engine.run("image", "inspect", "--format", "{{.Size}}", image))
             base = int(self.engine.run("image", "inspect", "--format", "{{.Size}}", "python:3.11-slim-bookworm"))
             facts = {

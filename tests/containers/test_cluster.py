@@ -30,9 +30,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     made = Cluster(engine, tmp_path_factory.mktemp("cluster"))
     try:
         build_standins(engine, ENGINE_DIR / "cache")
+        made.write_env()
         with wheels_served():
             made.build()
-        made.write_env()
         make_tiny_base(made.models_dir / "graft" / "tiny")
         for path in [made.models_dir, *made.models_dir.rglob("*"), *made.folder.parents[:2], made.folder]:
             path.chmod(0o755 if path.is_dir() else 0o644)

@@ -204,6 +204,19 @@ def test_the_process_refuses_to_be_reached_by_strangers(host: str) -> None:
     assert "GRAFT_API_KEYS is not set" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_the_process_refuses_keys_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFT_API_KEYS", " , ")
+    done = subprocess.run(
+        [sys.executable, "-m", "graft_api", "--host", "0.0.0.0"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert "GRAFT_API_KEYS: it is set and holds no key" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_the_same_service_runs_on_postgres_redis_and_s3(
     start: Callable[..., Process],
     postgres_url: str,

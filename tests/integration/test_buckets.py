@@ -7,19 +7,21 @@ import os
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
+import boto3
 import httpx
 import pytest
 
 from graft_shared.artifacts import sha256_of
 from graft_shared.buckets import Bucket, fetch, hash_file, read_back
 from graft_shared.buckets.directory import DirectoryBucket
-from graft_shared.buckets.s3 import S3Bucket
+from graft_shared.buckets.s3 import _CONFIG, S3Bucket
 from graft_shared.errors import ArtifactCorrupt, BucketUnavailable, ObjectNotFound
 from graft_shared.jobs import StoredObject
+from tests.fakes.s3 import FakeS3, fake_s3
 from tests.servers import SWIFT_KEY, SWIFT_USER
 from tests.waiting import free_port
 
@@ -44,6 +46,14 @@ class S3Server:
             access_key_id=self.access_key,
             secret_access_key=self.secret_key,
         )
+
+    def remove(self, bucket: S3Bucket) -> None:
+        """Remove a bucket behind its back, as an operator might."""
+        for key in bucket.list(""):
+            bucket.delete(key)
+        keys = {"aws_access_key_id": self.access_key, "aws_secret_access_key": self.secret_key}
+        client = boto3.client("s3", endpoint_url=self.endpoint_url, region_name=self.region, config=_CONFIG, **keys)
+        client.delete_bucket(Bucket=bucket.uri("").removeprefix("s3://").rstrip("/"))
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +127,51 @@ def test_a_bucket_is_created_when_it_is_missing_by_ping_and_by_the_first_write(s
     bucket.ping()
     bucket.ping()
     bucket.put_bytes("a", b"b")
+
+
+def test_a_bucket_that_was_removed_is_created_again_by_the_write_after_the_one_that_failed(
+    s3: S3Server, tmp_path: Path
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"graft")
+    for name, write in (("bytes", lambda b: b.put_bytes("a", b"c")), ("file", lambda b: b.put_file("a", path))):
+        bucket = s3.bucket(f"removed-{name}")
+        write(bucket)
+        s3.remove(bucket)
+        with pytest.raises(BucketUnavailable):
+            write(bucket)
+        read_back(bucket, write(bucket))
+
+
+def test_wrong_keys_are_not_taken_for_keys_that_may_not_look(s3: S3Server) -> None:
+    s3.bucket("guarded").ping()
+    with pytest.raises(BucketUnavailable):
+        replace(s3, secret_key="wrong").bucket("guarded").ping()
+
+
+def test_keys_that_may_write_and_not_look_are_enough() -> None:
+    with fake_s3(FakeS3(head=403)) as fake:
+        S3Server(fake.url).bucket("narrow").put_bytes("a", b"b")
+        assert fake.objects == {"a": b"b"}
+        assert fake.created_with == []
+
+
+def test_a_bucket_outside_the_home_region_is_made_in_its_region() -> None:
+    for region, named in (("eu-central-1", True), ("us-east-1", False)):
+        with fake_s3(FakeS3()) as fake:
+            S3Server(fake.url, region=region).bucket("far").ping()
+            (body,) = fake.created_with
+            assert (f"<LocationConstraint>{region}</LocationConstraint>" in body) is named
+
+
+def test_a_server_that_knows_no_regions_gets_a_bucket_without_one() -> None:
+    with fake_s3(FakeS3(creation_errors={True: "InvalidLocationConstraint"})) as fake:
+        S3Server(fake.url, region="eu-central-1").bucket("far").ping()
+        assert fake.created_with == [""]
+    with fake_s3(FakeS3(creation_errors={True: "TooManyBuckets"})) as fake:
+        with pytest.raises(BucketUnavailable, match="TooManyBuckets"):
+            S3Server(fake.url, region="eu-central-1").bucket("far").ping()
+        assert fake.created_with == []
 
 
 def test_a_presigned_link_of_s3_needs_no_key_and_can_not_be_changed(s3: S3Server) -> None:

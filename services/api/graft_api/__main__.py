@@ -8,6 +8,7 @@ import ipaddress
 import uvicorn
 
 from graft_api.app import build_app
+from graft_api.auth import read_keys
 from graft_api.settings import ApiSettings
 from graft_shared.logs import configure_logging
 
@@ -43,13 +44,15 @@ def main() -> None:
     settings = ApiSettings()
     configure_logging(json_lines=settings.log_json)
     try:
-        if not settings.api_keys.get_secret_value():
-            check_exposure(arguments.host)
-        app = build_app(settings)
-    except Exposed as error:
-        parser.error(str(error))
+        keys = read_keys(settings.api_keys.get_secret_value())
     except ValueError as error:
         parser.error(f"GRAFT_API_KEYS: {error}")
+    try:
+        if not keys:
+            check_exposure(arguments.host)
+        app = build_app(settings)
+    except (Exposed, ValueError) as error:
+        parser.error(str(error))
     uvicorn.run(
         app,
         host=arguments.host,

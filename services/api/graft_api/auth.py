@@ -22,7 +22,7 @@ def read_keys(text: str) -> dict[str, str]:
     """Read `tenant=key,tenant=key` as keys and their tenants; a tenant may have several.
 
     Raises:
-        ValueError: Says which part is wrong, without showing a key.
+        ValueError: Says which part is wrong, without showing a key; or that a text meant to hold keys holds none.
     """
     keys: dict[str, str] = {}
     for number, part in enumerate((part for part in text.split(",") if part.strip()), start=1):
@@ -33,6 +33,8 @@ def read_keys(text: str) -> dict[str, str]:
             raise ValueError(f"the key of '{tenant}' must have {SHORTEST_KEY} or more characters: openssl rand -hex 24")
         if keys.setdefault(key, tenant) != tenant:
             raise ValueError(f"'{tenant}' and '{keys[key]}' have the same key")
+    if text and not keys:
+        raise ValueError("it is set and holds no key; write tenant=key, or leave it empty to serve this machine alone")
     return keys
 
 

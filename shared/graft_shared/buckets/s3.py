@@ -27,6 +27,16 @@ _CONFIG = Config(
     read_timeout=60,
     retries={"max_attempts": 4, "mode": "standard"},
 )
+_HOME_REGION = "us-east-1"  # the one region of AWS where a bucket is made by leaving its region out
+# What servers that know no regions say to a bucket's region.
+_REGION_REFUSED = (
+    "IllegalLocationConstraintException",
+    "InvalidArgument",
+    "InvalidLocationConstraint",
+    "InvalidRequest",
+    "MalformedXML",
+    "NotImplemented",
+)
 
 
 class S3Bucket:
@@ -43,6 +53,7 @@ class S3Bucket:
         secret_access_key: str | None,
     ) -> None:
         self._name = name
+        self._region = region
 
         def client(endpoint: str | None) -> Any:
             return boto3.client(
@@ -61,16 +72,14 @@ class S3Bucket:
     def put_file(self, key: str, path: Path) -> StoredObject:
         """Upload a file, in parts where it is large."""
         size, sha256 = hash_file(path)
-        self._ensure()
-        with _translated(key):
+        with self._writing(key):
             self._client.upload_file(str(path), self._name, key, ExtraArgs={"Metadata": {"sha256": sha256}})
         return StoredObject(key=key, size=size, sha256=sha256)
 
     def put_bytes(self, key: str, data: bytes) -> StoredObject:
         """Upload a few bytes."""
         sha256 = sha256_of(data)
-        self._ensure()
-        with _translated(key):
+        with self._writing(key):
             self._client.put_object(Bucket=self._name, Key=key, Body=data, Metadata={"sha256": sha256})
         return StoredObject(key=key, size=len(data), sha256=sha256)
 
@@ -113,6 +122,17 @@ class S3Bucket:
         """`s3://bucket/key`."""
         return f"s3://{self._name}/{key}"
 
+    @contextmanager
+    def _writing(self, key: str) -> Iterator[None]:
+        self._ensure()
+        try:
+            with _translated(key):
+                yield
+        except BucketUnavailable as error:
+            if _code_of(error) == "NoSuchBucket":
+                self._is_there = False  # it has been removed since: the next try creates it again
+            raise
+
     def _ensure(self) -> None:
         """Create the bucket when it is missing; looked at once, before the first write."""
         if self._is_there:
@@ -121,9 +141,35 @@ class S3Bucket:
             with _translated(self._name):
                 self._client.head_bucket(Bucket=self._name)
         except ObjectNotFound:
-            with _translated(self._name), suppress(self._client.exceptions.BucketAlreadyOwnedByYou):
-                self._client.create_bucket(Bucket=self._name)  # another process may be doing the same
+            self._create()
+        except BucketUnavailable as error:
+            if _code_of(error) != "403":
+                raise
+            self._check_refusal()
         self._is_there = True
+
+    def _check_refusal(self) -> None:
+        """Tell keys that may not look at the bucket, which is fine, from wrong ones: an answer to HEAD has no body."""
+        try:
+            with _translated(self._name):
+                self._client.list_objects_v2(Bucket=self._name, MaxKeys=1)
+        except BucketUnavailable as error:
+            if _code_of(error) != "AccessDenied":
+                raise
+
+    def _create(self) -> None:
+        """Create the bucket in its region; where the server knows no regions, without one."""
+        if self._region != _HOME_REGION:
+            try:
+                return self._create_with({"CreateBucketConfiguration": {"LocationConstraint": self._region}})
+            except BucketUnavailable as error:
+                if _code_of(error) not in _REGION_REFUSED:
+                    raise
+        return self._create_with({})
+
+    def _create_with(self, more: dict[str, Any]) -> None:
+        with _translated(self._name), suppress(self._client.exceptions.BucketAlreadyOwnedByYou):
+            self._client.create_bucket(Bucket=self._name, **more)  # another process may be doing the same
 
 
 class _TranslatedStream:
@@ -152,9 +198,15 @@ def _translated(key: str) -> Iterator[None]:
     try:
         yield
     except ClientError as error:
-        code = error.response.get("Error", {}).get("Code", "")
-        if code in ("404", "NoSuchKey", "NotFound"):
+        if _code_of(error) in ("404", "NoSuchKey", "NotFound"):
             raise ObjectNotFound(key=key) from error
         raise BucketUnavailable(reason=str(error)) from error
     except (BotoCoreError, boto3.exceptions.Boto3Error, OSError) as error:
         raise BucketUnavailable(reason=str(error)) from error
+
+
+def _code_of(error: BaseException | None) -> str:
+    """The server's word for what went wrong, from an error or from what it was raised from; empty without one."""
+    while error is not None and not isinstance(error, ClientError):
+        error = error.__cause__ or error.__context__
+    return "" if error is None else str(error.response.get("Error", {}).get("Code", ""))
