@@ -9,7 +9,7 @@ COMPOSE ?= docker compose
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --root-user-action=ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo up down logs ps check test test-unit test-s3 test-load test-containers pins format clean
+.PHONY: help setup run demo up down logs ps check test test-unit test-s3 test-load test-containers test-gpu bench bench-gpu pins format clean
 
 help: ## print this
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,17 @@ test-load: $(VENV)/.ready-dev ## five minutes: a hundred jobs at once, and two t
 
 test-containers: $(VENV)/.ready-dev ## slow, root: a Docker engine of its own, both images, the cluster, and a killed container
 	@$(BIN)/python -m pytest tests/containers --timeout 1800
+
+test-gpu: $(VENV)/.ready-dev ## on a CUDA machine: the trainer's kernels, compiled layers, and resuming to the last digit
+	@$(BIN)/python -m pytest tests/gpu --timeout 600
+
+bench: $(VENV)/.ready-dev ## the CPU part of the benchmarks: the trainer on a tiny base
+	@PYTHONPATH=. $(BIN)/python tests/bench/compare.py --set tiny --out-dir .graft/bench
+
+bench-gpu: $(VENV)/.ready-dev ## on a CUDA machine, an hour: Graft beside the usual recipes, as a table, a plot and JSON
+	@$(PIP) trl matplotlib
+	@for set in a all-linear 8b losses; do \
+		PYTHONPATH=. $(BIN)/python tests/bench/compare.py --set $$set --out-dir .graft/bench || exit 1; done
 
 pins: $(VENV)/.ready-dev ## write the pins of each image from deploy/constraints/all.txt
 	@$(BIN)/python deploy/constraints/pin.py

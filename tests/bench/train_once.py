@@ -23,9 +23,19 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from graft_shared.catalogue import ModelShape
 from graft_shared.memory import Recompute, TrainingPlan, estimate
+from graft_shared.planner import fastest_plan, leanest_plan
 from graft_shared.specs import JobSpec, Optim
-from graft_worker.protocol import REQUEST_NAME, EvaluationEvent, ProgressEvent, TrainedEvent, TrainRequest, parse_event
+from graft_worker.protocol import (
+    REQUEST_NAME,
+    EvaluationEvent,
+    PhaseEvent,
+    ProgressEvent,
+    TrainedEvent,
+    TrainRequest,
+    parse_event,
+)
 
 DIMS: dict[str, dict[str, Any]] = {
     "llama-2-7b": {"base": "meta-llama/Llama-2-7b-hf", "hidden_size": 4096, "intermediate_size": 11008,
@@ -97,7 +107,7 @@ def make_request(base: Path, data: Path, arguments: argparse.Namespace) -> Train
             "base_model": DIMS[arguments.dims]["base"],
             "dataset": {"file": "file-workload"},
             "quantization": {"load_in_4bit": not arguments.bf16_base},
-            "lora": {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": targets},
+            "lora": {"r": 16, "lora_alpha": 32, "lora_dropout": arguments.dropout, "target_modules": targets},
             "training": {
                 "per_device_train_batch_size": 4,
                 "gradient_accumulation_steps": 4,
@@ -108,13 +118,7 @@ def make_request(base: Path, data: Path, arguments: argparse.Namespace) -> Train
             },
         }
     )
-    plan = TrainingPlan(
-        recompute=Recompute(arguments.recompute),
-        recompute_every_n={"none": 0, "every_n_layers": 2}.get(arguments.recompute, 1),
-        microbatch_tokens=arguments.microbatch_tokens,
-        packing=True,
-        optim=Optim(arguments.optim),
-    )
+    plan = plan_of(spec, base, arguments)
     names = ["q_proj", "k_proj", "v_proj", "o_proj", *(["gate_proj", "up_proj", "down_proj"] * arguments.all_linear)]
     return TrainRequest(
         job_id="ftjob-bench",
@@ -131,6 +135,24 @@ def make_request(base: Path, data: Path, arguments: argparse.Namespace) -> Train
     )
 
 
+def plan_of(spec: JobSpec, base: Path, arguments: argparse.Namespace) -> TrainingPlan:
+    """The plan that a user's job would get: the fastest that fits the limit, or the leanest; or the one asked for."""
+    if arguments.recompute is None:
+        shape = shape_of(base, spec.base_model)
+        if arguments.mode == "memory":
+            return leanest_plan(shape, spec)[0]
+        found = fastest_plan(shape, spec, int(arguments.limit_gib * 2**30))
+        assert found is not None, "no plan fits"
+        return found[0]
+    return TrainingPlan(
+        recompute=Recompute(arguments.recompute),
+        recompute_every_n={"none": 0, "every_n_layers": 2}.get(arguments.recompute, 1),
+        microbatch_tokens=arguments.microbatch_tokens,
+        packing=True,
+        optim=Optim(arguments.optim),
+    )
+
+
 def train(request: TrainRequest, workdir: Path) -> dict[str, Any]:
     """Run the trainer as its own process and gather its events."""
     workdir.mkdir()
@@ -141,6 +163,7 @@ def train(request: TrainRequest, workdir: Path) -> dict[str, Any]:
     assert child.stdout is not None
     steps: list[ProgressEvent] = []
     moments: list[float] = []
+    phases: list[tuple[float, str]] = []
     trained: TrainedEvent | None = None
     for line in child.stdout:
         event = parse_event(line)
@@ -149,6 +172,8 @@ def train(request: TrainRequest, workdir: Path) -> dict[str, Any]:
             moments.append(time.monotonic())
         elif isinstance(event, TrainedEvent):
             trained = event
+        elif isinstance(event, PhaseEvent):
+            phases.append((round(time.monotonic() - started, 2), event.phase.value))
         elif not isinstance(event, EvaluationEvent):
             print(line.rstrip(), file=sys.stderr)
     if child.wait() != 0 or trained is None:
@@ -164,6 +189,8 @@ def train(request: TrainRequest, workdir: Path) -> dict[str, Any]:
         "losses": [round(step.loss, 4) for step in steps],
         "tokens_per_second": round(statistics.median(speeds), 1),
         "seconds_to_first_step": round(moments[0] - started, 1),
+        "phases": phases,
+        "plan": request.plan,
         "memory": trained.memory,
         "proof": trained.proof,
         "versions": trained.versions,
@@ -173,11 +200,14 @@ def train(request: TrainRequest, workdir: Path) -> dict[str, Any]:
 
 def predict(base: Path, request: TrainRequest) -> dict[str, Any]:
     """What the capacity table would have said."""
-    from graft_shared.catalogue import ModelShape
-
-    config = json.loads((base / "config.json").read_text())
-    shape = ModelShape.from_config(config, base_model=request.base_model, revision="main")
+    shape = shape_of(base, request.base_model)
     return estimate(shape, JobSpec.model_validate(request.spec), TrainingPlan.from_dict(request.plan)).to_dict()
+
+
+def shape_of(base: Path, base_model: str) -> ModelShape:
+    """The base's numbers, from its config."""
+    config = json.loads((base / "config.json").read_text())
+    return ModelShape.from_config(config, base_model=base_model, revision="main")
 
 
 def arguments_of(description: str) -> argparse.Namespace:
@@ -186,7 +216,10 @@ def arguments_of(description: str) -> argparse.Namespace:
     parser.add_argument("--dims", choices=sorted(DIMS), default="llama-2-7b")
     parser.add_argument("--workload", choices=sorted(WORKLOADS), default="a")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--recompute", choices=[mode.value for mode in Recompute], default="none")
+    parser.add_argument("--mode", choices=["speed", "memory"], default="speed", help="the planner's fastest or leanest")
+    parser.add_argument("--limit-gib", type=float, default=135.0, help="memory that the planner may use for speed")
+    parser.add_argument("--recompute", choices=[mode.value for mode in Recompute], help="a plan of your own instead")
+    parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--microbatch-tokens", type=int, default=4096)
     parser.add_argument("--optim", choices=[optim.value for optim in Optim], default="paged_adamw_8bit")
     parser.add_argument("--all-linear", action="store_true")

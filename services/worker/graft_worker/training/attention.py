@@ -21,9 +21,8 @@ except ImportError:  # torch before 2.10
     varlen_attn = None  # type: ignore[assignment]
 
 ATTENTION = "graft_packed"
-_VARLEN_KNOWS_GROUPS = (
-    varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
-)  # from 2.12
+# The kernel takes fewer heads of keys and values than of queries; from torch 2.12 on it wants to be told so.
+_VARLEN_ASKS_FOR_GROUPS = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 VARLEN_HEAD_SIZES = 256  # the largest head size that flash attention takes
 
 
@@ -61,11 +60,7 @@ def packed_attention(
     """
     fits_varlen = query.is_cuda and query.dtype != torch.float32 and query.shape[-1] <= VARLEN_HEAD_SIZES
     if varlen_attn is not None and fits_varlen and softcap is None:
-        grouped: dict[str, Any] = (
-            {"enable_gqa": True} if _VARLEN_KNOWS_GROUPS and query.shape[1] != key.shape[1] else {}
-        )
-        if not grouped:
-            key, value = _ungrouped(query, key, value)
+        grouped: dict[str, Any] = {"enable_gqa": True} if _VARLEN_ASKS_FOR_GROUPS else {}
         window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
         out = varlen_attn(
             query[0].transpose(0, 1),

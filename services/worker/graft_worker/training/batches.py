@@ -110,7 +110,7 @@ def _first_fit(lengths: list[int], order: list[int], budget: int) -> list[list[i
 
 
 def _even(lengths: list[int], order: list[int], budget: int, count: int) -> list[list[int]] | None:
-    """Fill so many rows, always the emptiest, since a small row costs nearly what a full one does; None if one overflows."""
+    """Fill so many rows, always the emptiest; None if one overflows. A small row costs nearly what a full one does."""
     rows: list[list[int]] = [[] for _ in range(count)]
     filled = [0] * count
     for index in order:
@@ -120,6 +120,12 @@ def _even(lengths: list[int], order: list[int], budget: int, count: int) -> list
         if filled[row] > budget and len(rows[row]) > 1:
             return None
     return rows
+
+
+def largest_microbatch(split: Split, *, budget: int, sequences_per_update: int) -> int:
+    """Tokens that no microbatch of these rows exceeds."""
+    fullest = int(np.sort(split.lengths)[-sequences_per_update:].sum())
+    return min(fullest, max(budget, split.longest))
 
 
 def microbatches(

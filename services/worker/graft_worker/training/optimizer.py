@@ -57,8 +57,24 @@ class FlatOptimizer:
         self._gradients.mul_(gradient_scale)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        self._optimizer.step()
+        self._launch()
         self.clear()
+
+    @torch.no_grad()
+    def _launch(self) -> None:
+        optimizer: Any = self._optimizer
+        if self._weights not in optimizer.state or isinstance(optimizer, torch.optim.AdamW):
+            optimizer.step()
+            return
+        # What bitsandbytes' own `step` does, without its two waits for the device: the host would fall behind. Whoever
+        # reads paged state on the host waits for it (`_wait`).
+        optimizer.prefetch_state(self._weights)
+        optimizer.update_step(optimizer.param_groups[0], self._weights, 0, 0)
+
+    def _wait(self) -> None:
+        """Paged state is the host's memory too, and the device may still be at work on it."""
+        if self._weights.is_cuda:
+            torch.cuda.synchronize()
 
     def clear(self) -> None:
         """Forget the gradient gathered so far."""
@@ -69,6 +85,7 @@ class FlatOptimizer:
         if self._weights not in self._optimizer.state:  # saved before the first update: fp16 may skip the first ones
             _set_step(self._made_state(), 0)
         state = self._optimizer.state[self._weights]
+        self._wait()
         tensors = {name: state[name].detach().cpu().clone() for name in _STATE_TENSORS if name in state}
         step = state["step"]
         numbers = {"step": int(step.item() if isinstance(step, torch.Tensor) else step)}
@@ -79,6 +96,7 @@ class FlatOptimizer:
         with torch.no_grad():
             self._weights.copy_(tensors["weights"])
         state = self._made_state()
+        self._wait()
         for name in _STATE_TENSORS:
             if name in tensors:
                 state[name].copy_(tensors[name])

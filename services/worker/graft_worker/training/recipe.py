@@ -30,7 +30,14 @@ from graft_worker.protocol import (
 )
 from graft_worker.training.adapters import attach_adapter, trainable
 from graft_worker.training.base import Precision, choose_precision, load_base
-from graft_worker.training.batches import Microbatch, Split, microbatches, update_rows, updates_per_epoch
+from graft_worker.training.batches import (
+    Microbatch,
+    Split,
+    largest_microbatch,
+    microbatches,
+    update_rows,
+    updates_per_epoch,
+)
 from graft_worker.training.checkpoint import (
     Progress,
     random_state,
@@ -136,11 +143,12 @@ def load(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guard
         revision=request.base_revision,
     )
     guard.check()
-    largest = max(plan.microbatch_tokens, split.longest)
+    sequences = spec.training.sequences_per_update
+    largest = largest_microbatch(split, budget=plan.microbatch_tokens, sequences_per_update=sequences)
     keys = torch.zeros(largest, dtype=torch.int32, device=precision.device)
     take_over(model, precision.compute, dropout=spec.lora.lora_dropout, keys=keys)
     steps = total_steps(spec.training, len(split))
-    tokens = round(split.lengths.mean() * spec.training.sequences_per_update * steps)
+    tokens = round(split.lengths.mean() * sequences * steps)
     compiler = choose_compiler(model, tokens)
     longest = max(split.longest, validation.longest if validation is not None else 0, SAMPLE_TOKENS)
     forward = Forward(model, precision, keys, longest=longest, chunk=compiled_loss(compiler))
@@ -151,7 +159,7 @@ def load(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guard
     require_input_gradients(model)
     layers = arrange_layers(forward.backbone, plan, backend=compiler, largest_microbatch=largest)
     if compiler is not None and precision.device.type == "cuda" and is_host_bound(largest, layers.weights):
-        forward.graphs = Graphs(forward.hidden, layers.settle)
+        forward.graphs = Graphs(forward.hidden, layers.settle, largest)
     model.train()
     optimizer = FlatOptimizer(trainable(model), spec.training)
     progress = Progress(loss_scale=FIRST_LOSS_SCALE if precision.scales_loss else 1.0)
