@@ -1,7 +1,7 @@
 """Bytes by component for one base, one spec and one plan: arithmetic only.
 
-The closed form was fitted to runs on an H200: 7B loads to 3.67 GiB; without recompute it peaks at 24.3 GiB with eager
-kernels and 4,430 tokens in a microbatch. Letters in comments: H hidden, M feed-forward, Q and K widths of query and key
+The closed form is that of compiled layers, which keep nothing for the backward pass that is elementwise. Letters in
+comments: H hidden, M feed-forward, Q and K widths of query and key
 heads, L layers, V vocabulary, T tokens of a microbatch, P adapter parameters.
 """
 
@@ -20,19 +20,19 @@ GIB = 1024**3
 BYTES_PER_4BIT_WEIGHT = 0.5625
 BYTES_PER_4BIT_WEIGHT_DOUBLE_QUANTISED = 0.51587
 HALF = 2
-# The adapter: 16-bit weights and gradients, an fp32 master and its fp32 gradient during the update.
+# The adapter: fp32 weights and gradients, and the 16-bit copies that products are computed with.
 BYTES_PER_ADAPTER_WEIGHT = HALF + 4
-BYTES_PER_ADAPTER_GRADIENT = HALF + 4
+BYTES_PER_ADAPTER_GRADIENT = 4
 OPTIMIZER_BYTES = {
     Optim.PAGED_ADAMW_8BIT: 2.03,  # 8-bit moments and block constants; paged memory is resident while there is room
     Optim.ADAMW_8BIT: 2.03,
     Optim.PAGED_ADAMW_32BIT: 8.0,
     Optim.ADAMW_TORCH: 8.0,
 }
-MLP_TENSORS = 3  # kept per token by an eager SwiGLU; 2 when it is one kernel
-NORM_BYTES_PER_HIDDEN = 8  # kept by eager norms and residuals; 4 when they are one kernel
+MLP_TENSORS = 2  # kept per token by a SwiGLU: gate and up, from which all else is elementwise
+STREAM_BYTES_PER_HIDDEN = 6  # the layer's input, the attention's and the first product's output
 LOSS_CHUNK_BYTES = 256 * 1024**2  # fp32 logits of one chunk
-LOSS_COPIES = 3  # 16-bit and fp32 logits and the gradient of a chunk
+LOSS_COPIES = 2  # 16-bit and fp32 logits or gradients of a chunk
 ALLOCATOR_SHARE = 0.03  # of the body, with expandable segments
 CONTEXT_BYTES = int(0.6 * GIB)  # CUDA context, kernels, cuBLAS workspaces
 LOW, HIGH = 0.93, 1.08
@@ -110,7 +110,7 @@ def estimate(shape: ModelShape, spec: JobSpec, plan: TrainingPlan) -> MemoryEsti
     adapter = adapter_parameters(shape, targets, spec.lora.r)
     weights, rest = base_bytes(shape, spec)
     tokens = plan.microbatch_tokens
-    per_layer = activation_bytes_per_token(shape, targets, spec.lora.r, dropout=spec.lora.lora_dropout > 0)
+    per_layer = activation_bytes_per_token(shape, targets, spec.lora.r)
     kept, checkpoints = _layers_kept(shape, plan)
     scratch = HALF * max(linear.parameters for linear in shape.linears) if spec.quantization.load_in_4bit else 0
     loss = loss_bytes(shape, tokens)
@@ -149,29 +149,17 @@ def adapter_parameters(shape: ModelShape, targets: tuple[str, ...], r: int) -> i
     return shape.num_hidden_layers * r * sum(widths[name] for name in targets)
 
 
-def activation_bytes_per_token(shape: ModelShape, targets: tuple[str, ...], r: int, *, dropout: bool) -> int:
-    """Bytes that one layer keeps per token for its backward pass."""
+def activation_bytes_per_token(shape: ModelShape, targets: tuple[str, ...], r: int) -> int:
+    """Bytes that one compiled layer keeps per token for its backward pass."""
     experts = 2 if shape.num_local_experts else 1  # two experts work on each token
     return (
         2 * MLP_TENSORS * shape.intermediate_size * experts
-        + NORM_BYTES_PER_HIDDEN * shape.hidden_size
-        + _adapter_input_bytes(shape, targets, dropout=dropout)
+        + STREAM_BYTES_PER_HIDDEN * shape.hidden_size
         + 4 * shape.query_size
         + 4 * shape.key_value_size
         + 4 * shape.num_attention_heads
         + 2 * r * len(targets)
     )
-
-
-def _adapter_input_bytes(shape: ModelShape, targets: tuple[str, ...], *, dropout: bool) -> int:
-    """What the adapters keep of their inputs: one copy where they share one, a copy and a mask each under dropout."""
-    inputs = {linear.name: linear.in_features for linear in shape.linears}
-    if dropout:
-        return sum((HALF + 1) * inputs[name] for name in targets)
-    shared = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
-    kept = [next((str(sorted(group)) for group in shared if name in group), name) for name in targets]
-    widths = dict(zip(kept, (inputs[name] for name in targets), strict=True))
-    return sum(HALF * width for width in widths.values())
 
 
 def loss_bytes(shape: ModelShape, tokens: int) -> int:

@@ -132,6 +132,7 @@ def make_request(base: Path, data: Path, arguments: argparse.Namespace) -> Train
         train_file=str(data),
         validation_file=None,
         checkpoint_path=None,
+        quantised_dir=str(arguments.workspace / "quantised" / arguments.dims),
     )
 
 
@@ -186,6 +187,7 @@ def train(request: TrainRequest, workdir: Path) -> dict[str, Any]:
     return {
         "first_loss": steps[0].loss,
         "last_loss": steps[-1].loss,
+        "largest_update_tokens": max(np.diff([0, *(step.tokens_seen for step in steps)]).tolist()),
         "losses": [round(step.loss, 4) for step in steps],
         "tokens_per_second": round(statistics.median(speeds), 1),
         "seconds_to_first_step": round(moments[0] - started, 1),

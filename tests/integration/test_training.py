@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
@@ -622,6 +623,34 @@ def test_a_checkpoint_of_another_recipe_is_refused(
     other = a_request(base, train_file, spec=spec, checkpoint_path=checkpoint.path, **change)
     with pytest.raises(CheckpointMismatch):
         train(tmp_path / "two", other, Recorder(), Stopper())
+
+
+def test_kept_4_bit_weights_are_the_same_bits_and_a_broken_copy_is_made_again(base: Path, tmp_path: Path) -> None:
+    precision, quantization = choose_precision(ComputeDtype.AUTO), Quantization()
+
+    def matrices() -> list[torch.Tensor]:
+        model = load_base(base, quantization, precision, quantised_dir=tmp_path)
+        layers = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
+        assert len(layers) == 14
+        plain = [tensor for name, tensor in model.state_dict().items() if "norm" in name or "embed" in name]
+        return [dequantize_4bit(layer.weight, layer.weight.quant_state) for layer in layers] + plain
+
+    made = matrices()
+    (kept,) = tmp_path.iterdir()
+    read = matrices()
+    weights = kept / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    again = matrices()
+    assert weights.stat().st_size > 1000
+    for one, two, three in zip(made, read, again, strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+
+
+def test_a_disk_that_cannot_keep_4_bit_weights_fails_no_run(base: Path, tmp_path: Path) -> None:
+    nowhere = tmp_path / "file"
+    nowhere.write_text("not a folder")
+    assert load_base(base, Quantization(), choose_precision(ComputeDtype.AUTO), quantised_dir=nowhere)
 
 
 def test_the_base_is_frozen_and_keeps_its_types(base: Path) -> None:

@@ -72,6 +72,7 @@ class TrainRequest(_Message):
     train_file: str
     validation_file: str | None
     checkpoint_path: str | None
+    quantised_dir: str | None = None  # kept on this host for this revision of the base: its 4-bit weights, once made
 
 
 class PhaseEvent(_Message):

@@ -40,6 +40,7 @@ class LocalBase:
 
     path: Path
     revision: str  # the hub's commit, or `sha256-…` over the files of a registered folder
+    quantised_dir: Path  # where its 4-bit weights are kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,9 @@ class BaseModels:
         """
         if (registered := self._registered(base_model)) is not None:
             _check_weights(base_model, registered)
-            yield LocalBase(path=registered, revision=self._content_revision(registered))
+            revision = self._content_revision(registered)
+            with self.cache.quantised(revision) as kept:
+                yield LocalBase(path=registered, revision=revision, quantised_dir=kept)
             return
         with self.cache.borrowed(base_model):
             self.cache.make_room()
@@ -93,7 +96,8 @@ class BaseModels:
             _check_weights(base_model, snapshot)
             self._prove(snapshot)
             self.cache.make_room()
-            yield LocalBase(path=snapshot, revision=snapshot.name)
+            with self.cache.quantised(snapshot.name) as kept:
+                yield LocalBase(path=snapshot, revision=snapshot.name, quantised_dir=kept)
 
     def _registered(self, base_model: str) -> Path | None:
         path = self.registered_dir / base_model

@@ -1,4 +1,4 @@
-"""What a host keeps between jobs, for all its workers: objects by their sha256, and the hub's base models.
+"""What a host keeps between jobs, for all its workers: objects by their sha256, base models, their 4-bit weights.
 
 Eviction is by last use. An object that goes away while a run works with it does no harm (the run has a link of its
 own); a base model that a run works with is locked by it.
@@ -56,10 +56,17 @@ class HostCache:
     @contextmanager
     def borrowed(self, base_model: str) -> Iterator[None]:
         """Keep a hub base from being evicted while the block runs; it counts as used now."""
-        lock = self._lock_of(_repo_folder(base_model))
-        with locked(lock, shared=True):
-            os.utime(lock)
+        with self._used(_repo_folder(base_model)):
             yield
+
+    @contextmanager
+    def quantised(self, revision: str) -> Iterator[Path]:
+        """A folder for the 4-bit weights of one revision of a base, which stays while the block runs."""
+        folder = self._quantised / revision
+        with self._used(revision):
+            folder.mkdir(parents=True, exist_ok=True)
+            yield folder
+        self.make_room()  # what the block made counts from now on
 
     def make_room(self) -> None:
         """Evict what was not used for the longest time, until everything fits; what is in use stays.
@@ -71,12 +78,23 @@ class HostCache:
         except OSError as error:
             log_event(logger, "cache_not_tidied", level=logging.WARNING, reason=str(error))
 
+    @contextmanager
+    def _used(self, name: str) -> Iterator[None]:
+        lock = self._lock_of(name)
+        with locked(lock, shared=True):
+            os.utime(lock)
+            yield
+
+    @property
+    def _quantised(self) -> Path:
+        return self.folder / "quantised"
+
     @property
     def _objects(self) -> Path:
         return self.folder / "objects"
 
-    def _lock_of(self, repo_folder: str) -> Path:
-        return self.folder / "in-use" / f"{repo_folder}.lock"
+    def _lock_of(self, name: str) -> Path:
+        return self.folder / "in-use" / f"{name}.lock"
 
     def _keep(self, path: Path, kept: Path) -> None:
         """Keep what was fetched; a cache that cannot take it costs the next job time, and this one nothing."""
@@ -118,16 +136,16 @@ class HostCache:
                 yield stat.st_mtime, path, stat.st_size
 
     def _kept_bases(self) -> Iterator[tuple[float, Path, int]]:
-        for path in _children(self.hub_dir):
-            if path.name.startswith("models--"):
-                with contextlib.suppress(FileNotFoundError):
-                    yield self._used_at(path), path, _bytes_under(path)
+        repositories = (path for path in _children(self.hub_dir) if path.name.startswith("models--"))
+        for path in (*repositories, *_children(self._quantised)):
+            with contextlib.suppress(FileNotFoundError):
+                yield self._used_at(path), path, _bytes_under(path)
 
-    def _used_at(self, repo_folder: Path) -> float:
+    def _used_at(self, folder: Path) -> float:
         try:
-            return self._lock_of(repo_folder.name).stat().st_mtime
+            return self._lock_of(folder.name).stat().st_mtime
         except FileNotFoundError:
-            return repo_folder.stat().st_mtime
+            return folder.stat().st_mtime
 
     def _evicted(self, path: Path) -> bool:
         try:

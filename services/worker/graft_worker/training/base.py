@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from graft_shared.specs import ComputeDtype, Quantization
 from graft_worker.training.attention import ATTENTION, register_attention
+
+logger = logging.getLogger(__name__)
 
 BF16_CAPABILITY = (8, 0)  # older cards have no bfloat16 products
 
@@ -40,27 +46,68 @@ def choose_precision(wanted: ComputeDtype) -> Precision:
     return Precision(device=torch.device("cuda", 0), compute=compute, base=compute)
 
 
-def load_base(path: Path, quantization: Quantization, precision: Precision) -> Any:
-    """Load the base from a local folder of safetensors; every parameter is frozen."""
+def load_base(
+    path: Path, quantization: Quantization, precision: Precision, *, quantised_dir: Path | None = None
+) -> Any:
+    """Load the base from a local folder of safetensors; every parameter is frozen.
+
+    Args:
+        quantised_dir: Where the 4-bit weights are kept once they are made: the same bits at a quarter of the bytes.
+    """
     register_attention()
-    config = None
-    if quantization.load_in_4bit:
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quantization.bnb_4bit_quant_type.value,
-            bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
-            bnb_4bit_compute_dtype=precision.compute,
-        )
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=precision.base,
-        quantization_config=config,
-        device_map={"": 0} if precision.device.type == "cuda" else {"": "cpu"},
-        use_safetensors=True,
-        local_files_only=True,
-    )
+    if quantization.load_in_4bit and quantised_dir is not None:
+        model = _load_quantised(path, quantization, precision, quantised_dir / _kind(quantization, precision))
+    else:
+        model = _load(path, precision, _bitsandbytes(quantization, precision) if quantization.load_in_4bit else None)
     # Architectures that transformers has not moved to its attention interface (Falcon) keep their own.
     model.set_attn_implementation(ATTENTION)
     model.requires_grad_(False)
     model.config.use_cache = False
     return model
+
+
+def _load_quantised(path: Path, quantization: Quantization, precision: Precision, kept: Path) -> Any:
+    """Load what an earlier run has kept, or quantise and keep; what cannot be kept or read costs time, not the run."""
+    if (kept / "config.json").exists():
+        try:
+            return _load(kept, precision, None)
+        except Exception as error:  # noqa: BLE001 (whatever is wrong with the copy, the base is still there)
+            logger.warning("%s cannot be read and is made again: %s", kept, error)
+            shutil.rmtree(kept, ignore_errors=True)
+    model = _load(path, precision, _bitsandbytes(quantization, precision))
+    partial = kept.with_name(f".{kept.name}.{uuid4().hex}")  # other workers of the host may be at the same
+    try:
+        model.save_pretrained(partial)
+        partial.rename(kept)
+    except Exception as error:  # noqa: BLE001 (a full disk, or an architecture that cannot be saved in 4 bits)
+        logger.warning("The 4-bit weights are not kept: %s", error)
+        shutil.rmtree(partial, ignore_errors=True)
+    return model
+
+
+def _load(path: Path, precision: Precision, quantization: BitsAndBytesConfig | None) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=precision.base,
+        quantization_config=quantization,
+        device_map={"": 0} if precision.device.type == "cuda" else {"": "cpu"},
+        use_safetensors=True,
+        local_files_only=True,
+    )
+
+
+def _bitsandbytes(quantization: Quantization, precision: Precision) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.bnb_4bit_quant_type.value,
+        bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=precision.compute,
+    )
+
+
+def _kind(quantization: Quantization, precision: Precision) -> str:
+    """A name for all that the kept weights depend on, the libraries that made them included."""
+    double = "double" if quantization.bnb_4bit_use_double_quant else "single"
+    dtype = str(precision.base).removeprefix("torch.")
+    made_by = "-".join(metadata.version(name) for name in ("bitsandbytes", "transformers"))
+    return f"{quantization.bnb_4bit_quant_type}-{double}-{dtype}-{made_by}"

@@ -19,24 +19,19 @@ from graft_worker.training.loss import Chunk, chunk_loss
 
 Run = Callable[..., Any]
 
-# Compiling takes up to a minute, from the disk a few seconds, and saves a third of the time. A GPU computes some 2e14
-# products a second uncompiled, so a run of less work than this would be over before it pays.
-LEAST_WORK = 4e15
-
 # Variants of one layer that may be compiled: training and evaluation, local and global attention, the first shapes.
 RECOMPILE_LIMIT = 32
 
 
-def choose_compiler(model: torch.nn.Module, tokens: int) -> str | None:
-    """The compiler for a run over so many tokens, or None: the same answer however often the run is begun again.
+def choose_compiler() -> str | None:
+    """The compiler of the layers, or None where there is no GPU.
 
-    `GRAFT_COMPILER` in the environment decides for tests and benchmarks: a backend of `torch.compile`, or `none`.
+    Also for short runs: from an empty cache it takes some ten seconds, and uncompiled layers keep twice the bytes for
+    the backward pass, which nobody planned for. `GRAFT_COMPILER` in the environment decides for tests and benchmarks:
+    a backend of `torch.compile`, or `none`.
     """
-    wanted = os.environ.get("GRAFT_COMPILER")
-    if wanted is not None:
-        return None if wanted == "none" else wanted
-    worth_it = 4 * linear_weights(model) * tokens >= LEAST_WORK
-    return "inductor" if torch.cuda.is_available() and worth_it else None
+    wanted = os.environ.get("GRAFT_COMPILER", "inductor" if torch.cuda.is_available() else "none")
+    return None if wanted == "none" else wanted
 
 
 def linear_weights(module: torch.nn.Module) -> int:

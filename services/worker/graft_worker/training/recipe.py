@@ -135,8 +135,9 @@ def load(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guard
     if len(split.learnt_rows) == 0:
         raise NothingToLearn
     validation = Split.load(Path(request.validation_file)) if request.validation_file else None
+    quantised_dir = Path(request.quantised_dir) if request.quantised_dir else None
     model = attach_adapter(
-        load_base(Path(request.base_path), spec.quantization, precision),
+        load_base(Path(request.base_path), spec.quantization, precision, quantised_dir=quantised_dir),
         spec.lora,
         request.target_modules,
         base_model=request.base_model,
@@ -148,8 +149,7 @@ def load(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guard
     keys = torch.zeros(largest, dtype=torch.int32, device=precision.device)
     take_over(model, precision.compute, dropout=spec.lora.lora_dropout, keys=keys)
     steps = total_steps(spec.training, len(split))
-    tokens = round(split.lengths.mean() * sequences * steps)
-    compiler = choose_compiler(model, tokens)
+    compiler = choose_compiler()
     longest = max(split.longest, validation.longest if validation is not None else 0, SAMPLE_TOKENS)
     forward = Forward(model, precision, keys, longest=longest, chunk=compiled_loss(compiler))
     if forward.packs_densely:
