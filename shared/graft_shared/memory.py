@@ -30,7 +30,7 @@ OPTIMIZER_BYTES = {
     Optim.ADAMW_TORCH: 8.0,
 }
 MLP_TENSORS = 2  # kept per token by a SwiGLU: gate and up, from which all else is elementwise
-STREAM_BYTES_PER_HIDDEN = 6  # the layer's input, the attention's and the first product's output
+STREAM_BYTES_PER_HIDDEN = 4  # the layer's input, and the attention's after its last product
 LOSS_CHUNK_BYTES = 256 * 1024**2  # fp32 logits of one chunk
 LOSS_COPIES = 2  # 16-bit and fp32 logits or gradients of a chunk
 ALLOCATOR_SHARE = 0.03  # of the body, with expandable segments

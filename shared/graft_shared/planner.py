@@ -57,6 +57,7 @@ def _budgets(spec: JobSpec) -> list[int]:
     """Token budgets of a microbatch, largest first: whole rows of the longest sequence, halved down to one."""
     longest = spec.training.max_length
     rows = min(spec.training.sequences_per_update, max(1, LARGEST_MICROBATCH_TOKENS // longest))
+    rows = min(rows, max(spec.training.per_device_train_batch_size, LARGEST_MICROBATCH_TOKENS // 4 // longest))
     budgets = []
     while rows > 1:
         budgets.append(rows * longest)

@@ -24,6 +24,8 @@ ATTENTION = "graft_packed"
 # The kernel takes fewer heads of keys and values than of queries; from torch 2.12 on it wants to be told so.
 _VARLEN_ASKS_FOR_GROUPS = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 VARLEN_HEAD_SIZES = 256  # the largest head size that flash attention takes
+# Flash attention's first cards; older ones attend under a mask.
+_VARLEN_RUNS = varlen_attn is not None and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def register_attention() -> None:
@@ -59,7 +61,7 @@ def packed_attention(
         [1, tokens, heads, head size], and no weights.
     """
     fits_varlen = query.is_cuda and query.dtype != torch.float32 and query.shape[-1] <= VARLEN_HEAD_SIZES
-    if varlen_attn is not None and fits_varlen and softcap is None:
+    if _VARLEN_RUNS and fits_varlen and softcap is None:
         grouped: dict[str, Any] = {"enable_gqa": True} if _VARLEN_ASKS_FOR_GROUPS else {}
         window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
         out = varlen_attn(

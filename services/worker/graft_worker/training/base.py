@@ -70,7 +70,7 @@ def _load_quantised(path: Path, quantization: Quantization, precision: Precision
     """Load what an earlier run has kept, or quantise and keep; what cannot be kept or read costs time, not the run."""
     if (kept / "config.json").exists():
         try:
-            return _load(kept, precision, None)
+            return _load(kept, precision, _bitsandbytes(quantization, precision))
         except Exception as error:  # noqa: BLE001 (whatever is wrong with the copy, the base is still there)
             logger.warning("%s cannot be read and is made again: %s", kept, error)
             shutil.rmtree(kept, ignore_errors=True)

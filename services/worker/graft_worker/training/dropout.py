@@ -10,9 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-# Odd 32-bit constants as int32: Weyl's step for columns; the finalizer of MurmurHash3, which mixes every bit into every
-# other (public domain, Austin Appleby).
-COLUMN_STEP = -1640531527  # 0x9E3779B9
+# The finalizer of MurmurHash3, which mixes every bit into every other (public domain, Austin Appleby), as int32.
 FIRST, SECOND = -2048144789, -1028477387  # 0x85EBCA6B, 0xC2B2AE35
 
 
@@ -24,7 +22,8 @@ def dropped(x: torch.Tensor, keys: torch.Tensor, salt: torch.Tensor, p: float) -
         keys: int32 [tokens or more], one for each token.
         salt: int32 scalar, one for each place in the model; inputs that share it share their mask.
     """
-    columns = torch.arange(x.shape[1], dtype=torch.int32, device=x.device) * COLUMN_STEP + salt
+    # No product here: inductor would make it part of an index, and an index must not overflow (torch 2.13 gave NaN).
+    columns = torch.arange(x.shape[1], dtype=torch.int32, device=x.device) + salt
     mixed = keys[: x.shape[0], None] ^ columns[None, :]
     mixed = mixed ^ ((mixed >> 16) & 0xFFFF)
     mixed = mixed * FIRST
