@@ -1,8 +1,9 @@
-"""The whole embedded service on this machine, one job through it, and what each part took, as JSON.
+"""The whole embedded service on this machine, jobs through it one after the other, and what each part took, as JSON.
 
-    python tests/bench/serve_once.py --dims llama-3.2-1b --out result.json
+    python tests/bench/serve_once.py --dims llama-2-7b --jobs 2 --out result.json
 
-The base has random weights; rows are small prompt-completion pairs. The service is what `graft up` starts.
+The base has random weights; rows are small prompt-completion pairs. The service is what `graft up` starts. The second
+job finds the base's 4-bit weights and the compiled layers where the first one left them.
 """
 
 from __future__ import annotations
@@ -42,12 +43,13 @@ def main() -> None:
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
             wait_until(lambda: _is_ready(client) or service.poll() is not None, seconds=120, what="the service")
-            result = run_job(client, f"bench/{arguments.dims}", arguments.steps)
+            jobs = [run_job(client, f"bench/{arguments.dims}", arguments.steps) for _ in range(arguments.jobs)]
     finally:
         service.send_signal(signal.SIGINT)
         code = service.wait(timeout=90)
         print((state / "up.log").read_text()[-3000:], file=sys.stderr)
-    result |= {"launcher_exit_code": code, "command": " ".join(["python", "tests/bench/serve_once.py", *sys.argv[1:]])}
+    command = " ".join(["python", "tests/bench/serve_once.py", *sys.argv[1:]])
+    result = {"jobs": jobs, "launcher_exit_code": code, "command": command}
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
@@ -80,7 +82,11 @@ def run_job(client: httpx.Client, base_model: str, steps: int) -> dict[str, Any]
         "plan": job["plan"],
         "memory": job["memory"],
         "metrics": job["metrics"],
-        "seconds": {"accepted_in": round(accepted_in, 3), "post_to_adapter": round(took, 1)},
+        "seconds": {
+            "accepted_in": round(accepted_in, 3),
+            "post_to_adapter": round(took, 1),
+            "claim_to_first_step": claim_to_first_step(events),
+        },
         "phases": [[e["created_at"] - first["submitted"], e["data"]["phase"]] for e in events if e["type"] == "phase"],
         "losses": [event["data"]["loss"] for event in events if event["type"] == "metrics" and "loss" in event["data"]],
         "base": DIMS[base_model.partition("/")[2]],
@@ -90,6 +96,13 @@ def run_job(client: httpx.Client, base_model: str, steps: int) -> dict[str, Any]
         result |= {"proof": adapter["proof"], "versions": adapter["versions"]}
         result["files"] = {file["name"]: file["size"] for file in adapter["files"]}
     return result
+
+
+def claim_to_first_step(events: list[dict[str, Any]]) -> float | None:
+    """Seconds from the claim of the stage that trains to the figures of the first optimizer step."""
+    claims = [e["created_at"] for e in events if e["type"] == "claimed" and e["data"]["stage"] == "train"]
+    steps = [e["created_at"] for e in events if e["type"] == "metrics" and "loss" in e["data"]]
+    return round(steps[0] - claims[0], 2) if claims and steps else None
 
 
 def _is_ready(client: httpx.Client) -> bool:
@@ -104,6 +117,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dims", choices=sorted(DIMS), default="llama-3.2-1b")
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--workspace", type=Path, default=Path("/tmp/graft-bench"))
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
