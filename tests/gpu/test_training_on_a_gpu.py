@@ -12,7 +12,7 @@ from bitsandbytes.functional import dequantize_4bit
 
 from graft_shared.memory import Recompute, TrainingPlan
 from graft_shared.specs import ComputeDtype, Lora, Optim, Quantization
-from graft_worker.protocol import CheckpointEvent, ExitCode, ProgressEvent, TrainedEvent
+from graft_worker.protocol import CheckpointEvent, ExitCode, ProgressEvent, TrainedEvent, WarningEvent
 from graft_worker.training.adapters import attach_adapter, trainable
 from graft_worker.training.attention import packed_attention
 from graft_worker.training.base import choose_precision, load_base
@@ -55,6 +55,7 @@ def loaded(
     recompute: Recompute = Recompute.NONE,
     backend: str | None = None,
     dropout: float = 0.0,
+    longest: int = 512,
     compute: ComputeDtype = ComputeDtype.AUTO,
     **changes: Any,
 ) -> tuple[Any, Forward, Any]:
@@ -68,7 +69,7 @@ def loaded(
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
     keys = torch.zeros(4096, dtype=torch.int32, device=precision.device)
     take_over(adapted, precision.compute, dropout=dropout, keys=keys)
-    forward = Forward(adapted, precision, keys, longest=512, chunk=compiled_loss(backend))
+    forward = Forward(adapted, precision, keys, longest=longest, chunk=compiled_loss(backend))
     require_input_gradients(adapted)
     plan = TrainingPlan(
         recompute=recompute, recompute_every_n=1, microbatch_tokens=4096, packing=True, optim=Optim.ADAMW_TORCH
@@ -172,11 +173,43 @@ def test_captured_microbatches_have_the_gradients_of_launched_ones(
     model, forward, _ = loaded(base, recompute=recompute, backend="inductor", dropout=0.1)
     launched = [gradients(model, forward, split, [rows]) for rows in groups]
     model, forward, layers = loaded(base, recompute=recompute, backend="inductor", dropout=0.1)
-    forward.graphs = Graphs(forward.hidden, layers.settle, 4096)
+    forward.graphs = Graphs(forward.hidden, layers, 4096)
     for parameter in trainable(model):
         parameter.grad = torch.zeros_like(parameter)
     for rows, expected in zip(groups * 2, launched * 2, strict=True):
         assert apart(gradients(model, forward, split, [rows]), expected) < 0.01
+
+
+def test_a_filling_longer_than_every_sequence_spoils_no_gradient(base: Path, tmp_path: Path) -> None:
+    split = Split.load(make_prepared_split(tmp_path / "short.safetensors", [[5 + n, 6, 7, 8] * 5 for n in range(7)]))
+    expected = gradients(*loaded(base, backend="inductor")[:2], split, [list(range(7))])
+    model, forward, layers = loaded(base, backend="inductor", longest=128)
+    forward.graphs = Graphs(forward.hidden, layers, 4096)
+    for _ in range(3):
+        assert apart(gradients(model, forward, split, [list(range(7))]), expected) < 0.01
+    assert forward.graphs.failed is None
+
+
+def test_a_job_whose_rows_all_fit_one_microbatch_is_captured(base: Path, tmp_path: Path) -> None:
+    rows = make_prepared_split(tmp_path / "few.safetensors", [[5 + n] * (90 + n) for n in range(16)])
+    request = a_request(base, rows, target_modules=ALL, plan={"microbatch_tokens": 4096})
+    ended = run_trainer(tmp_path / "run", request, GRAFT_COMPILER="inductor")
+    assert ended.code == ExitCode.DONE, (ended.workdir / "log").read_text()[-3000:]
+    assert [warning.code for warning in ended.of(WarningEvent)] == []
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text", "olmo3"])
+def test_layers_with_rotary_tables_of_their_own_are_captured(tmp_path: Path, train_file: Path, model_type: str) -> None:
+    sizes = {"head_dim": 64, "sliding_window": 16, "query_pre_attn_scalar": 64} if "gemma" in model_type else {}
+    base, split = make_tiny_base(tmp_path / "base", model_type=model_type, **(SIZES | sizes)), Split.load(train_file)
+    groups = [[0, 1, 2], list(range(12)), [5], [0, 1, 2]]
+    model, forward, _ = loaded(base)
+    expected = [gradients(model, forward, split, [rows]) for rows in groups]
+    model, forward, layers = loaded(base, backend="inductor")
+    forward.graphs = Graphs(forward.hidden, layers, 4096)
+    for rows, gradient in zip(groups, expected, strict=True):
+        assert apart(gradients(model, forward, split, [rows]), gradient) < 0.03
+    assert forward.graphs.failed is None
 
 
 @pytest.mark.parametrize(

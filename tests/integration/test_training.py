@@ -43,6 +43,7 @@ from graft_worker.protocol import (
     write_deadline,
 )
 from graft_worker.training import loss as loss_module
+from graft_worker.training import recipe
 from graft_worker.training.adapters import attach_adapter, trainable
 from graft_worker.training.attention import block_mask
 from graft_worker.training.base import choose_precision, load_base
@@ -50,7 +51,7 @@ from graft_worker.training.batches import Split, microbatches, pack, update_rows
 from graft_worker.training.checkpoint import CheckpointMismatch
 from graft_worker.training.dropout import dropped, token_keys
 from graft_worker.training.ending import ending_of
-from graft_worker.training.exactness import require_exactness
+from graft_worker.training.exactness import require_exactness, said_alone, sample
 from graft_worker.training.figures import NotFinite
 from graft_worker.training.forward import Forward
 from graft_worker.training.guard import Guard, ToldToStop
@@ -117,14 +118,14 @@ class Stopper(Guard):
 
 
 def loaded(
-    base: Path, *, targets: list[str] = ALL, load_in_4bit: bool = True, dropout: float = 0.0
+    base: Path, *, targets: list[str] = ALL, load_in_4bit: bool = True, dropout: float = 0.0, fresh: bool = False
 ) -> tuple[Any, Forward]:
     precision = choose_precision(ComputeDtype.AUTO)
     model = load_base(base, Quantization(load_in_4bit=load_in_4bit), precision)
     torch.manual_seed(0)
     adapted = attach_adapter(model, Lora(lora_dropout=0.0, r=4), targets, base_model="a/b", revision="main")
     with torch.no_grad():
-        for parameter in trainable(adapted):
+        for parameter in trainable(adapted) if not fresh else ():
             parameter.copy_(torch.randn_like(parameter) * 0.05)  # a fresh lora_B is zero and would hide errors
     keys = torch.zeros(LONGEST_MICROBATCH, dtype=torch.int32)
     take_over(adapted, precision.compute, dropout=dropout, keys=keys)
@@ -161,6 +162,27 @@ def test_recomputing_changes_no_gradient(base: Path, train_file: Path, recompute
     plan = TrainingPlan(recompute=recompute, recompute_every_n=every_n, microbatch_tokens=64, packing=True, optim=optim)
     arrange_layers(forward.backbone, plan, backend=None, largest_microbatch=LONGEST_MICROBATCH)
     torch.testing.assert_close(gradients(model, forward, split, [rows], budget=64), kept, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes", "targets"),
+    [
+        ("phi", {"resid_pdrop": 0.3, "attention_dropout": 0.3, "embd_pdrop": 0.3}, ["q_proj"]),
+        ("starcoder2", {"residual_dropout": 0.3, "attention_dropout": 0.3}, ["q_proj"]),
+    ],
+)
+def test_a_base_with_dropout_of_its_own_is_trained_without_it_and_recomputing_changes_no_gradient(
+    tmp_path: Path, train_file: Path, model_type: str, sizes: dict[str, Any], targets: list[str]
+) -> None:
+    base, split = make_tiny_base(tmp_path / "base", model_type=model_type, **sizes), Split.load(train_file)
+    kept = gradients(*loaded(base, targets=targets), split, [[0, 1, 2]], budget=64)
+    model, forward = loaded(base, targets=targets)
+    plan = TrainingPlan(
+        recompute=Recompute.FULL, recompute_every_n=1, microbatch_tokens=64, packing=True, optim=Optim.ADAMW_TORCH
+    )
+    arrange_layers(forward.backbone, plan, backend=None, largest_microbatch=LONGEST_MICROBATCH)
+    assert kept.norm() > 0
+    torch.testing.assert_close(gradients(model, forward, split, [[0, 1, 2]], budget=64), kept, rtol=1e-5, atol=1e-6)
 
 
 def test_only_every_nth_layer_is_recomputed(base: Path, train_file: Path) -> None:
@@ -224,6 +246,29 @@ def test_a_layer_that_cannot_be_compiled_runs_as_it_is_and_says_so(base: Path, t
     layers = arrange_layers(forward.backbone, plan, backend="aot_eager", largest_microbatch=LONGEST_MICROBATCH)
     torch.testing.assert_close(gradients(model, forward, split, [[0, 1, 2]], budget=64), expected, rtol=1e-5, atol=1e-6)
     assert len(layers.plain) == 1
+
+
+def test_a_compiler_that_gives_up_in_the_backward_pass_costs_speed_and_no_run(
+    base: Path, train_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = a_request(base, train_file, target_modules=ALL)
+    plain, clumsy = Recorder(), Recorder()
+    train(tmp_path / "plain", request, plain, Stopper())
+    learn, calls = Forward.learn, []
+
+    def giving_up(self: Forward, batch: Any, scale: float = 1.0) -> torch.Tensor:
+        loss = learn(self, batch, scale)
+        calls.append(loss)
+        if len(calls) == 2:
+            raise torch._dynamo.exc.BackendCompilerFailed("inductor", RuntimeError("no such product"), None)
+        return loss
+
+    monkeypatch.setattr(Forward, "learn", giving_up)
+    train(tmp_path / "clumsy", request, clumsy, Stopper())
+    losses = [[event.loss for event in found.events if isinstance(event, ProgressEvent)] for found in (plain, clumsy)]
+    assert losses[0] == losses[1]
+    (warning,) = (event for event in clumsy.events if getattr(event, "code", None) == "layers_not_compiled")
+    assert "no such product" in warning.message
 
 
 def test_dropout_drops_its_share_and_the_same_numbers_however_sequences_are_packed(
@@ -302,9 +347,13 @@ def test_an_architecture_that_our_forward_pass_does_not_know_is_refused(
     tmp_path: Path, model_type: str, refused: bool
 ) -> None:
     base = make_tiny_base(tmp_path / "base", model_type=model_type)
-    model, forward = loaded(base, targets=["q_proj"])
+    precision = choose_precision(ComputeDtype.AUTO)
+    plain = load_base(base, Quantization(), precision)
+    row = sample(plain.config.vocab_size, CPU)
+    alone = said_alone(plain, row)
+    model, forward = loaded(base, targets=["q_proj"], fresh=True)
     with pytest.raises(UnsupportedBaseModel) if refused else contextlib.nullcontext():
-        require_exactness(model, forward, choose_precision(ComputeDtype.AUTO), base_model="a/b")
+        require_exactness(model, forward, row, alone, precision.compute)
 
 
 def test_only_linear_layers_of_the_blocks_can_be_targets(base: Path) -> None:
@@ -560,6 +609,23 @@ def test_every_way_to_hold_the_base_trains(
     assert isinstance(events.events[-1], TrainedEvent)
 
 
+def test_half_precision_skips_updates_that_overflow_and_halves_its_loss_scale(
+    base: Path, train_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "FIRST_LOSS_SCALE", 2.0**60)
+    spec = {
+        "quantization": {"bnb_4bit_compute_dtype": "float16"},
+        "training": {"max_steps": 5, "save_steps": 3, "optim": "adamw_torch"},
+    }
+    events = Recorder()
+    with pytest.raises(NotProven, match="as it was before training"):
+        train(tmp_path, a_request(base, train_file, spec=spec), events, Stopper())
+    (checkpoint,) = (event for event in events.events if isinstance(event, CheckpointEvent))
+    progress = json.loads((Path(checkpoint.path) / "state.json").read_text())["progress"]
+    assert (progress["step"], progress["loss_scale"]) == (3, 2.0**57)
+    assert [event.grad_norm for event in events.events if isinstance(event, ProgressEvent)] == [0.0] * 5
+
+
 def test_a_loss_that_is_no_number_fails_the_run(base: Path, train_file: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -644,8 +710,11 @@ def test_kept_4_bit_weights_are_the_same_bits_and_a_broken_copy_is_made_again(ba
     half = weights.read_bytes()[:1000]
     weights.unlink()  # not in place: what was loaded is still mapped
     weights.write_bytes(half)
+    (tmp_path / ".abandoned").mkdir()
+    os.utime(tmp_path / ".abandoned", (0, 0))
     again = matrices()
     assert weights.stat().st_size > 1000
+    assert [path.name for path in tmp_path.iterdir()] == [kept.name]
     for one, two, three in zip(made, read, again, strict=True):
         assert torch.equal(one, two)
         assert torch.equal(one, three)
@@ -655,6 +724,20 @@ def test_a_disk_that_cannot_keep_4_bit_weights_fails_no_run(base: Path, tmp_path
     nowhere = tmp_path / "file"
     nowhere.write_text("not a folder")
     assert load_base(base, Quantization(), choose_precision(ComputeDtype.AUTO), quantised_dir=nowhere)
+
+
+def test_a_checkpoint_of_another_version_is_refused(base: Path, train_file: Path, tmp_path: Path) -> None:
+    events, training = Recorder(), {"max_steps": 4, "save_steps": 2}
+    train(tmp_path / "one", a_request(base, train_file, spec={"training": training}), events, Stopper())
+    (checkpoint,) = (event for event in events.events if isinstance(event, CheckpointEvent))
+    path = Path(checkpoint.path) / "state.safetensors"
+    tensors = load_file(path)
+    tensors["optimizer.master"] = tensors.pop("optimizer.weights")
+    path.unlink()
+    save_file(tensors, path)
+    request = a_request(base, train_file, spec={"training": training}, checkpoint_path=checkpoint.path)
+    with pytest.raises(CheckpointMismatch, match="another version"):
+        train(tmp_path / "two", request, Recorder(), Stopper())
 
 
 def test_the_base_is_frozen_and_keeps_its_types(base: Path) -> None:

@@ -7,11 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from graft_shared.clock import boottime
 from graft_shared.specs import Training
 from graft_worker.protocol import write_deadline
-from graft_worker.training.batches import Split, microbatches, update_rows
+from graft_worker.training.batches import Split, largest_microbatch, microbatches, update_rows
+from graft_worker.training.graphs import SIZE_STEP, size_for
 from graft_worker.training.guard import Guard, LeaseOver
 from graft_worker.training.schedule import evaluation_is_due, save_is_due, total_steps, warmup_steps
 
@@ -33,6 +36,29 @@ def test_a_sequence_teaches_nothing_by_its_first_token() -> None:
     assert batch.predictors.tolist() == [1, 3]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0]]
     assert batch.cu_seq_lens.tolist() == [0, 3, 5, 6]
+
+
+@given(tokens=st.integers(1, 16_384))
+def test_a_microbatch_is_filled_up_a_little_to_one_of_few_sizes(tokens: int) -> None:
+    size = size_for(tokens)
+    assert tokens <= size < tokens + max(SIZE_STEP, tokens / 16)
+    assert size % SIZE_STEP == 0
+    assert size_for(size) == size
+
+
+def test_there_are_at_most_32_sizes_to_an_octave() -> None:
+    for low in (1024, 2048, 4096, 8192):
+        assert len({size_for(tokens) for tokens in range(low + 1, 2 * low + 1)}) <= 32
+
+
+def test_no_microbatch_is_larger_than_the_largest() -> None:
+    split = a_split(*([[1] * length for length in (9, 30, 2, 7, 12)]))
+    for budget in (30, 40, 100):
+        largest = largest_microbatch(split, budget=budget, sequences_per_update=2)
+        assert largest == min(42, budget)
+        for rows in ([0, 1], [1, 4], [2, 3]):
+            for batch in microbatches(split, np.array(rows), budget=budget, packing=True, device=CPU):
+                assert batch.real_tokens <= largest
 
 
 def test_empty_rows_are_passed_over() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -15,8 +16,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from graft_shared.specs import ComputeDtype, Quantization
 from graft_worker.training.attention import ATTENTION, register_attention
+from graft_worker.training.durable import sync_folder
 
 logger = logging.getLogger(__name__)
+
+RANDOM_WORDS = ("dropout", "pdrop", "layerdrop", "jitter")  # in the names of what transformers' modules draw by
+ABANDONED_SECONDS = 3600.0  # longer than any base takes to be written
 
 BF16_CAPABILITY = (8, 0)  # older cards have no bfloat16 products
 
@@ -63,6 +68,11 @@ def load_base(
     model.set_attn_implementation(ATTENTION)
     model.requires_grad_(False)
     model.config.use_cache = False
+    _silence_dropout(model)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes' own forward in eval mode would repack the weights in place, where others still read them.
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (bitsandbytes is untyped)
     return model
 
 
@@ -71,18 +81,51 @@ def _load_quantised(path: Path, quantization: Quantization, precision: Precision
     if (kept / "config.json").exists():
         try:
             return _load(kept, precision, _bitsandbytes(quantization, precision))
+        except (torch.cuda.OutOfMemoryError, MemoryError):
+            raise
         except Exception as error:  # noqa: BLE001 (whatever is wrong with the copy, the base is still there)
             logger.warning("%s cannot be read and is made again: %s", kept, error)
-            shutil.rmtree(kept, ignore_errors=True)
+            _remove(kept)
     model = _load(path, precision, _bitsandbytes(quantization, precision))
-    partial = kept.with_name(f".{kept.name}.{uuid4().hex}")  # other workers of the host may be at the same
+    partial = kept.with_name(f".{uuid4().hex}")  # other workers of the host may be at the same
     try:
+        _remove_abandoned(kept.parent)
         model.save_pretrained(partial)
+        sync_folder(partial)
         partial.rename(kept)
     except Exception as error:  # noqa: BLE001 (a full disk, or an architecture that cannot be saved in 4 bits)
         logger.warning("The 4-bit weights are not kept: %s", error)
         shutil.rmtree(partial, ignore_errors=True)
     return model
+
+
+def _remove(kept: Path) -> None:
+    """Take it away in one go, and only what is there now: another worker may be making it anew."""
+    aside = kept.with_name(f".{uuid4().hex}")
+    try:
+        kept.rename(aside)
+    except OSError:
+        return  # somebody was faster
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what runs that were killed while they wrote have left."""
+    for path in folder.glob(".*"):
+        if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _silence_dropout(model: torch.nn.Module) -> None:
+    """Turn the base's own dropout and jitter off: they draw from a generator, which packing, recomputing and capturing
+    would all ask at other times. What regularises is the adapter's dropout.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and any(word in name for word in RANDOM_WORDS):
+                setattr(module, name, 0.0)
 
 
 def _load(path: Path, precision: Precision, quantization: BitsAndBytesConfig | None) -> Any:

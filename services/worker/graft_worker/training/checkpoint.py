@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from graft_worker.protocol import TrainRequest
+from graft_worker.training.durable import sync, sync_folder
 from graft_worker.training.guard import Guard
 from graft_worker.training.optimizer import FlatOptimizer
 
@@ -63,12 +63,10 @@ def save_checkpoint(
     )
     facts = {"fingerprint": fingerprint(request), "optimizer": numbers, "progress": asdict(progress)}
     (partial / _NUMBERS).write_text(json.dumps(facts))
-    for name in (_TENSORS, _NUMBERS):
-        _sync(partial / name)
-    _sync(partial)
+    sync_folder(partial)
     guard.check_lease()
     partial.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     return final
 
 
@@ -82,6 +80,8 @@ def resume_from(folder: Path, request: TrainRequest, optimizer: FlatOptimizer) -
     if facts["fingerprint"] != fingerprint(request):
         raise CheckpointMismatch("the checkpoint was made with another recipe, base or data")
     tensors = load_file(folder / _TENSORS)
+    if "optimizer.weights" not in tensors:
+        raise CheckpointMismatch("the checkpoint was made by another version of the trainer")
     prefix = "optimizer."
     optimizer.load({name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)},
                    facts["optimizer"])  # fmt: skip
@@ -100,11 +100,3 @@ def restore_random_state(tensors: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(tensors["rng.cpu"])
     if torch.cuda.is_available() and "rng.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng.cuda"])
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

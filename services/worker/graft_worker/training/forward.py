@@ -11,7 +11,7 @@ from graft_worker.training.attention import ATTENTION, block_mask
 from graft_worker.training.base import Precision
 from graft_worker.training.batches import Microbatch
 from graft_worker.training.graphs import Graphs
-from graft_worker.training.loss import Chunk, Head, chunk_loss, head_of, summed_cross_entropy
+from graft_worker.training.loss import Chunk, Head, chunk_loss, head_of, summed_cross_entropy, summed_loss
 
 
 class Forward:
@@ -28,7 +28,7 @@ class Forward:
         self._precision = precision
         self._keys = keys
         self._longest = longest  # one number for all batches: a compiled layer holds it as a constant
-        self._chunk = chunk
+        self.chunk = chunk
         self.graphs: Graphs | None = None
         self.packs_densely = base.config.get_text_config()._attn_implementation != ATTENTION
 
@@ -48,7 +48,7 @@ class Forward:
 
     @torch.no_grad()
     def _scaled_loss(self, hidden: torch.Tensor, batch: Microbatch, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        loss, gradient = summed_cross_entropy(hidden, batch.predictors, batch.targets, self._head, self._chunk)
+        loss, gradient = summed_cross_entropy(hidden, batch.predictors, batch.targets, self._head, self.chunk)
         return loss, gradient if scale == 1.0 else gradient * scale
 
     @torch.no_grad()
@@ -85,7 +85,7 @@ class Forward:
         self._model.eval()
         total, learnt = torch.zeros((), dtype=torch.float64, device=self._precision.device), 0
         for batch in batches:
-            total += self._scaled_loss(self.hidden(batch), batch, 1.0)[0]
+            total += summed_loss(self.hidden(batch), batch.predictors, batch.targets, self._head)
             learnt += len(batch.targets)
         self._model.train()
         return float(total) / max(1, learnt)

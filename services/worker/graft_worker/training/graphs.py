@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from graft_worker.training.batches import Microbatch
+from graft_worker.training.layers import Layers
 
 Loss = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -20,12 +21,20 @@ Loss = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 # compiled layer takes 1 to 2 ms to launch, each way; on an H200 a layer of 202 million weights takes as long for some
 # 2,500 tokens, and at 3,500 of them the device was still idle for 15 % of the time.
 HOST_BOUND = 2e12
-SIZE_STEP = 128  # tokens between two sizes
+MOST_TOKENS = 16_384  # beyond, no layer is so small that launching it would matter
+SIZE_STEP = 128  # tokens between two sizes, at least
+SIZES_PER_OCTAVE = 32  # between 4,096 and 8,192 tokens, say: so that no more than 3 % are filling
 
 
 def is_host_bound(microbatch_tokens: int, weights_per_layer: int) -> bool:
     """Whether launching would take longer than computing."""
-    return microbatch_tokens * weights_per_layer < HOST_BOUND
+    return microbatch_tokens <= MOST_TOKENS and microbatch_tokens * weights_per_layer < HOST_BOUND
+
+
+def size_for(tokens: int) -> int:
+    """The size that a microbatch is filled up to."""
+    step = max(SIZE_STEP, (1 << (tokens - 1).bit_length()) // 2 // SIZES_PER_OCTAVE)
+    return -(-tokens // step) * step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,62 +49,88 @@ class _Captured:
 class Graphs:
     """The backbone, captured once for each size of microbatch."""
 
-    def __init__(
-        self, hidden_of: Callable[[Microbatch], torch.Tensor], settle: Callable[[], None], largest_microbatch: int
-    ) -> None:
-        """Args: `hidden_of` runs the backbone; `settle` joins every stream that it uses with the current one."""
-        self._hidden_of, self._settle = hidden_of, settle
-        self._largest = _size_of(largest_microbatch)
+    def __init__(self, hidden_of: Callable[[Microbatch], torch.Tensor], layers: Layers, largest: int) -> None:
+        """Args: `hidden_of` runs the backbone over `layers`; `largest` is the largest size, in tokens."""
+        self._hidden_of, self._layers, self._largest = hidden_of, layers, largest
         self._captured: dict[tuple[int, int], _Captured] = {}
         self._pool: Any = torch.cuda.graph_pool_handle()
-        # What goes between the two graphs, for all sizes; made by the first microbatch.
-        self._hidden: torch.Tensor | None = None
-        self._gradient: torch.Tensor | None = None
+        self._between: tuple[torch.Tensor, torch.Tensor] | None = None  # hidden states and their gradient, of any size
+        self.failed: str | None = None  # why nothing is captured any more
 
     def learn(self, batch: Microbatch, loss_of: Loss) -> torch.Tensor:
         """Run forward, loss and backward; the gradients are added to the adapter's."""
-        if self._hidden is None or self._gradient is None:
-            return self._launch(batch, loss_of)
-        tokens = batch.real_tokens
-        key = _size_of(tokens), 1 << len(batch.cu_seq_lens).bit_length()
+        key = size_for(batch.real_tokens), 1 << len(batch.cu_seq_lens).bit_length()
+        if self.failed is not None:
+            return self._launch(batch, batch, loss_of)
+        if self._between is None:
+            return self._warm_up(batch, *key, loss_of)
         captured = self._captured.get(key)
         if captured is None:
-            captured = self._captured[key] = self._capture(batch, *key)
+            try:
+                captured = self._captured[key] = self._capture(batch, *key)
+            except RuntimeError as error:
+                _raise_out_of_memory(error)
+                self.failed = str(error).strip().splitlines()[0]
+                torch.cuda.synchronize()
+                return self._launch(batch, batch, loss_of)
+        hidden, gradient = self._between
+        tokens = batch.real_tokens
         _fill(captured.batch, batch)
         captured.forward.replay()
-        loss, self._gradient[:tokens] = loss_of(self._hidden[:tokens])
-        self._gradient[tokens : key[0]] = 0
+        loss, gradient[:tokens] = loss_of(hidden[:tokens])
+        gradient[tokens : key[0]] = 0
         captured.backward.replay()
         return loss
 
-    def _launch(self, batch: Microbatch, loss_of: Loss) -> torch.Tensor:
-        """The first microbatch compiles and sets libraries up, which cannot be captured."""
-        hidden = self._hidden_of(batch)
-        loss, gradient = loss_of(hidden.detach())
+    def _launch(self, held: Microbatch, batch: Microbatch, loss_of: Loss) -> torch.Tensor:
+        """Run a microbatch, which `held` may be filled up from, without a graph."""
+        hidden = self._hidden_of(held)
+        tokens = batch.real_tokens
+        gradient = torch.zeros_like(hidden)
+        loss, gradient[:tokens] = loss_of(hidden.detach()[:tokens])
         hidden.backward(gradient)  # type: ignore[no-untyped-call]
-        self._hidden, self._gradient = hidden.new_empty(2, self._largest, hidden.shape[1], requires_grad=False)
-        del hidden, gradient
+        return loss
+
+    def _warm_up(self, batch: Microbatch, size: int, sequences: int, loss_of: Loss) -> torch.Tensor:
+        """The first microbatch compiles and sets libraries up, which cannot be captured; so does a second size."""
+        held = _empty(batch, size, sequences)
+        _fill(held, batch)
+        loss = self._launch(held, batch, loss_of)
+        other = size - SIZE_STEP if size > SIZE_STEP else min(size + SIZE_STEP, self._largest)
+        hidden = self._hidden_of(_empty(batch, other, sequences))
+        hidden.backward(torch.zeros_like(hidden))  # type: ignore[no-untyped-call]  # adds nothing to any gradient
+        between = hidden.new_empty(2, self._largest, hidden.shape[1], requires_grad=False)
+        del hidden
+        if self._layers.plain:  # what cannot be compiled may well look at numbers on the host
+            self.failed = "its layers are not compiled"
+            return loss
+        self._between = between[0], between[1]
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the graphs' own pool takes the memory over
         return loss
 
     def _capture(self, like: Microbatch, size: int, sequences: int) -> _Captured:
-        assert self._hidden is not None and self._gradient is not None  # noqa: S101 (made by the first microbatch)
+        assert self._between is not None  # noqa: S101 (made by the first microbatch)
         held = _empty(like, size, sequences)
         torch.cuda.synchronize()
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(forward, pool=self._pool):
             hidden = self._hidden_of(held)
-            self._hidden[:size].copy_(hidden.detach())
-            self._settle()
+            self._between[0][:size].copy_(hidden.detach())
+            self._layers.settle()
         with torch.cuda.graph(backward, pool=self._pool):
-            hidden.backward(self._gradient[:size])  # type: ignore[no-untyped-call]
-            self._settle()
+            hidden.backward(self._between[1][:size])  # type: ignore[no-untyped-call]
+            self._layers.settle()
         return _Captured(batch=held, forward=forward, backward=backward)
 
 
-def _size_of(tokens: int) -> int:
-    return -(-tokens // SIZE_STEP) * SIZE_STEP
+def _raise_out_of_memory(error: BaseException) -> None:
+    """Raise the out-of-memory that lies behind an error: the end of a broken capture hides it."""
+    behind: BaseException | None = error
+    while behind is not None:
+        if isinstance(behind, torch.cuda.OutOfMemoryError):
+            raise behind
+        behind = behind.__cause__ or behind.__context__
 
 
 def _empty(like: Microbatch, size: int, sequences: int) -> Microbatch:

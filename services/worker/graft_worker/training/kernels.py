@@ -12,7 +12,7 @@ WORDS_PER_PROGRAM = 512  # of 8 weights each
 WARPS = 4
 
 # What Triton compiled, by what it specialises on. Its own launcher takes longer on the host than the kernel runs.
-_compiled: dict[tuple[bool, torch.dtype, bool], Any] = {}
+_compiled: dict[tuple[bool, torch.dtype, bool, bool], Any] = {}
 
 
 def dequantise_4bit(parts: list[torch.Tensor], levels: torch.Tensor, out: torch.Tensor) -> None:
@@ -33,7 +33,7 @@ def dequantise_4bit(parts: list[torch.Tensor], levels: torch.Tensor, out: torch.
     nested_absmax, nested_code, offset = parts[2:] if nested else (absmax, absmax, absmax)
     tensors = (packed.view(-1).view(torch.int32), levels, absmax, nested_absmax, nested_code, offset, out)
     grid = (triton.cdiv(words, WORDS_PER_PROGRAM), 1, 1)
-    key = nested, out.dtype, words % 16 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    key = nested, out.dtype, words % 16 == 0, all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
     kernel = _compiled.get(key)
     if kernel is None:
         _compiled[key] = _dequantise[grid](

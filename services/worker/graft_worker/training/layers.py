@@ -19,6 +19,9 @@ from graft_worker.training.loss import Chunk, chunk_loss
 
 Run = Callable[..., Any]
 
+# `FailOnRecompileLimitHit` is no TorchDynamoException.
+CompilerGaveUp = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
+
 # Variants of one layer that may be compiled: training and evaluation, local and global attention, the first shapes.
 RECOMPILE_LIMIT = 32
 
@@ -47,6 +50,10 @@ class Layers:
     plain: dict[str, str] = field(default_factory=dict)  # kind of layer -> why it runs uncompiled
     parking: Parking | None = None
 
+    def give_up_compiling(self, error: Exception) -> None:
+        """Run every layer as it is from now on."""
+        self.plain |= dict.fromkeys(map(_kind, self.blocks), _first_line(error))
+
     def settle(self) -> None:
         """Join every stream that the layers use with the current one."""
         if self.parking is not None:
@@ -71,7 +78,7 @@ def arrange_layers(
     _configure_compiler()
     if plan.recompute is Recompute.OFFLOAD and torch.cuda.is_available():
         layers.parking = Parking(largest_microbatch)
-    marked: list[Any] = [None]
+    marked = _Marked()
     for index, layer in enumerate(layers.blocks):
         run: Run = layer.forward
         if backend is not None:
@@ -110,24 +117,42 @@ def _kind(layer: torch.nn.Module) -> str:
 class _Compiled:
     """A layer's forward under the compiler; where the compiler gives up, the plain one, for all layers of its kind."""
 
-    def __init__(self, run: Run, backend: str, kind: str, plain: dict[str, str], marked: list[Any]) -> None:
+    def __init__(self, run: Run, backend: str, kind: str, plain: dict[str, str], marked: _Marked) -> None:
         self._run = run
         self._compiled = torch.compile(run, backend=backend, fullgraph=True)
         self._kind, self._plain = kind, plain
-        self._marked = marked  # the borders of the microbatch whose arguments are marked: all layers get the same ones
+        self._marked = marked
 
     def __call__(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._kind in self._plain:
             return self._run(hidden, *args, **kwargs)
-        borders = kwargs.get("cu_seq_lens_q")
-        known = borders is not None and borders is self._marked[0]
-        _mark_lengths(hidden.shape[1], *([hidden] if known else [hidden, *args, *kwargs.values()]))
-        self._marked[0] = borders
+        self._marked.mark(hidden, *args, **kwargs)
         try:
             return self._compiled(hidden, *args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            self._plain[self._kind] = str(error).strip().splitlines()[0]
+        except CompilerGaveUp as error:
+            self._plain[self._kind] = _first_line(error)
             return self._run(hidden, *args, **kwargs)
+
+
+class _Marked:
+    """Tells the compiler from the first call on which sizes will change: tokens, and sequences in a row.
+
+    Most layers of a microbatch get the very same tensors beside their input: each is marked once.
+    """
+
+    def __init__(self) -> None:
+        self._borders: Any = None
+        self._known: set[int] = set()
+
+    def mark(self, hidden: torch.Tensor, *args: Any, cu_seq_lens_q: torch.Tensor | None = None, **kwargs: Any) -> None:
+        """Mark a layer's arguments."""
+        if cu_seq_lens_q is None or cu_seq_lens_q is not self._borders:  # another microbatch: its tensors are new
+            self._borders = cu_seq_lens_q
+            self._known.clear()
+        for value in _tensors([hidden, cu_seq_lens_q, *args, *kwargs.values()]):
+            if value is hidden or id(value) not in self._known:
+                self._known.add(id(value))
+                _mark_lengths(hidden.shape[1], value)
 
 
 def compiled_loss(backend: str | None) -> Chunk:
@@ -144,12 +169,15 @@ def compiled_loss(backend: str | None) -> Chunk:
     return loss
 
 
-def _mark_lengths(tokens: int, *values: Any) -> None:
-    """Tell the compiler from the first call on which sizes will change: tokens, and sequences in a row."""
-    for value in _tensors(list(values)):
-        for dimension, size in enumerate(value.shape):
-            if size == tokens or (value.dim() == 1 and value.dtype == torch.int32):
-                torch._dynamo.maybe_mark_dynamic(value, dimension)
+def _mark_lengths(tokens: int, value: torch.Tensor) -> None:
+    for dimension, size in enumerate(value.shape):
+        if size == tokens or (value.dim() == 1 and value.dtype == torch.int32):
+            torch._dynamo.maybe_mark_dynamic(value, dimension)
+
+
+def _first_line(error: Exception) -> str:
+    cause = getattr(error, "inner_exception", None) or error  # what lies behind `BackendCompilerFailed`
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0]
 
 
 def _tensors(values: list[Any]) -> list[torch.Tensor]:

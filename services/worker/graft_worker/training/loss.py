@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,15 +58,25 @@ def summed_cross_entropy(
     Returns:
         The loss in nats, fp32 scalar, and the gradient, [tokens, hidden size], in the type of `hidden`.
     """
-    tokens = max(FEWEST_CHUNK_TOKENS, LOSS_CHUNK_BYTES // (4 * len(head.weight)))
     gradient = torch.zeros_like(hidden)
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    for start in range(0, len(targets), tokens):
-        at = predictors[start : start + tokens]
-        wanted = targets[start : start + tokens]
+    for at, wanted in _chunks(predictors, targets, head):
         loss, gradient[at] = chunk(hidden[at], wanted, head.weight, head.bias, head.scale, head.cap)
         total += loss
     return total, gradient
+
+
+def summed_loss(hidden: torch.Tensor, predictors: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
+    """The loss of `summed_cross_entropy` alone."""
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    for at, wanted in _chunks(predictors, targets, head):
+        total += functional.cross_entropy(head.logits(hidden[at]), wanted, reduction="sum")
+    return total
+
+
+def _chunks(predictors: torch.Tensor, targets: torch.Tensor, head: Head) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    tokens = max(FEWEST_CHUNK_TOKENS, LOSS_CHUNK_BYTES // (4 * len(head.weight)))
+    return zip(torch.split(predictors, tokens), torch.split(targets, tokens), strict=True)
 
 
 def chunk_loss(

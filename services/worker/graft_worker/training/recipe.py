@@ -45,12 +45,13 @@ from graft_worker.training.checkpoint import (
     resume_from,
     save_checkpoint,
 )
-from graft_worker.training.exactness import SAMPLE_TOKENS, require_exactness
+from graft_worker.training.exactness import require_exactness, said_alone, sample
 from graft_worker.training.figures import Figures, NotFinite
 from graft_worker.training.forward import Forward
-from graft_worker.training.graphs import Graphs, is_host_bound
+from graft_worker.training.graphs import SIZE_STEP, Graphs, is_host_bound, size_for
 from graft_worker.training.guard import Guard, ToldToStop
 from graft_worker.training.layers import (
+    CompilerGaveUp,
     Layers,
     arrange_layers,
     choose_compiler,
@@ -58,6 +59,7 @@ from graft_worker.training.layers import (
     require_input_gradients,
 )
 from graft_worker.training.linear import take_over
+from graft_worker.training.loss import chunk_loss
 from graft_worker.training.optimizer import FlatOptimizer
 from graft_worker.training.proof import prove
 from graft_worker.training.publish import write_adapter, write_card, write_metrics
@@ -136,30 +138,29 @@ def load(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guard
         raise NothingToLearn
     validation = Split.load(Path(request.validation_file)) if request.validation_file else None
     quantised_dir = Path(request.quantised_dir) if request.quantised_dir else None
-    model = attach_adapter(
-        load_base(Path(request.base_path), spec.quantization, precision, quantised_dir=quantised_dir),
-        spec.lora,
-        request.target_modules,
-        base_model=request.base_model,
-        revision=request.base_revision,
-    )
+    base = load_base(Path(request.base_path), spec.quantization, precision, quantised_dir=quantised_dir)
+    row = sample(base.config.get_text_config().vocab_size, precision.device)
+    alone = said_alone(base, row)
     guard.check()
+    model = attach_adapter(
+        base, spec.lora, request.target_modules, base_model=request.base_model, revision=request.base_revision
+    )
     sequences = spec.training.sequences_per_update
     largest = largest_microbatch(split, budget=plan.microbatch_tokens, sequences_per_update=sequences)
+    largest = size_for(max(largest, row.real_tokens))
     keys = torch.zeros(largest, dtype=torch.int32, device=precision.device)
     take_over(model, precision.compute, dropout=spec.lora.lora_dropout, keys=keys)
-    steps = total_steps(spec.training, len(split))
     compiler = choose_compiler()
-    longest = max(split.longest, validation.longest if validation is not None else 0, SAMPLE_TOKENS)
+    longest = max(split.longest, validation.longest if validation is not None else 0, SIZE_STEP)
     forward = Forward(model, precision, keys, longest=longest, chunk=compiled_loss(compiler))
     if forward.packs_densely:
         message = "This architecture keeps packed sequences apart by a dense mask: exact, but slower."
         events.emit(WarningEvent(code="dense_attention_mask", message=message))
-    require_exactness(model, forward, precision, base_model=request.base_model)
+    require_exactness(model, forward, row, alone, precision.compute)
     require_input_gradients(model)
     layers = arrange_layers(forward.backbone, plan, backend=compiler, largest_microbatch=largest)
     if compiler is not None and precision.device.type == "cuda" and is_host_bound(largest, layers.weights):
-        forward.graphs = Graphs(forward.hidden, layers.settle, largest)
+        forward.graphs = Graphs(forward.hidden, layers, largest)
     model.train()
     optimizer = FlatOptimizer(trainable(model), spec.training)
     progress = Progress(loss_scale=FIRST_LOSS_SCALE if precision.scales_loss else 1.0)
@@ -179,7 +180,7 @@ def load(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guard
         forward=forward,
         optimizer=optimizer,
         progress=progress,
-        total_steps=steps,
+        total_steps=total_steps(spec.training, len(split)),
         saved_step=progress.step,
         layers=layers,
     )
@@ -222,18 +223,18 @@ def update(run: Run) -> Figures:
     training, progress = run.spec.training, run.progress
     rows = update_rows(run.train, progress.step, sequences_per_update=training.sequences_per_update, seed=training.seed)
     learning_rate = learning_rate_at(progress.step, training, run.total_steps)
-    total = torch.zeros((), dtype=torch.float32, device=run.precision.device)
-    learnt = tokens = 0
     before = random_state()
     try:
-        for batch in _batches(run, run.train, rows, update=(training.seed, progress.step)):
-            if len(batch.targets):
-                total += run.forward.learn(batch, progress.loss_scale)
-            learnt += len(batch.targets)
-            tokens += batch.real_tokens
+        try:
+            total, learnt, tokens = _gather(run, rows)
+        except CompilerGaveUp as error:  # in the backward pass or the loss; forward passes help themselves
+            run.layers.give_up_compiling(error)
+            run.forward.chunk = chunk_loss
+            run.optimizer.clear()
+            total, learnt, tokens = _gather(run, rows)
         run.guard.check()
     except ToldToStop:
-        run.optimizer.clear()  # half an update is none, and what the base's own dropout drew was never drawn
+        run.optimizer.clear()  # half an update is none, and what was drawn for it was never drawn
         restore_random_state(before)
         raise
     norm = _apply(run, learnt, learning_rate)
@@ -248,6 +249,19 @@ def update(run: Run) -> Figures:
         tokens_learnt=learnt,
         rate=learning_rate,
     )
+
+
+def _gather(run: Run, rows: np.ndarray) -> tuple[torch.Tensor, int, int]:
+    """Add the gradients of these rows; return the summed loss, the learnt tokens and all tokens."""
+    progress = run.progress
+    total = torch.zeros((), dtype=torch.float32, device=run.precision.device)
+    learnt = tokens = 0
+    for batch in _batches(run, run.train, rows, update=(run.spec.training.seed, progress.step)):
+        if len(batch.targets):
+            total += run.forward.learn(batch, progress.loss_scale)
+        learnt += len(batch.targets)
+        tokens += batch.real_tokens
+    return total, learnt, tokens
 
 
 def _apply(run: Run, learnt: int, learning_rate: float) -> torch.Tensor:
@@ -308,7 +322,7 @@ def settle(run: Run) -> None:
     )
     run.events.emit(event)
     run.progress.lines.append(event.model_dump(exclude={"event"}))
-    _tell_of_plain_layers(run)
+    _tell_of_fallbacks(run)
 
 
 def restart_clock(run: Run) -> None:
@@ -317,12 +331,17 @@ def restart_clock(run: Run) -> None:
     run.moments.append((time.monotonic(), run.progress.tokens_seen))
 
 
-def _tell_of_plain_layers(run: Run) -> None:
+def _tell_of_fallbacks(run: Run) -> None:
     if run.layers.plain and not run.told_of_plain_layers:
         run.told_of_plain_layers = True
         reasons = "; ".join(sorted(set(run.layers.plain.values())))
         message = f"Some layers of this base could not be compiled and run slower: {reasons}"
         run.events.emit(WarningEvent(code="layers_not_compiled", message=message))
+    graphs = run.forward.graphs
+    if graphs is not None and graphs.failed is not None:
+        run.forward.graphs = None
+        message = f"Microbatches could not be captured and are launched one kernel at a time: {graphs.failed}"
+        run.events.emit(WarningEvent(code="microbatches_not_captured", message=message))
 
 
 def evaluate(run: Run) -> None:
