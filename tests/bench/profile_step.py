@@ -12,7 +12,6 @@ import json
 import os
 import re
 import statistics
-import sys
 import time
 from collections import defaultdict
 from typing import Any
@@ -25,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from graft_worker.protocol import EventWriter
 from graft_worker.training import recipe
 from graft_worker.training.versions import versions
-from tests.bench.train_once import DIMS, arguments_of, make_base, make_request, make_workload
+from tests.bench.train_once import DIMS, arguments_of, command_line, make_base, make_request, make_workload
 
 WARM_UP, TIMED, PROFILED = 6, 20, 3
 # Kernels by what they do, the first pattern that matches; the rest is `other`.
@@ -91,7 +90,7 @@ def main() -> None:
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
         "plain_layers": run.layers.plain,
         "versions": versions(),
-        "command": " ".join(["python", "tests/bench/profile_step.py", *sys.argv[1:]]),
+        "command": command_line(),
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from transformers import (
 
 from graft_worker.training.batches import Split, update_rows
 from graft_worker.training.versions import versions
-from tests.bench.train_once import DIMS, WORKLOADS, make_base, make_workload
+from tests.bench.train_once import DIMS, WORKLOADS, command_line, make_base, make_workload
 
 PER_DEVICE, ACCUMULATION, SEED = 4, 4, 42
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -86,7 +85,7 @@ def main() -> None:
             "allocated_peak_bytes": torch.cuda.max_memory_allocated(),
         },
         "versions": versions(),
-        "command": " ".join(["python", "tests/bench/reference.py", *sys.argv[1:]]),
+        "command": command_line(),
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -20,7 +20,7 @@ from typing import Any
 
 import httpx
 
-from tests.bench.train_once import DIMS, make_base
+from tests.bench.train_once import DIMS, command_line, make_base
 from tests.factories import make_tokenizer
 from tests.waiting import free_port, wait_until
 
@@ -48,8 +48,7 @@ def main() -> None:
         service.send_signal(signal.SIGINT)
         code = service.wait(timeout=90)
         print((state / "up.log").read_text()[-3000:], file=sys.stderr)
-    command = " ".join(["python", "tests/bench/serve_once.py", *sys.argv[1:]])
-    result = {"jobs": jobs, "launcher_exit_code": code, "command": command}
+    result = {"jobs": jobs, "launcher_exit_code": code, "command": command_line()}
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 

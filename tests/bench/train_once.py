@@ -196,7 +196,7 @@ def train(request: TrainRequest, workdir: Path) -> dict[str, Any]:
         "memory": trained.memory,
         "proof": trained.proof,
         "versions": trained.versions,
-        "command": " ".join(["python", "tests/bench/train_once.py", *sys.argv[1:]]),
+        "command": command_line(),
     }
 
 
@@ -204,6 +204,13 @@ def predict(base: Path, request: TrainRequest) -> dict[str, Any]:
     """What the capacity table would have said."""
     shape = shape_of(base, request.base_model)
     return estimate(shape, JobSpec.model_validate(request.spec), TrainingPlan.from_dict(request.plan)).to_dict()
+
+
+def command_line() -> str:
+    """How this figure is made again, without where its files lay."""
+    words = ["python", f"tests/bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]
+    places = {"--out", "--workspace"}
+    return " ".join(word for word, before in zip(words, ["", *words], strict=False) if not {word, before} & places)
 
 
 def shape_of(base: Path, base_model: str) -> ModelShape:

@@ -52,13 +52,13 @@ def wheels_served() -> Iterator[str]:
 
 
 def debian_mirror(name: str = "debian") -> str:
-    """The archive of this name (`debian` or `debian-security`) that this machine's apt uses, else the usual one."""
+    """The archive of this name (`debian` or `debian-security`) that this machine's apt uses."""
     for file in sorted([Path("/etc/apt/sources.list"), *Path("/etc/apt/sources.list.d").glob("*")]):
         for line in file.read_text().splitlines() if file.is_file() else []:
             found = re.search(rf"https?://\S+/{name}/?(?=\s|$)", line.partition("#")[0])
             if found:
                 return found[0].rstrip("/")
-    return f"http://deb.debian.org/{name}"
+    raise LookupError(f"this machine's apt has no source '{name}': the stand-ins are made from Debian's archive")
 
 
 def apt_sources() -> str:
