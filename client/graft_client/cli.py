@@ -18,6 +18,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from typer.core import TyperGroup
 
 from graft_client import tables
@@ -251,7 +252,9 @@ def _answer(document: Any, shown: Any, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(document, indent=2))
     else:
-        Console().print(shown, soft_wrap=isinstance(shown, str))
+        console = Console()
+        console.width = tables.as_wide_as(console, shown) if isinstance(shown, Table) else console.width
+        console.print(shown, soft_wrap=isinstance(shown, str))
 
 
 def _notice(text: str) -> None:

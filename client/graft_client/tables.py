@@ -78,7 +78,7 @@ def status_words(job: dict[str, Any]) -> str:
 
 def jobs_table(jobs: Iterable[dict[str, Any]]) -> Table:
     """Jobs, one a line."""
-    table = Table("job", "status", "base model", "GPU class", "step", "loss", "created", box=None, pad_edge=False)
+    table = _whole_words("job", "status", "base model", "GPU class", "step", "loss", "created")
     for job in jobs:
         progress, loss = job.get("progress") or {}, (job.get("metrics") or {}).get("train_loss")
         total = progress.get("total_steps")
@@ -161,11 +161,25 @@ def rows_table(rows: Iterable[dict[str, Any]]) -> Table:
     rows = list(rows)
     flat = [{k: v for k, v in row.items() if not isinstance(v, list | dict) and k != "object"} for row in rows]
     columns = list(dict.fromkeys(key for row in flat for key in row))
-    table = Table(*[column.removesuffix("_bytes").replace("_", " ") for column in columns], box=None, pad_edge=False)
+    table = _whole_words(*[column.removesuffix("_bytes").replace("_", " ") for column in columns])
     for row in flat:
         cells = [gib(row.get(key)) if key.endswith("_bytes") else _text(row.get(key)) for key in columns]
         table.add_row(*map(escape, cells))
     return table
+
+
+def _whole_words(*columns: str) -> Table:
+    """A table that is never cut: what it shows, an id above all, is there to be copied. Print it with `as_wide_as`."""
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, no_wrap=True, overflow="ignore")
+    return table
+
+
+def as_wide_as(console: Console, shown: RenderableType) -> int:
+    """The width that shows a table whole, however narrow the terminal: a long line wraps there, and loses nothing."""
+    wide = console.options.update(width=10_000)
+    return max(console.width, console.measure(shown, options=wide).maximum)
 
 
 def _text(value: Any) -> str:

@@ -59,12 +59,14 @@ def main() -> None:
     arguments = _arguments()
     arguments.out_dir.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    for _ in range(arguments.repeat):
+    for turn in range(arguments.repeat):
         for name, script, options in SETS[arguments.set]:
             if arguments.only is None or arguments.only in name:
+                print(f"{name}, turn {turn + 1} of {arguments.repeat} …", flush=True)
                 rows.append(run(name, script, options, arguments))
                 write(rows, arguments)
-    print(table(rows))
+    print(f"{table(rows)}\nReal tokens per second; memory of the GPU, or of the process where there is none.")
+    print(f"Written to {arguments.out_dir}.")
 
 
 def run(name: str, script: str, options: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
@@ -101,13 +103,16 @@ def write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """One line per row, with the ratio to the first row of the same turn."""
-    lines = ["| row | tokens/s | ratio | allocated GiB | reserved GiB | ratio |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| row | tokens/s | × the first row | allocated GiB | peak GiB | × the first row |",
+        "|---|---|---|---|---|---|",
+    ]
     first: dict[str, Any] | None = None
     for row in rows:
         if "error" in row:
             lines.append(f"| {row['row']} | failed | | | | |")
             continue
-        if first is None or row["row"] == first["row"]:
+        if first is None or (row["row"] == first["row"] and len({found["row"] for found in rows}) > 1):
             first = row
         memory, speed = row["memory"], row["tokens_per_second"]
         reserved, reference = memory["measured_peak_bytes"], first["memory"]["measured_peak_bytes"]

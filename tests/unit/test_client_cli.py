@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from graft_client import GraftClient, Update, cli
 from graft_client.progress import duration, watch
+from graft_client.tables import as_wide_as, jobs_table
 from graft_client.transport import Transport
 from tests.fakes.service import FakeService, error
 
@@ -198,3 +199,16 @@ def test_on_a_terminal_a_bar_shows_step_loss_speed_and_eta() -> None:
 
 def test_durations_read_as_people_say_them() -> None:
     assert [duration(seconds) for seconds in (7.4, 189, 7500)] == ["7s", "3m09s", "2h05m"]
+
+
+@pytest.mark.parametrize("width", ["40", "80"])
+def test_an_id_is_shown_whole_however_narrow_the_terminal(width: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", width)
+    job = {"id": "ftjob-" + "x" * 24, "status": "succeeded", "base_model": "an-organisation/with-a-long-base-name"}
+    printed = io.StringIO()
+    console = Console(file=printed)
+    shown = jobs_table([job])
+    console.width = as_wide_as(console, shown)
+    console.print(shown)
+    assert job["id"] in printed.getvalue()
+    assert job["base_model"] in printed.getvalue()
