@@ -7,6 +7,7 @@ import signal
 import threading
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 from graft_shared.dispatch import CeleryDoorbell, Doorbell, queue_for
 from graft_shared.errors import StoreUnavailable
@@ -42,11 +43,17 @@ class Reconciler:
             rung = self.doorbell.ring(bell.job_id, queue)
             log_event(logger, "bell_rung_again", level=logging.DEBUG, job_id=bell.job_id, queue=queue, rung=rung)
 
-    def run(self, every: timedelta, stop: threading.Event) -> None:
-        """Reconcile until `stop`; a database that is away is waited for."""
+    def run(self, every: timedelta, stop: threading.Event, passed: Path | None = None) -> None:
+        """Reconcile until `stop`; a database that is away is waited for.
+
+        Args:
+            passed: A file to touch after each pass, so that a health check can see when the last one was.
+        """
         while not stop.wait(every.total_seconds()):
             try:
                 self.reconcile()
+                if passed is not None:
+                    passed.touch()
             except StoreUnavailable as error:
                 log_event(logger, "reconcile_postponed", level=logging.WARNING, reason=error.message)
 
@@ -66,7 +73,7 @@ def main() -> None:
         bell_again=timedelta(seconds=settings.bell_again_seconds),
     )
     log_event(logger, "reconciler_started")
-    reconciler.run(timedelta(seconds=settings.reconcile_seconds), stop)
+    reconciler.run(timedelta(seconds=settings.reconcile_seconds), stop, settings.reconciler_passed_path)
     database.close()
     log_event(logger, "reconciler_stopped")
 

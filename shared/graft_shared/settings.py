@@ -59,6 +59,7 @@ class SharedSettings(BaseSettings):
     bell_again_seconds: float = Field(default=30.0, gt=0)
     """A queued job whose bell is older than this gets another."""
     reconcile_seconds: float = Field(default=5.0, gt=0)
+    reconciler_passed_path: Path | None = None  # touched after each pass of the reconciler, for a health check
 
     @property
     def database(self) -> str:

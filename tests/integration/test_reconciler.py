@@ -119,12 +119,15 @@ def test_a_bell_that_was_never_rung_is_rung_once_by_two_reconcilers(database: Da
 def test_a_database_that_is_away_is_waited_for(tmp_path: Path) -> None:
     bell, stop = FakeDoorbell(), threading.Event()
     database = open_database(f"sqlite:///{tmp_path / 'graft.db'}")  # its tables do not exist yet: every pass fails
-    running = threading.Thread(target=reconciler(database, bell).run, args=[timedelta(milliseconds=20), stop])
+    passed = tmp_path / "passed"
+    running = threading.Thread(target=reconciler(database, bell).run, args=[timedelta(milliseconds=20), stop, passed])
     running.start()
+    assert not passed.exists()
     migrate(database)
     Workers(database).beat(**a_beat("p", stages=(Stage.PREPARE,)))
     job, _ = Jobs(database).submit(a_new_job())
     wait_until(lambda: bell.rung == [(job.id, "prepare")], seconds=20, what="the bell")
+    wait_until(passed.exists, seconds=20, what="the mark of a pass")
     stop.set()
     running.join(timeout=10)
     assert not running.is_alive()
