@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from graft_shared.clock import boottime
 from graft_shared.specs import Training
 from graft_worker.protocol import write_deadline
 from graft_worker.training.batches import Split, largest_microbatch, microbatches, update_rows
-from graft_worker.training.graphs import SIZE_STEP, size_for
+from graft_worker.training.graphs import SIZE_STEP, empty, fill, of_short_sequences, size_for
 from graft_worker.training.guard import Guard, LeaseOver
 from graft_worker.training.schedule import evaluation_is_due, save_is_due, total_steps, warmup_steps
 
@@ -44,6 +45,21 @@ def test_a_microbatch_is_filled_up_a_little_to_one_of_few_sizes(tokens: int) -> 
     assert tokens <= size < tokens + max(SIZE_STEP, tokens / 16)
     assert size % SIZE_STEP == 0
     assert size_for(size) == size
+
+
+@given(lengths=st.lists(st.integers(1, 90), min_size=1, max_size=12))
+def test_what_is_filled_up_covers_every_token_by_sequences_that_attention_was_told_of(lengths: list[int]) -> None:
+    split = a_split(*([[7] * length for length in lengths]))
+    (batch,) = microbatches(split, np.arange(len(lengths)), budget=sum(lengths), packing=True, device=CPU)
+    size, sequences = size_for(batch.real_tokens), 1 << len(batch.cu_seq_lens).bit_length()
+    held = empty(batch, size, sequences)
+    fill(held, batch)
+    for filled in (held, of_short_sequences(batch, size)):
+        borders = filled.cu_seq_lens.tolist()
+        assert (borders[0], borders[-1]) == (0, size)
+        assert all(0 <= after - before <= max(*lengths, SIZE_STEP) for before, after in pairwise(borders))
+    assert held.input_ids[0, : batch.real_tokens].tolist() == batch.input_ids[0].tolist()
+    assert held.cu_seq_lens.tolist()[: len(batch.cu_seq_lens)] == batch.cu_seq_lens.tolist()
 
 
 def test_there_are_at_most_32_sizes_to_an_octave() -> None:

@@ -6,6 +6,7 @@ for the backward pass, all in one pool of memory. The loss runs between the two 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +76,7 @@ class Graphs:
                 return self._launch(batch, batch, loss_of)
         hidden, gradient = self._between
         tokens = batch.real_tokens
-        _fill(captured.batch, batch)
+        fill(captured.batch, batch)
         captured.forward.replay()
         loss, gradient[:tokens] = loss_of(hidden[:tokens])
         gradient[tokens : key[0]] = 0
@@ -93,11 +94,11 @@ class Graphs:
 
     def _warm_up(self, batch: Microbatch, size: int, sequences: int, loss_of: Loss) -> torch.Tensor:
         """The first microbatch compiles and sets libraries up, which cannot be captured; so does a second size."""
-        held = _empty(batch, size, sequences)
-        _fill(held, batch)
+        held = empty(batch, size, sequences)
+        fill(held, batch)
         loss = self._launch(held, batch, loss_of)
         other = size - SIZE_STEP if size > SIZE_STEP else min(size + SIZE_STEP, self._largest)
-        hidden = self._hidden_of(_empty(batch, other, sequences))
+        hidden = self._hidden_of(of_short_sequences(batch, other))
         hidden.backward(torch.zeros_like(hidden))  # type: ignore[no-untyped-call]  # adds nothing to any gradient
         between = hidden.new_empty(2, self._largest, hidden.shape[1], requires_grad=False)
         del hidden
@@ -111,7 +112,7 @@ class Graphs:
 
     def _capture(self, like: Microbatch, size: int, sequences: int) -> _Captured:
         assert self._between is not None  # noqa: S101 (made by the first microbatch)
-        held = _empty(like, size, sequences)
+        held = empty(like, size, sequences)
         torch.cuda.synchronize()
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(forward, pool=self._pool):
@@ -133,8 +134,8 @@ def _raise_out_of_memory(error: BaseException) -> None:
         behind = behind.__cause__ or behind.__context__
 
 
-def _empty(like: Microbatch, size: int, sequences: int) -> Microbatch:
-    """A microbatch of one size to be written into; the attention reads at most `sequences` borders of it."""
+def empty(like: Microbatch, size: int, sequences: int) -> Microbatch:
+    """A microbatch of one size that `fill` writes into, never to be run before; it has `sequences` borders."""
     device = like.input_ids.device
     return Microbatch(
         input_ids=torch.zeros(1, size, dtype=torch.int64, device=device),
@@ -147,7 +148,13 @@ def _empty(like: Microbatch, size: int, sequences: int) -> Microbatch:
     )
 
 
-def _fill(held: Microbatch, batch: Microbatch) -> None:
+def of_short_sequences(like: Microbatch, size: int) -> Microbatch:
+    """A microbatch that can be run as it is: no sequence is longer than any attention was told, no token uncovered."""
+    borders = torch.arange(0, size + 1, SIZE_STEP, dtype=torch.int32, device=like.input_ids.device)
+    return dataclasses.replace(empty(like, size, len(borders)), cu_seq_lens=borders)
+
+
+def fill(held: Microbatch, batch: Microbatch) -> None:
     """Write a microbatch into the captured one; the tokens that it lacks are a sequence that teaches nothing."""
     tokens, borders = batch.real_tokens, len(batch.cu_seq_lens)
     for to, what in ((held.input_ids, batch.input_ids), (held.position_ids, batch.position_ids)):
