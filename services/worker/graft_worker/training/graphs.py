@@ -72,6 +72,7 @@ class Graphs:
             except RuntimeError as error:
                 _raise_out_of_memory(error)
                 self.failed = str(error).strip().splitlines()[0]
+                self._layers.start_over()
                 torch.cuda.synchronize()
                 return self._launch(batch, batch, loss_of)
         hidden, gradient = self._between

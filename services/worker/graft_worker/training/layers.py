@@ -53,6 +53,12 @@ class Layers:
     def give_up_compiling(self, error: Exception) -> None:
         """Run every layer as it is from now on."""
         self.plain |= dict.fromkeys(map(_kind, self.blocks), _first_line(error))
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Forget a microbatch that was broken off."""
+        if self.parking is not None:
+            self.parking.forget()
 
     def settle(self) -> None:
         """Join every stream that the layers use with the current one."""
@@ -270,6 +276,12 @@ class Parking:
         """Let the current stream wait for all that is on its way out."""
         while self._leaving:
             self._let_go(self._leaving.pop(0))
+
+    def forget(self) -> None:
+        """Drop what is parked or on its way: nobody fetches it, and a broken capture's events cannot be waited for."""
+        self._shapes.clear()
+        self._leaving.clear()
+        self._coming.clear()
 
     def _let_go(self, leaving: tuple[Any, torch.Tensor]) -> None:
         # No record_stream: under capture it would hold every input until the capture ends.
