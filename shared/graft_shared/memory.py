@@ -31,7 +31,9 @@ OPTIMIZER_BYTES = {
 }
 MLP_TENSORS = 2  # kept per token by a SwiGLU: gate and up, from which all else is elementwise
 STREAM_BYTES_PER_HIDDEN = 4  # the layer's input, and the attention's after its last product
-LOSS_CHUNK_BYTES = 256 * 1024**2  # fp32 logits of one chunk
+LOSS_CHUNK_BYTES = 256 * 1024**2  # fp32 logits of one chunk, at most
+LOSS_CHUNK_TOKENS = 512  # tokens of one chunk, at most: more make no product faster
+LOSS_TILE_TOKENS = 128  # tokens are the rows of a product, which is computed in tiles
 LOSS_COPIES = 2  # 16-bit and fp32 logits or gradients of a chunk
 ALLOCATOR_SHARE = 0.03  # of the body, with expandable segments
 CONTEXT_BYTES = int(0.6 * GIB)  # CUDA context, kernels, cuBLAS workspaces
@@ -162,9 +164,15 @@ def activation_bytes_per_token(shape: ModelShape, targets: tuple[str, ...], r: i
     )
 
 
+def loss_chunk_tokens(vocab_size: int) -> int:
+    """Tokens whose logits are held at a time: whole tiles of a product, where that many fit."""
+    tokens = min(LOSS_CHUNK_TOKENS, LOSS_CHUNK_BYTES // (4 * vocab_size))
+    return max(LOSS_TILE_TOKENS, tokens - tokens % LOSS_TILE_TOKENS)
+
+
 def loss_bytes(shape: ModelShape, tokens: int) -> int:
     """Cross-entropy a chunk at a time: the chunk's logits, and the gradient of all hidden states."""
-    chunk = min(LOSS_CHUNK_BYTES, 4 * tokens * shape.vocab_size)
+    chunk = 4 * shape.vocab_size * min(tokens, loss_chunk_tokens(shape.vocab_size))
     return LOSS_COPIES * chunk + 4 * tokens * shape.hidden_size
 
 

@@ -7,6 +7,7 @@ from graft_shared.memory import MemoryEstimate, Recompute, TrainingPlan, estimat
 from graft_shared.specs import JobSpec
 
 LARGEST_MICROBATCH_TOKENS = 16_384  # beyond this a larger product is no faster on any card
+ENOUGH_TOKENS = 6_144  # from here on little is gained: weights are dequantised and kernels launched once per microbatch
 
 __all__ = ["Recompute", "TrainingPlan", "fastest_plan", "leanest_plan", "plans"]
 
@@ -15,16 +16,17 @@ def plans(shape: ModelShape, spec: JobSpec) -> tuple[TrainingPlan, ...]:
     """Every plan worth trying for this job, fastest first; all of them learn from the same sequences per update.
 
     Computing nothing twice comes first, whatever the microbatch: recomputing costs a third of the speed, a small
-    microbatch less. Then ever more is recomputed.
+    microbatch less. When every layer is recomputed, the larger microbatch comes first, its inputs on the device if they
+    fit and else in the host's memory: the copies take less time than the layers.
     """
-    wanted = spec.training.gradient_checkpointing
-    ladder: list[tuple[Recompute, int]] = []
+    wanted, budgets = spec.training.gradient_checkpointing, _budgets(spec)
+    ladder: list[tuple[Recompute, int, int]] = []
     if wanted is not True:
-        ladder.append((Recompute.NONE, 0))
+        ladder += [(Recompute.NONE, 0, budget) for budget in budgets]
     if wanted == "auto":
-        ladder.append((Recompute.EVERY_N, 2))
+        ladder += [(Recompute.EVERY_N, 2, budget) for budget in budgets]
     if wanted is not False:
-        ladder += [(Recompute.FULL, 1), (Recompute.OFFLOAD, 1)]
+        ladder += [(recompute, 1, budget) for budget in budgets for recompute in (Recompute.FULL, Recompute.OFFLOAD)]
     return tuple(
         TrainingPlan(
             recompute=recompute,
@@ -33,8 +35,7 @@ def plans(shape: ModelShape, spec: JobSpec) -> tuple[TrainingPlan, ...]:
             packing=spec.training.packing,
             optim=spec.training.optim,
         )
-        for recompute, every_n in ladder
-        for budget in _budgets(spec)
+        for recompute, every_n, budget in ladder
     )
 
 
@@ -57,9 +58,9 @@ def _budgets(spec: JobSpec) -> list[int]:
     """Token budgets of a microbatch, largest first: whole rows of the longest sequence, halved down to one."""
     longest = spec.training.max_length
     rows = min(spec.training.sequences_per_update, max(1, LARGEST_MICROBATCH_TOKENS // longest))
-    rows = min(rows, max(spec.training.per_device_train_batch_size, LARGEST_MICROBATCH_TOKENS // 4 // longest))
+    rows = min(rows, max(spec.training.per_device_train_batch_size, ENOUGH_TOKENS // longest))
     budgets = []
     while rows > 1:
         budgets.append(rows * longest)
-        rows //= 2
+        rows = -(-rows // 2)
     return [*budgets, longest]

@@ -13,7 +13,9 @@ import os
 import re
 import statistics
 import time
+import warnings
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -64,15 +66,21 @@ def main() -> None:
     base = make_base(arguments.workspace / arguments.dims, arguments.dims)
     data = make_workload(arguments.workspace, arguments.workload, DIMS[arguments.dims]["vocab_size"])
     request = make_request(base, data, arguments)
+    memory: dict[str, list[float]] = {}
     began = time.monotonic()
     run = recipe.load(arguments.workspace, request, Silent(), Unleashed())  # type: ignore[arg-type]
     loaded = time.monotonic() - began
+    memory["loading"] = peaks()
     began = time.monotonic()
     recipe.update(run).read()
     first = time.monotonic() - began
+    memory["first update"] = peaks()
     for _ in range(WARM_UP):
         recipe.update(run).read()
+    waits = host_waits(run)
+    memory["warming up"] = peaks()
     speeds = timed(run)
+    memory["later"] = peaks()
     seen = run.progress.tokens_seen
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         for _ in range(PROFILED):
@@ -84,10 +92,11 @@ def main() -> None:
         "tokens_per_second": round(statistics.median(speeds)),
         "tokens_per_profiled_update": (run.progress.tokens_seen - seen) // PROFILED,
         "device_ms_per_update": by_kind(profiler.events()),
+        "device_idle_ms_per_update": idle_ms(profiler.events()),
         "kernels": heaviest(profiler.events()),
         "host_ms_per_update": host_parts(profiler),
-        "allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-        "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
+        "host_waits_for_the_device": waits,
+        "allocated_and_reserved_gib_at_most": memory,
         "plain_layers": run.layers.plain,
         "versions": versions(),
         "command": command_line(),
@@ -95,6 +104,26 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
+
+
+def peaks() -> list[float]:
+    """The most GiB that were allocated, and that were reserved, since this was last asked."""
+    found = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
+    torch.cuda.reset_peak_memory_stats()
+    return [round(peak / 2**30, 2) for peak in found]
+
+
+def host_waits(run: recipe.Run) -> list[str]:
+    """Where the host waits for the device in one update."""
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        recipe.update(run)
+    torch.cuda.set_sync_debug_mode("default")
+    places = [
+        f"{Path(str(found.filename)).name}:{found.lineno}" for found in caught if "synchron" in str(found.message)
+    ]
+    return sorted(f"{places.count(place)} × {place}" for place in set(places))
 
 
 def timed(run: recipe.Run) -> list[float]:
@@ -121,6 +150,15 @@ def by_kind(events: Any) -> dict[str, float]:
     return {kind: round(ms, 2) for kind, ms in sorted(sums.items(), key=lambda item: -item[1])} | {
         "all": round(total, 2)
     }
+
+
+def idle_ms(events: Any) -> float:
+    """Milliseconds of an update in which no kernel ran, as far as the profiler itself does not make the host late."""
+    spans = sorted((kernel.time_range.start, kernel.time_range.end) for kernel in _kernels(events))
+    idle, until = 0.0, spans[0][0]
+    for start, end in spans:
+        idle, until = idle + max(0.0, start - until), max(until, end)
+    return round(idle / 1000 / PROFILED, 2)
 
 
 def heaviest(events: Any, most: int = 30) -> list[tuple[str, int, float]]:

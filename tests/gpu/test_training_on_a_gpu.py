@@ -49,6 +49,17 @@ def train_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_prepared_split(tmp_path_factory.mktemp("data") / "train.safetensors", ROWS, prompt_tokens=2)
 
 
+def adapted_base(base: Path, compute: ComputeDtype = ComputeDtype.AUTO, **changes: Any) -> Any:
+    model = load_base(base, Quantization(**changes), choose_precision(compute))
+    targets = ALL if "q_proj" in {name.rpartition(".")[2] for name, _ in model.named_modules()} else ["qkv_proj"]
+    adapted = attach_adapter(model, Lora(r=8, lora_dropout=0.0), targets, base_model="a/b", revision="main")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trainable(adapted):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return adapted
+
+
 def loaded(
     base: Path,
     *,
@@ -60,13 +71,7 @@ def loaded(
     **changes: Any,
 ) -> tuple[Any, Forward, Any]:
     precision = choose_precision(compute)
-    model = load_base(base, Quantization(**changes), precision)
-    targets = ALL if "q_proj" in {name.rpartition(".")[2] for name, _ in model.named_modules()} else ["qkv_proj"]
-    adapted = attach_adapter(model, Lora(r=8), targets, base_model="a/b", revision="main")
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in trainable(adapted):
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    adapted = adapted_base(base, compute, **changes)
     keys = torch.zeros(4096, dtype=torch.int32, device=precision.device)
     take_over(adapted, precision.compute, dropout=dropout, keys=keys)
     forward = Forward(adapted, precision, keys, longest=longest, chunk=compiled_loss(backend))
@@ -88,6 +93,22 @@ def gradients(
         for batch in microbatches(split, np.array(rows), budget=4096, packing=True, device=device, update=(1, 2)):
             forward.learn(batch)
     return torch.cat([parameter.grad.flatten() for parameter in trainable(model)])
+
+
+def usual_gradients(base: Path, split: Split, rows: list[int]) -> torch.Tensor:
+    """What PEFT and bitsandbytes make of each sequence alone, without any part of ours."""
+    model = adapted_base(base)
+    model.get_base_model().set_attn_implementation("eager")
+    require_input_gradients(model)
+    model.train()
+    for row in rows:
+        span = slice(split.offsets[row], split.offsets[row + 1])
+        ids = torch.tensor(split.input_ids[span], dtype=torch.int64, device=GPU)
+        learnt = torch.tensor(split.loss_mask[span].astype(bool), device=GPU)[1:]
+        with torch.autocast("cuda", torch.bfloat16):
+            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits[learnt].float(), ids[1:][learnt], reduction="sum").backward()
+    return torch.cat([parameter.grad.flatten().float() for parameter in trainable(model)])
 
 
 def apart(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -154,14 +175,16 @@ def test_compiled_and_recomputed_layers_have_the_gradients_of_plain_ones(
     assert layers.plain == {}
 
 
-def test_bfloat16_is_as_near_to_fp32_compiled_as_it_is_launched(base: Path, train_file: Path) -> None:
-    split = Split.load(train_file)
-    exact = gradients(*loaded(base, dropout=0.1, compute=ComputeDtype.FLOAT32)[:2], split, [list(range(12))])
-    launched = gradients(*loaded(base, dropout=0.1)[:2], split, [list(range(12))])
-    compiled = gradients(*loaded(base, dropout=0.1, backend="inductor")[:2], split, [list(range(12))])
-    print("bfloat16 from fp32:", apart(launched, exact), apart(compiled, exact))
-    assert apart(launched, exact) < 0.05
-    assert apart(compiled, exact) < 1.2 * apart(launched, exact)
+def test_bfloat16_is_as_near_to_fp32_as_in_the_usual_recipe(base: Path, train_file: Path) -> None:
+    """Launched or compiled: rounding is all that is between them, and no more of it than PEFT and bitsandbytes do."""
+    split, rows = Split.load(train_file), list(range(12))
+    exact = gradients(*loaded(base, compute=ComputeDtype.FLOAT32)[:2], split, [rows])
+    usual = apart(usual_gradients(base, split, rows), exact)
+    launched = apart(gradients(*loaded(base)[:2], split, [rows]), exact)
+    compiled = apart(gradients(*loaded(base, backend="inductor")[:2], split, [rows]), exact)
+    print("bfloat16 from fp32: usual", usual, "launched", launched, "compiled", compiled)
+    assert max(launched, compiled) < 1.2 * usual
+    assert usual < 0.2
 
 
 @pytest.mark.parametrize("recompute", [Recompute.NONE, Recompute.OFFLOAD])
@@ -227,9 +250,14 @@ def test_other_families_are_compiled_too(
     tmp_path: Path, train_file: Path, model_type: str, sizes: dict[str, Any]
 ) -> None:
     base, split = make_tiny_base(tmp_path / "base", model_type=model_type, **(SIZES | sizes)), Split.load(train_file)
-    exact = gradients(*loaded(base, compute=ComputeDtype.FLOAT32)[:2], split, [list(range(12))])
+    rows = list(range(12))
+    exact = gradients(*loaded(base, compute=ComputeDtype.FLOAT32)[:2], split, [rows])
+    usual = apart(usual_gradients(base, split, rows), exact)
     model, forward, layers = loaded(base, backend="inductor")
-    assert apart(gradients(model, forward, split, [list(range(12))]), exact) < 0.05
+    ours = apart(gradients(model, forward, split, [rows]), exact)
+    print("bfloat16 from fp32: usual", usual, "ours", ours)
+    assert ours < 1.2 * usual
+    assert usual < 0.2
     assert layers.plain == {}
 
 

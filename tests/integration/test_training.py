@@ -42,8 +42,8 @@ from graft_worker.protocol import (
     WarningEvent,
     write_deadline,
 )
+from graft_worker.training import linear, recipe
 from graft_worker.training import loss as loss_module
-from graft_worker.training import recipe
 from graft_worker.training.adapters import attach_adapter, trainable
 from graft_worker.training.attention import block_mask
 from graft_worker.training.base import choose_precision, load_base
@@ -134,6 +134,12 @@ def loaded(
     return adapted, Forward(adapted, precision, keys, longest=LONGEST_MICROBATCH)
 
 
+def a_plan(recompute: Recompute, every_n: int = 1) -> TrainingPlan:
+    return TrainingPlan(
+        recompute=recompute, recompute_every_n=every_n, microbatch_tokens=64, packing=True, optim=Optim.ADAMW_TORCH
+    )
+
+
 def gradients(model: Any, forward: Forward, split: Split, groups: list[list[int]], budget: int) -> torch.Tensor:
     """The summed gradient of all groups of rows, flat."""
     model.zero_grad()
@@ -157,11 +163,36 @@ def test_recomputing_changes_no_gradient(base: Path, train_file: Path, recompute
     split, rows = Split.load(train_file), list(range(8))
     kept = gradients(*loaded(base), split, [rows], budget=64)
     model, forward = loaded(base)
-    every_n = 2 if recompute is Recompute.EVERY_N else 1
-    optim = Optim.ADAMW_TORCH
-    plan = TrainingPlan(recompute=recompute, recompute_every_n=every_n, microbatch_tokens=64, packing=True, optim=optim)
+    plan = a_plan(recompute, 2 if recompute is Recompute.EVERY_N else 1)
     arrange_layers(forward.backbone, plan, backend=None, largest_microbatch=LONGEST_MICROBATCH)
     torch.testing.assert_close(gradients(model, forward, split, [rows], budget=64), kept, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "spared"),
+    [
+        ("llama", 2), ("qwen2", 2), ("qwen3", 2), ("mistral", 2), ("gemma", 2), ("granite", 2), ("phi3", 2),
+        ("gemma2", 0), ("olmo2", 0),
+    ],
+)  # fmt: skip
+def test_recomputing_leaves_out_a_product_that_only_the_output_needs(
+    tmp_path: Path, train_file: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, spared: int
+) -> None:
+    sizes = {
+        "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 4},
+        "phi3": {"pad_token_id": 0},
+    }.get(model_type, {})
+    base, split = make_tiny_base(tmp_path / "base", model_type=model_type, **sizes), Split.load(train_file)
+    targets = ["o_proj", "down_proj"]
+    made: list[Any] = []
+    monkeypatch.setattr(linear, "dense", lambda *args: made.append(args) or dense(*args))
+    kept = gradients(*loaded(base, targets=targets), split, [[0, 1, 2]], budget=64)
+    plainly = len(made)
+    model, forward = loaded(base, targets=targets)
+    arrange_layers(forward.backbone, a_plan(Recompute.FULL), backend=None, largest_microbatch=LONGEST_MICROBATCH)
+    torch.testing.assert_close(gradients(model, forward, split, [[0, 1, 2]], budget=64), kept, rtol=1e-5, atol=1e-6)
+    products = sum(isinstance(module, Linear4bit) for module in forward.backbone.modules())
+    assert len(made) - 2 * plainly == products - spared
 
 
 @pytest.mark.parametrize(
@@ -177,9 +208,7 @@ def test_a_base_with_dropout_of_its_own_is_trained_without_it_and_recomputing_ch
     base, split = make_tiny_base(tmp_path / "base", model_type=model_type, **sizes), Split.load(train_file)
     kept = gradients(*loaded(base, targets=targets), split, [[0, 1, 2]], budget=64)
     model, forward = loaded(base, targets=targets)
-    plan = TrainingPlan(
-        recompute=Recompute.FULL, recompute_every_n=1, microbatch_tokens=64, packing=True, optim=Optim.ADAMW_TORCH
-    )
+    plan = a_plan(Recompute.FULL)
     arrange_layers(forward.backbone, plan, backend=None, largest_microbatch=LONGEST_MICROBATCH)
     assert kept.norm() > 0
     torch.testing.assert_close(gradients(model, forward, split, [[0, 1, 2]], budget=64), kept, rtol=1e-5, atol=1e-6)
@@ -192,9 +221,7 @@ def test_only_every_nth_layer_is_recomputed(base: Path, train_file: Path) -> Non
         counts = [0, 0]
         for index, layer in enumerate(forward.backbone.layers):
             layer.forward = counted(layer.forward, counts, index)
-        plan = TrainingPlan(
-            recompute=recompute, recompute_every_n=every_n, microbatch_tokens=64, packing=True, optim=Optim.ADAMW_TORCH
-        )
+        plan = a_plan(recompute, every_n)
         arrange_layers(forward.backbone, plan, backend=None, largest_microbatch=LONGEST_MICROBATCH)
         gradients(model, forward, split, [[0, 1]], budget=64)
         assert counts == runs
@@ -217,15 +244,24 @@ def test_compiled_layers_say_what_plain_ones_say(
     found = []
     for backend in (None, "aot_eager"):
         model, forward = loaded(base, dropout=dropout)
-        plan = TrainingPlan(
-            recompute=recompute, recompute_every_n=1, microbatch_tokens=64, packing=True, optim=Optim.ADAMW_TORCH
-        )
+        plan = a_plan(recompute)
         layers = arrange_layers(forward.backbone, plan, backend=backend, largest_microbatch=LONGEST_MICROBATCH)
         for batch in microbatches(split, rows, budget=64, packing=True, device=CPU, update=update):
             forward.learn(batch)
         assert layers.plain == {}
         found.append(torch.cat([parameter.grad.flatten() for parameter in trainable(model)]))
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("recompute", [Recompute.NONE, Recompute.EVERY_N])
+def test_layers_built_alike_are_compiled_once(tmp_path: Path, train_file: Path, recompute: Recompute) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, forward = loaded(make_tiny_base(tmp_path / "base", num_hidden_layers=4), dropout=0.1)
+    arrange_layers(forward.backbone, a_plan(recompute), backend="aot_eager", largest_microbatch=LONGEST_MICROBATCH)
+    for _ in range(2):
+        gradients(model, forward, Split.load(train_file), [[0, 1, 2]], budget=64)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_layer_that_cannot_be_compiled_runs_as_it_is_and_says_so(base: Path, train_file: Path) -> None:
@@ -240,9 +276,7 @@ def test_a_layer_that_cannot_be_compiled_runs_as_it_is_and_says_so(base: Path, t
     forward.backbone.layers[1].mlp.act_fn = torch.nn.SiLU()  # another kind of layer than the first
     forward.backbone.layers[1].mlp.add_module("odd", torch.nn.Identity())
     forward.backbone.layers[1].forward = uncompilable
-    plan = TrainingPlan(
-        recompute=Recompute.NONE, recompute_every_n=0, microbatch_tokens=64, packing=True, optim=Optim.ADAMW_TORCH
-    )
+    plan = a_plan(Recompute.NONE)
     layers = arrange_layers(forward.backbone, plan, backend="aot_eager", largest_microbatch=LONGEST_MICROBATCH)
     torch.testing.assert_close(gradients(model, forward, split, [[0, 1, 2]], budget=64), expected, rtol=1e-5, atol=1e-6)
     assert len(layers.plain) == 1
@@ -403,8 +437,7 @@ def test_memory_that_the_host_does_not_have_is_told_as_such() -> None:
 def test_the_loss_without_logits_is_the_plain_cross_entropy(
     monkeypatch: pytest.MonkeyPatch, scale: float, cap: float | None
 ) -> None:
-    monkeypatch.setattr(loss_module, "FEWEST_CHUNK_TOKENS", 3)
-    monkeypatch.setattr(loss_module, "LOSS_CHUNK_BYTES", 0)
+    monkeypatch.setattr(loss_module, "loss_chunk_tokens", lambda _: 3)
     torch.manual_seed(0)
     weight, targets = torch.randn(50, 16), torch.randint(50, (10,))
     predictors = torch.tensor([0, 1, 2, 4, 5, 6, 8, 9, 10, 11])

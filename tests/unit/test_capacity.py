@@ -236,11 +236,17 @@ def test_gradient_checkpointing_is_the_users_to_decide() -> None:
     assert recomputes("auto") == set(Recompute)
 
 
-def test_what_is_not_computed_twice_comes_first() -> None:
-    order = [plan.recompute for plan in plans(shape(LLAMA_7B), spec())]
-    assert order == sorted(order, key=list(Recompute).index)
-    budgets = [plan.microbatch_tokens for plan in plans(shape(LLAMA_7B), spec()) if plan.recompute is Recompute.NONE]
-    assert budgets == sorted(budgets, reverse=True)
+def test_what_is_not_computed_twice_comes_first_and_then_the_larger_microbatch() -> None:
+    every = plans(shape(LLAMA_7B), spec())
+    order = list(Recompute)
+
+    def rank(plan: TrainingPlan) -> tuple[int, int, int]:
+        recompute = order.index(plan.recompute)
+        return min(recompute, order.index(Recompute.FULL)), -plan.microbatch_tokens, recompute
+
+    assert list(every) == sorted(every, key=rank)
+    budgets = [plan.microbatch_tokens for plan in every if plan.recompute is Recompute.NONE]
+    assert budgets == [6144, 3072, 1536, 1024, 512]
 
 
 def test_a_plan_reads_back_as_itself() -> None:

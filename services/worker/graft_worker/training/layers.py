@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from graft_shared.memory import Recompute
 from graft_shared.planner import TrainingPlan
+from graft_worker.training.linear import leave_out_spared, spare_last_products
 from graft_worker.training.loss import Chunk, chunk_loss
 
 Run = Callable[..., Any]
@@ -86,6 +87,7 @@ def arrange_layers(
         layers.parking = Parking(largest_microbatch)
     marked = _Marked()
     for index, layer in enumerate(layers.blocks):
+        spare_last_products(layer)
         run: Run = layer.forward
         if backend is not None:
             run = _Compiled(run, backend, _kind(layer), layers.plain, marked)
@@ -228,7 +230,7 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
         hidden = ctx.saved_tensors[0] if ctx.parking is None else ctx.parking.fetch(ctx.index)
         hidden = hidden.detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), leave_out_spared():
             out = ctx.run(hidden)
         torch.autograd.backward(out if isinstance(out, torch.Tensor) else out[0], grads[0])
         return hidden.grad, None, None, None

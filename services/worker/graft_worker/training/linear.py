@@ -7,6 +7,8 @@ no dequantised weight is ever kept for the backward pass, which dequantises agai
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import bitsandbytes as bnb
@@ -22,10 +24,16 @@ ADAPTER = "default"  # PEFT's name for an adapter that has none
 # Layers whose input is the same tensor: they share one dropout mask, so that it is computed and kept once.
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
+# The parts of a layer that adds its MLP's output to the stream and does nothing else to it.
+PLAIN_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+PLAIN_LAYER |= {"resid_attn_dropout", "resid_mlp_dropout"}  # Phi 3's, which are silenced with all others of a base
+
+_spared_is_left_out = False
+
 _library: Any = torch.library.Library("graft", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     "linear(Tensor x, Tensor[] weight, str quant_type, int out_features, Tensor? bias, Tensor? down, Tensor? up, "
-    "float scaling) -> Tensor"
+    "float scaling, bool spared) -> Tensor"
 )
 _library.define("linear_backward(Tensor grad, Tensor[] weight, str quant_type, int in_features) -> Tensor")
 
@@ -40,6 +48,7 @@ def _linear(
     down: torch.Tensor | None,
     up: torch.Tensor | None,
     scaling: float,
+    spared: bool,
 ) -> torch.Tensor:
     """x Wᵀ + bias + scaling · down upᵀ.
 
@@ -47,10 +56,17 @@ def _linear(
         x: [tokens, in].
         weight: As `weight_parts` returns it.
         down: [tokens, r], x through the adapter's first matrix; with up [out, r], its second.
+        spared: Nothing needs this product where `leave_out_spared` holds: it is not made, and NaN stands in its place.
     """
+    if spared and _spared_is_left_out:
+        return x.new_full((x.shape[0], out_features), torch.nan)
     matrix = dense(weight, quant_type, (out_features, x.shape[1]), x.dtype)
-    out = torch.nn.functional.linear(x, matrix, bias)
-    return out if down is None or up is None else out.addmm_(down, up.t(), alpha=scaling)
+    if down is None or up is None:
+        return torch.nn.functional.linear(x, matrix, bias)
+    # The adapter's part first: a small product is as long as its memory takes, and this way it writes without reading.
+    out = x.new_empty(x.shape[0], out_features)
+    torch.addmm(out if bias is None else bias, down, up.t(), beta=0 if bias is None else 1, alpha=scaling, out=out)
+    return out.addmm_(x, matrix.t())
 
 
 @torch.library.impl(_library, "linear_backward", "CompositeExplicitAutograd")
@@ -61,7 +77,7 @@ def _linear_backward(grad: torch.Tensor, weight: list[torch.Tensor], quant_type:
 
 @torch.library.register_fake("graft::linear")  # type: ignore[untyped-decorator]
 def _linear_shape(
-    x: torch.Tensor, weight: Any, quant_type: str, out_features: int, bias: Any, down: Any, up: Any, scaling: float
+    x: torch.Tensor, weight: Any, quant_type: str, out_features: int, bias: Any, down: Any, up: Any, *_: Any
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], out_features)
 
@@ -72,7 +88,7 @@ def _linear_backward_shape(grad: torch.Tensor, weight: Any, quant_type: str, in_
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, weight, quant_type, _, _, down, up, scaling = inputs
+    x, weight, quant_type, _, _, down, up, scaling, _ = inputs
     ctx.save_for_backward(down, up, *weight)
     ctx.facts = quant_type, x.shape[1], scaling
 
@@ -86,7 +102,7 @@ def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     if down is not None:
         to_down = (grad @ up) * scaling
         to_up = (grad.t() @ down) * scaling
-    return to_x, [None] * len(weight), None, None, None, to_down, to_up, None
+    return to_x, [None] * len(weight), None, None, None, to_down, to_up, None, None
 
 
 torch.library.register_autograd("graft::linear", _gradients, setup_context=_remember)
@@ -101,6 +117,7 @@ class _Product(torch.nn.Module):
     compute: torch.dtype
     quant_type: str
     parts: int
+    spared = False  # whether `leave_out_spared` is for this product
 
     def ready(self, compute: torch.dtype) -> None:
         """Lay the weight's tensors out; `compute` is the type of the product."""
@@ -119,7 +136,7 @@ class _Product(torch.nn.Module):
         weight = [getattr(self, f"part{number}") for number in range(self.parts)]
         bias = None if self.bias is None else self.bias.to(self.compute)
         out: torch.Tensor = torch.ops.graft.linear(
-            rows, weight, self.quant_type, self.out_features, bias, down, up, scaling
+            rows, weight, self.quant_type, self.out_features, bias, down, up, scaling, self.spared
         )
         return out
 
@@ -140,15 +157,36 @@ class FrozenLinear(_Product, torch.nn.Linear):  # type: ignore[misc]
 class _LoraForward:
     """PEFT's LoRA layer with our forward pass; the adapter's weights are fp32 and compute in the base's type."""
 
+    siblings: tuple[Any, ...]  # the layers that are fed the same tensor, this one among them
+    handed: tuple[torch.Tensor, torch.Tensor] | None  # an input, and what a sibling has made of it for this one
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[…, in] to […, out]."""
         layer: Any = self
         base: _Product = layer.base_layer
-        down, up = layer.lora_A[ADAPTER].weight.to(base.compute), layer.lora_B[ADAPTER].weight.to(base.compute)
+        down, up = self._lowered(x), layer.lora_B[ADAPTER].weight.to(base.compute)
+        out = base.product(x.reshape(-1, base.in_features), down, up, layer.scaling[ADAPTER])
+        return out.view(*x.shape[:-1], base.out_features).to(x.dtype)
+
+    def _lowered(self, x: torch.Tensor) -> torch.Tensor:
+        """[tokens, r], the input through dropout and the adapter's first matrix: one product for all siblings."""
+        layer: Any = self
+        handed, layer.handed = layer.handed, None
+        if handed is not None and handed[0] is x:
+            return handed[1]  # type: ignore[no-any-return]
+        base: _Product = layer.base_layer
         rows = x.reshape(-1, base.in_features).to(base.compute)
         seen = dropped(rows, layer.keys, layer.salt, layer.dropout) if layer.training and layer.dropout else rows
-        out = base.product(rows, seen @ down.t(), up, layer.scaling[ADAPTER])
-        return out.view(*x.shape[:-1], base.out_features).to(x.dtype)
+        first = [sibling.lora_A[ADAPTER].weight for sibling in self.siblings]
+        lowered = seen @ torch.cat(first).to(base.compute).t()
+        parts: list[torch.Tensor] = list(torch.split(lowered, [len(weight) for weight in first], dim=1))
+        own = parts[0]
+        for sibling, part in zip(self.siblings, parts, strict=True):
+            if sibling is layer:
+                own = part
+            else:
+                sibling.handed = x, part
+        return own
 
 
 class LoraLinear4bit(_LoraForward, PeftLinear4bit):  # type: ignore[misc]
@@ -172,7 +210,7 @@ def take_over(model: PeftModel, compute: torch.dtype, *, dropout: float, keys: t
         if isinstance(module, bnb.nn.Linear4bit):
             module.__class__ = FrozenLinear4bit
             module.ready(compute)
-    salts: dict[tuple[str, str], int] = {}
+    fed_alike: dict[tuple[str, str], list[Any]] = {}
     for path, module in modules:
         if not isinstance(module, (PeftLinear4bit, PeftLinear)):
             continue
@@ -181,10 +219,37 @@ def take_over(model: PeftModel, compute: torch.dtype, *, dropout: float, keys: t
             module.base_layer.ready(compute)
         module.__class__ = LoraLinear4bit if isinstance(module, PeftLinear4bit) else LoraLinear
         parent, _, name = path.rpartition(".")
-        salt = salts.setdefault((parent, _input_of(name)), len(salts) * 0x3C6EF372 % 2**31)
-        module.dropout = dropout
-        module.register_buffer("keys", keys, persistent=False)
-        module.register_buffer("salt", torch.tensor(salt, dtype=torch.int32, device=keys.device), persistent=False)
+        fed_alike.setdefault((parent, _input_of(name)), []).append(module)
+    for number, siblings in enumerate(fed_alike.values()):
+        salt = torch.tensor(number * 0x3C6EF372 % 2**31, dtype=torch.int32, device=keys.device)
+        for module in siblings:
+            module.siblings, module.handed = tuple(siblings), None
+            module.dropout = dropout
+            module.register_buffer("keys", keys, persistent=False)
+            module.register_buffer("salt", salt, persistent=False)
+
+
+def spare_last_products(layer: torch.nn.Module) -> None:
+    """Let `leave_out_spared` leave out the last product of a decoder layer, where nothing but a sum reads it.
+
+    So it is in layers that are built as Llama's are. A norm behind the product, as in Gemma 2, has to see it.
+    """
+    if {name for name, _ in layer.named_children()} <= PLAIN_LAYER:
+        last = getattr(getattr(layer, "mlp", None), "down_proj", None)
+        last = getattr(last, "base_layer", last)
+        if isinstance(last, _Product):
+            last.spared = True
+
+
+@contextmanager
+def leave_out_spared() -> Iterator[None]:
+    """Run a layer again for its backward pass alone: a quarter of its work is a product that only the output needs."""
+    global _spared_is_left_out
+    _spared_is_left_out = True
+    try:
+        yield
+    finally:
+        _spared_is_left_out = False
 
 
 def _input_of(name: str) -> str:

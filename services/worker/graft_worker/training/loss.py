@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from graft_shared.memory import LOSS_CHUNK_BYTES
-
-FEWEST_CHUNK_TOKENS = 64
+from graft_shared.memory import loss_chunk_tokens
 
 Chunk = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -75,7 +73,7 @@ def summed_loss(hidden: torch.Tensor, predictors: torch.Tensor, targets: torch.T
 
 
 def _chunks(predictors: torch.Tensor, targets: torch.Tensor, head: Head) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    tokens = max(FEWEST_CHUNK_TOKENS, LOSS_CHUNK_BYTES // (4 * len(head.weight)))
+    tokens = loss_chunk_tokens(len(head.weight))
     return zip(torch.split(predictors, tokens), torch.split(targets, tokens), strict=True)
 
 
