@@ -185,7 +185,7 @@ def test_recomputing_leaves_out_a_product_that_only_the_output_needs(
     base, split = make_tiny_base(tmp_path / "base", model_type=model_type, **sizes), Split.load(train_file)
     targets = ["o_proj", "down_proj"]
     made: list[Any] = []
-    monkeypatch.setattr(linear, "dense", lambda *args: made.append(args) or dense(*args))
+    monkeypatch.setattr(linear, "dense", lambda *args, **more: made.append(args) or dense(*args, **more))
     kept = gradients(*loaded(base, targets=targets), split, [[0, 1, 2]], budget=64)
     plainly = len(made)
     model, forward = loaded(base, targets=targets)
@@ -341,8 +341,11 @@ def test_a_weight_is_dequantised_to_the_bits_of_bitsandbytes(base: Path, quantiz
     model = load_base(base, Quantization(**quantization), choose_precision(ComputeDtype.AUTO))
     layer = model.model.layers[1].mlp.up_proj
     for dtype in (torch.float32, torch.bfloat16):
-        ours = dense(weight_parts(layer), layer.weight.quant_state.quant_type, (128, 64), dtype)
-        assert torch.equal(ours, dequantize_4bit(layer.weight, layer.weight.quant_state).to(dtype))
+        facts = weight_parts(layer), layer.weight.quant_state.quant_type, (128, 64), dtype
+        theirs = dequantize_4bit(layer.weight, layer.weight.quant_state).to(dtype)
+        beside = torch.randn(128, 16).to(dtype)
+        assert torch.equal(dense(*facts), theirs)
+        assert torch.equal(dense(*facts, beside), torch.cat([theirs, beside], dim=1))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -29,9 +28,10 @@ _VARLEN_RUNS = varlen_attn is not None and torch.cuda.is_available() and torch.c
 
 
 def register_attention() -> None:
-    """Teach transformers our attention, and that it needs no mask."""
+    """Teach transformers our attention. It makes no mask for an attention that names none, and looks at no positions:
+    that would let the host wait for the device.
+    """
     AttentionInterface.register(ATTENTION, packed_attention)
-    AttentionMaskInterface.register(ATTENTION, _no_mask)
 
 
 def packed_attention(
@@ -110,7 +110,3 @@ def _softcapped(
     scores = (cap * torch.tanh(scores / cap)).masked_fill(~mask, float("-inf"))
     weights = functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     return (weights @ value).transpose(1, 2)
-
-
-def _no_mask(*_: Any, **__: Any) -> None:
-    return None

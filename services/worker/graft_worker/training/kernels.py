@@ -24,9 +24,10 @@ def dequantise_4bit(parts: list[torch.Tensor], levels: torch.Tensor, out: torch.
         parts: packed uint8 [n / 2] and fp32 block constants [n / 64]; or packed, uint8 block constants [n / 64], their
             own constants fp32 [n / 64 / 256], the code of 8 bits fp32 [256], and the offset fp32 [].
         levels: fp32 [16], the values of the 4-bit type.
-        out: contiguous, n elements of any 16- or 32-bit float; n is a multiple of 64.
+        out: [rows, columns] of any 16- or 32-bit float, n elements, n a multiple of 64; rows may lie apart. Columns and
+            the distance of rows are multiples of 16.
     """
-    words = out.numel() // 8
+    words, columns, distance = out.numel() // 8, out.shape[1], out.stride(0)
     nested = len(parts) > 2
     packed, absmax = parts[:2]
     # Arguments that a single quantisation does not use are never read.
@@ -37,17 +38,18 @@ def dequantise_4bit(parts: list[torch.Tensor], levels: torch.Tensor, out: torch.
     kernel = _compiled.get(key)
     if kernel is None:
         _compiled[key] = _dequantise[grid](
-            *tensors, words, nested=nested, size=WORDS_PER_PROGRAM, num_warps=WARPS,
+            *tensors, words, columns, distance, nested=nested, size=WORDS_PER_PROGRAM, num_warps=WARPS,
             enable_fp_fusion=False,  # a fused multiply-add rounds once where bitsandbytes rounds twice
         )  # fmt: skip
         return
-    kernel[grid](*tensors, words, nested, WORDS_PER_PROGRAM)
+    kernel[grid](*tensors, words, columns, distance, nested, WORDS_PER_PROGRAM)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _dequantise(  # type: ignore[no-untyped-def]
-    packed, levels, absmax, nested_absmax, nested_code, offset, out, words, nested: tl.constexpr, size: tl.constexpr
-):
+    packed, levels, absmax, nested_absmax, nested_code, offset, out, words, columns, distance,
+    nested: tl.constexpr, size: tl.constexpr,
+):  # fmt: skip
     """Four bytes in and eight weights out for each lane: both ends of the way are full transactions."""
     at = tl.program_id(0) * size + tl.arange(0, size)
     inside = at < words
@@ -63,4 +65,6 @@ def _dequantise(  # type: ignore[no-untyped-def]
     shift = (place // 2) * 8 + (1 - place % 2) * 4  # in each byte the high half comes first
     level = (word[:, None] >> shift[None, :]) & 15
     values = tl.load(levels + level) * scale[:, None]
-    tl.store(out + at[:, None] * 8 + place[None, :], values.to(out.dtype.element_ty), inside[:, None])
+    row = at * 8 // columns
+    to = row * (distance - columns) + at * 8
+    tl.store(out + to[:, None] + place[None, :], values.to(out.dtype.element_ty), inside[:, None])

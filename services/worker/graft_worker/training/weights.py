@@ -11,6 +11,7 @@ import torch
 # The layout that bitsandbytes gives a Linear4bit: 64 weights share a constant, 256 constants share theirs.
 BLOCK_WEIGHTS = 64
 NESTED_BLOCK = 256
+COLUMNS_AT_ONCE = 16  # our kernel writes full transactions, and none crosses the end of a row
 
 _scratch: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
@@ -33,22 +34,39 @@ def weight_parts(linear: torch.nn.Linear) -> list[torch.Tensor]:
     return [packed, state.absmax, state.state2.absmax, state.state2.code, state.offset]
 
 
-def dense(parts: list[torch.Tensor], quant_type: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+def dense(
+    parts: list[torch.Tensor],
+    quant_type: str,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    beside: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The weight as one matrix [out, in], good until the next call: a 4-bit one is dequantised into a shared scratch.
 
     Every bit is what `bitsandbytes.functional.dequantize_4bit` gives.
+
+    Args:
+        shape: out and in.
+        beside: [out, extra], more columns: the matrix is [out, in + extra].
     """
-    if len(parts) == 1:
-        return parts[0].to(dtype)
-    packed = parts[0]
-    numbers = shape[0] * shape[1]
-    if packed.is_cuda and numbers % BLOCK_WEIGHTS == 0:
+    rows, columns = shape
+    extra = 0 if beside is None else beside.shape[1]
+    if len(parts) == 1:  # laid out with room for what comes beside it
+        matrix = parts[0].as_strided((rows, columns + extra), (parts[0].stride(0), 1)).to(dtype)
+    elif parts[0].is_cuda and columns % COLUMNS_AT_ONCE == 0 and rows * columns % BLOCK_WEIGHTS == 0:
         from graft_worker.training.kernels import dequantise_4bit
 
-        out = _scratch_of(numbers, dtype, packed.device)
-        dequantise_4bit(parts, _levels(quant_type, packed.device), out)
-        return out.view(shape)
-    return torch.ops.bitsandbytes.dequantize_4bit(packed, _constants(parts), BLOCK_WEIGHTS, quant_type, shape, dtype)  # type: ignore[no-any-return]
+        matrix = _scratch_of(rows * (columns + extra), dtype, parts[0].device).view(rows, columns + extra)
+        dequantise_4bit(parts, _levels(quant_type, parts[0].device), matrix[:, :columns])
+    else:
+        matrix = torch.ops.bitsandbytes.dequantize_4bit(
+            parts[0], _constants(parts), BLOCK_WEIGHTS, quant_type, shape, dtype
+        )
+        if extra:
+            matrix = torch.nn.functional.pad(matrix, (0, extra))
+    if beside is not None:
+        matrix[:, columns:] = beside
+    return matrix
 
 
 def _constants(parts: list[torch.Tensor]) -> torch.Tensor:
