@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from graft_shared.memory import Recompute
 from graft_shared.planner import TrainingPlan
-from graft_worker.training.linear import leave_out_spared, spare_last_products
+from graft_worker.training.linear import leave_out_spared, spare_last_products, teach_inductor
 from graft_worker.training.loss import Chunk, chunk_loss
 
 Run = Callable[..., Any]
@@ -83,6 +83,8 @@ def arrange_layers(
     """
     layers = Layers(decoder_layers(backbone))
     _configure_compiler()
+    if backend == "inductor":
+        teach_inductor()
     if plan.recompute is Recompute.OFFLOAD and torch.cuda.is_available():
         layers.parking = Parking(largest_microbatch)
     marked = _Marked()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -29,7 +30,7 @@ ADAPTER = "default"  # PEFT's name for an adapter that has none
 # Layers whose input is the same tensor: they share one dropout mask, so that it is computed and kept once.
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
-COLUMN_STEP = 16  # an adapter's columns come in so many, so that rows begin where a GPU can copy them
+COLUMN_STEP = 64  # an adapter's columns come in so many: what one step of a GPU's product sums over
 # The parts of a layer that adds its MLP's output to the stream and does nothing else to it.
 PLAIN_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 PLAIN_LAYER |= {"resid_attn_dropout", "resid_mlp_dropout"}  # Phi 3's, which are silenced with all others of a base
@@ -37,11 +38,45 @@ PLAIN_LAYER |= {"resid_attn_dropout", "resid_mlp_dropout"}  # Phi 3's, which are
 _spared_is_left_out = False
 
 _library: Any = torch.library.Library("graft", "DEF")  # type: ignore[no-untyped-call]
+_library.define("widened(Tensor[] parts) -> Tensor")
 _library.define(
     "linear(Tensor x, Tensor[] weight, str quant_type, int in_features, int out_features, Tensor? bias, Tensor? low, "
     "Tensor? up, bool spared) -> Tensor"
 )
 _library.define("linear_backward(Tensor grad, Tensor[] weight, str quant_type, int in_features, Tensor? up) -> Tensor")
+
+
+@torch.library.impl(_library, "widened", "CompositeExplicitAutograd")
+def _widened(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Matrices side by side, [tokens, the sum of their widths]."""
+    return torch.cat(parts, dim=1)
+
+
+@torch.library.register_fake("graft::widened")  # type: ignore[untyped-decorator]
+def _widened_shape(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0].new_empty(parts[0].shape[0], sum(part.shape[1] for part in parts))
+
+
+def _remember_widths(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.widths = [part.shape[1] for part in inputs[0]]
+
+
+def _narrowed(ctx: Any, grad: torch.Tensor) -> list[torch.Tensor]:
+    return list(torch.split(grad, ctx.widths, dim=1))
+
+
+torch.library.register_autograd("graft::widened", _narrowed, setup_context=_remember_widths)
+
+
+@cache
+def teach_inductor() -> None:
+    """Let inductor write the parts of `widened` where they belong: it would rather copy the input once more."""
+    from torch._inductor.ir import ConcatKernel, TensorBox
+    from torch._inductor.lowering import register_lowering
+
+    @register_lowering(torch.ops.graft.widened.default, type_promotion_kind=None)
+    def _(parts: list[Any]) -> Any:
+        return TensorBox(ConcatKernel.create(parts, 1))
 
 
 @torch.library.impl(_library, "linear", "CompositeExplicitAutograd")
@@ -198,7 +233,7 @@ class _LoraForward:
         down = torch.cat([sibling.lora_A[ADAPTER].weight for sibling in self.siblings])
         down = torch.nn.functional.pad(down, (0, 0, 0, self.extra - len(down))).to(base.compute)
         low = seen @ down.t()
-        wide = torch.cat([rows, low], dim=1)
+        wide = torch.ops.graft.widened([rows, low])
         for sibling in self.siblings:
             if sibling is not layer:
                 sibling.handed = x, wide, low

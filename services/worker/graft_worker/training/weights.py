@@ -51,19 +51,19 @@ def dense(
     """
     rows, columns = shape
     extra = 0 if beside is None else beside.shape[1]
-    if len(parts) == 1:  # laid out with room for what comes beside it
-        matrix = parts[0].as_strided((rows, columns + extra), (parts[0].stride(0), 1)).to(dtype)
-    elif parts[0].is_cuda and columns % COLUMNS_AT_ONCE == 0 and rows * columns % BLOCK_WEIGHTS == 0:
+    if len(parts) > 1 and parts[0].is_cuda and columns % COLUMNS_AT_ONCE == 0 and rows * columns % BLOCK_WEIGHTS == 0:
         from graft_worker.training.kernels import dequantise_4bit
 
-        matrix = _scratch_of(rows * (columns + extra), dtype, parts[0].device).view(rows, columns + extra)
-        dequantise_4bit(parts, _levels(quant_type, parts[0].device), matrix[:, :columns])
+        out = _scratch_of(rows * (columns + extra), dtype, parts[0].device).view(rows, columns + extra)
+        dequantise_4bit(parts, _levels(quant_type, parts[0].device), beside, out)
+        return out
+    if len(parts) == 1:  # laid out with room for what comes beside it
+        matrix = parts[0].as_strided((rows, columns + extra), (parts[0].stride(0), 1)).to(dtype)
     else:
         matrix = torch.ops.bitsandbytes.dequantize_4bit(
             parts[0], _constants(parts), BLOCK_WEIGHTS, quant_type, shape, dtype
         )
-        if extra:
-            matrix = torch.nn.functional.pad(matrix, (0, extra))
+        matrix = torch.nn.functional.pad(matrix, (0, extra)) if extra else matrix
     if beside is not None:
         matrix[:, columns:] = beside
     return matrix
