@@ -10,7 +10,7 @@ from typing import Any
 from graft_shared.catalogue import Catalogue, ModelShape
 from graft_shared.errors import GraftError, InvalidParameter, VramCapacityExceeded
 from graft_shared.memory import GIB, HALF, MemoryEstimate, TrainingPlan
-from graft_shared.planner import fastest_plan, leanest_plan
+from graft_shared.planner import cheaper_plan, fastest_plan, leanest_plan
 from graft_shared.specs import JobSpec
 
 LENGTH_STEP = 256  # tokens: `max_length` is offered in whole steps of this
@@ -45,6 +45,11 @@ class Placement:
     estimate: MemoryEstimate
     target_modules: tuple[str, ...]
     warnings: tuple[dict[str, str], ...] = ()
+
+    @property
+    def summary(self) -> str:
+        """What becomes of a job that ran out of memory and is placed here, as a sentence."""
+        return f"The GPU ran out of memory; the job goes on on {self.gpu_class.name}, {self.plan.summary}."
 
 
 @dataclass(frozen=True)
@@ -82,25 +87,50 @@ class CapacityTable:
             InvalidParameter: An unknown class, targets that the base lacks, or a length beyond its positions.
             VramCapacityExceeded: No class is big enough; carries the numbers and the smallest changes that would fit.
         """
-        targets = self._check(shape, spec)
+        self._check(shape, spec)
         for gpu in self._allowed(spec):
             chosen = fastest_plan(shape, spec, gpu.usable_bytes) if gpu.takes(shape) else None
             if chosen is not None:
-                return Placement(
-                    gpu_class=gpu,
-                    plan=chosen[0],
-                    estimate=chosen[1],
-                    target_modules=targets,
-                    warnings=_warnings(shape, spec),
-                )
+                return self._placement(gpu, *chosen, shape, spec)
         raise self._refusal(shape, spec, catalogue)
+
+    def after_out_of_memory(
+        self, shape: ModelShape, spec: JobSpec, gpu_class: str, plan: TrainingPlan
+    ) -> Placement | None:
+        """Where a job goes on whose plan needed more than this class has, whatever the arithmetic says.
+
+        To the next cheaper plan on the same class; after the last of them to the next larger class, if the job left its
+        class open; None when there is neither. The same sequences make an update everywhere.
+        """
+        here = self.get(gpu_class)
+        found = cheaper_plan(shape, spec, plan)
+        if here is not None and found is not None:
+            return self._placement(here, *found, shape, spec)
+        size = here.usable_bytes if here is not None else 0
+        for gpu in self._allowed(spec):
+            chosen = fastest_plan(shape, spec, gpu.usable_bytes) if gpu.usable_bytes > size else None
+            if chosen is not None and gpu.takes(shape):
+                return self._placement(gpu, *chosen, shape, spec)
+        return None
 
     def largest_base(self, gpu: GpuClass, catalogue: Catalogue, spec: JobSpec) -> ModelShape | None:
         """The largest listed base that this class trains with these settings."""
         here = CapacityTable((gpu,))
         return next((shape for shape in _largest_first(catalogue) if here._fits(shape, spec)), None)
 
-    def _check(self, shape: ModelShape, spec: JobSpec) -> tuple[str, ...]:
+    @staticmethod
+    def _placement(
+        gpu: GpuClass, plan: TrainingPlan, needed: MemoryEstimate, shape: ModelShape, spec: JobSpec
+    ) -> Placement:
+        return Placement(
+            gpu_class=gpu,
+            plan=plan,
+            estimate=needed,
+            target_modules=shape.resolve_targets(spec.lora.target_modules),
+            warnings=_warnings(shape, spec),
+        )
+
+    def _check(self, shape: ModelShape, spec: JobSpec) -> None:
         if spec.gpu.gpu_class != "auto" and self.get(spec.gpu.gpu_class) is None:
             names = ", ".join(gpu.name for gpu in self.classes)
             raise InvalidParameter(
@@ -112,7 +142,7 @@ class CapacityTable:
                 param="training.max_length",
                 reason=f"{shape.base_model} has {limit} positions; {spec.training.max_length} is more",
             )
-        return shape.resolve_targets(spec.lora.target_modules)
+        shape.resolve_targets(spec.lora.target_modules)
 
     def _allowed(self, spec: JobSpec) -> Iterator[GpuClass]:
         wanted = spec.gpu.gpu_class

@@ -59,6 +59,7 @@ class Phase(StrEnum):
     FETCHING = "fetching"
     PREPARING = "preparing"
     LOADING = "loading"
+    PROBING = "probing"
     TRAINING = "training"
     EVALUATING = "evaluating"
     PROVING = "proving"
@@ -100,6 +101,7 @@ class Retry(StrEnum):
     NEVER = "never"
     CHARGED = "charged"  # again, up to max_attempts
     FREE = "free"  # again, as long as checkpoints advance
+    REPLANNED = "replanned"  # again with another plan, if there is one; never with the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +137,9 @@ REMEDIES: dict[FailureReason, Remedy] = {
         retry=Retry.NEVER, fault=Fault.USER, advice="Lower 'learning_rate', or compute in bfloat16."
     ),
     FailureReason.CUDA_OUT_OF_MEMORY: Remedy(
-        retry=Retry.CHARGED, fault=Fault.SERVER, advice="Lower 'max_length', or ask for a larger 'gpu.class'."
+        retry=Retry.REPLANNED,
+        fault=Fault.SERVER,
+        advice="No cheaper plan and no larger class is left: lower 'max_length', or ask for a larger 'gpu.class'.",
     ),
     FailureReason.HOST_OUT_OF_MEMORY: Remedy(
         retry=Retry.CHARGED, fault=Fault.SERVER, advice="Ask the operator for workers with more memory."
@@ -205,6 +209,7 @@ def after_failure(
     runs_without_progress: int,
     made_progress: bool,
     cancel_requested: bool,
+    replanned: bool = False,
 ) -> Aftermath:
     """Decide the next state of a job whose run ended with `reason`.
 
@@ -213,11 +218,14 @@ def after_failure(
         runs_without_progress: Uncharged runs in a row before this one that brought no new checkpoint.
         made_progress: This run brought one.
         cancel_requested: The user has asked to cancel; then no failure brings the job back.
+        replanned: The job has another plan now; these are few, so that such runs need not be counted.
     """
     if cancel_requested:
         return Aftermath(state=JobState.CANCELLED, attempt=attempt, runs_without_progress=runs_without_progress)
     retry = REMEDIES[reason].retry
-    if retry is Retry.NEVER:
+    if retry is Retry.REPLANNED and replanned:
+        return Aftermath(state=JobState.QUEUED, attempt=attempt - 1, runs_without_progress=runs_without_progress)
+    if retry in (Retry.NEVER, Retry.REPLANNED):
         return Aftermath(state=JobState.FAILED, attempt=attempt, runs_without_progress=runs_without_progress)
     if retry is Retry.CHARGED:
         state = JobState.QUEUED if attempt < max_attempts else JobState.FAILED

@@ -64,6 +64,17 @@ class TrainingPlan:
         """`speed` when nothing is computed twice, else `memory`."""
         return "speed" if self.recompute is Recompute.NONE else "memory"
 
+    @property
+    def summary(self) -> str:
+        """The plan in a few words."""
+        words = {
+            Recompute.NONE: "nothing computed twice",
+            Recompute.EVERY_N: f"one layer in {self.recompute_every_n} computed twice",
+            Recompute.FULL: "every layer computed twice",
+            Recompute.OFFLOAD: "every layer computed twice, their inputs kept in the host's memory",
+        }
+        return f"with microbatches of {self.microbatch_tokens:,} tokens, {words[self.recompute]}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
         return asdict(self)

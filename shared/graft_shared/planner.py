@@ -9,7 +9,9 @@ from graft_shared.specs import JobSpec
 LARGEST_MICROBATCH_TOKENS = 16_384  # beyond this a larger product is no faster on any card
 ENOUGH_TOKENS = 6_144  # from here on little is gained: weights are dequantised and kernels launched once per microbatch
 
-__all__ = ["Recompute", "TrainingPlan", "fastest_plan", "leanest_plan", "plans"]
+CHEAPER = 0.95  # a plan is worth trying after another ran out of memory if it needs no more than this share of it
+
+__all__ = ["Recompute", "TrainingPlan", "cheaper_plan", "fastest_plan", "leanest_plan", "plans"]
 
 
 def plans(shape: ModelShape, spec: JobSpec) -> tuple[TrainingPlan, ...]:
@@ -45,6 +47,16 @@ def fastest_plan(shape: ModelShape, spec: JobSpec, limit_bytes: int) -> tuple[Tr
         needed = estimate(shape, spec, plan)
         if needed.high_bytes <= limit_bytes:
             return plan, needed
+    return None
+
+
+def cheaper_plan(shape: ModelShape, spec: JobSpec, plan: TrainingPlan) -> tuple[TrainingPlan, MemoryEstimate] | None:
+    """Return the fastest plan that needs noticeably less than this one, which ran out of memory; or None."""
+    enough = CHEAPER * estimate(shape, spec, plan).expected_bytes
+    for other in plans(shape, spec):
+        needed = estimate(shape, spec, other)
+        if needed.expected_bytes <= enough:
+            return other, needed
     return None
 
 

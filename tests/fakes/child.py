@@ -94,6 +94,10 @@ def _misbehave(behaviour: str, step: int, epoch: int, writer: EventWriter) -> No
         os.kill(os.getpid(), signal.SIGSEGV)
     if behaviour == "killed once" and step == 3 and epoch == 2:
         os.kill(os.getpid(), signal.SIGKILL)
+    if behaviour == "out of memory" and step == 3 and epoch in (2, 3):
+        facts = {"reserved_peak_bytes": 7}
+        writer.emit(FailureEvent(reason=FailureReason.CUDA_OUT_OF_MEMORY, message="The GPU is full", facts=facts))
+        sys.exit(ExitCode.CUDA_OUT_OF_MEMORY)
     if behaviour == "user error" and step == 3:
         writer.emit(FailureEvent(reason=FailureReason.LOSS_NOT_FINITE, message="The loss is NaN at step 3"))
         sys.exit(ExitCode.USER_ERROR)

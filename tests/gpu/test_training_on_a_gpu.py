@@ -284,7 +284,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     request = a_request(base, train_file, spec=spec, target_modules=ALL, plan={"microbatch_tokens": 512})
     whole = run_trainer(tmp_path / "whole", request, GRAFT_COMPILER=compiler)
     assert whole.code == ExitCode.DONE, (whole.workdir / "log").read_text()[-3000:]
-    (checkpoint,) = whole.of(CheckpointEvent)
+    _, checkpoint = whole.of(CheckpointEvent)
     again = request.model_copy(update={"checkpoint_path": checkpoint.path})
     resumed = run_trainer(tmp_path / "resumed", again, GRAFT_COMPILER=compiler)
     losses = [event.loss for event in whole.of(ProgressEvent)]

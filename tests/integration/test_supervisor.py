@@ -17,8 +17,12 @@ from sqlalchemy import update
 from graft_shared.artifacts import AdapterManifest
 from graft_shared.buckets import Bucket
 from graft_shared.buckets.directory import DirectoryBucket
+from graft_shared.defaults import load_capacity, load_catalogue
 from graft_shared.errors import BucketUnavailable, StoreUnavailable
 from graft_shared.jobs import Job, JobState, Stage, StoredObject
+from graft_shared.memory import TrainingPlan, estimate
+from graft_shared.planner import plans
+from graft_shared.specs import JobSpec
 from graft_shared.store import Files, Jobs, Leases, Workers, open_database
 from graft_shared.store.migrate import migrate
 from graft_shared.store.tables import jobs as jobs_table
@@ -36,6 +40,10 @@ from tests.fakes.forked import forked_process
 from tests.store_factories import a_beat, a_new_job
 from tests.waiting import wait_until
 
+SHAPE_FACTS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "tie_word_embeddings", "max_position_embeddings",
+)  # fmt: skip
 ROOT = Path(__file__).parents[2]
 
 
@@ -68,6 +76,7 @@ class Worker:
                 hub_token=None,
             ),
             device=device,
+            capacity=load_capacity(None),
             place="here",
             open_dataset_bucket=lambda _: bucket,
             draining=self.drain.is_set,
@@ -183,6 +192,45 @@ def test_a_crash_is_charged_and_tried_again(make_worker: Callable[..., Worker]) 
         connection.execute(update(jobs_table).values(not_before=0.0))
     worker.work()
     assert (worker.get(job).state, worker.get(job).attempt) == (JobState.SUCCEEDED, 2)
+
+
+def test_a_plan_that_runs_out_of_memory_is_followed_by_a_cheaper_one_at_no_charge(
+    make_worker: Callable[..., Worker], tmp_path: Path
+) -> None:
+    shape = load_catalogue().get("meta-llama/Llama-3.2-1B")
+    assert shape is not None
+    config = {"model_type": "llama", **{name: getattr(shape, name) for name in SHAPE_FACTS}}
+    worker = make_worker()
+    (tmp_path / "models" / "graft" / "tiny" / "config.json").write_text(json.dumps(config))
+    new = a_new_job(metadata={"witness": str(tmp_path), "behaviour": "out of memory", "steps": "6"})
+    spec = JobSpec.model_validate(new.spec)
+    first = plans(shape, spec)[0]
+    placement = {**new.placement, "estimate": estimate(shape, spec, first).to_dict()}
+    job = worker.jobs.submit(replace(new, plan=first.to_dict(), placement=placement))[0]
+    worker.work()
+    ended = worker.get(job)
+    assert (ended.state, ended.attempt, ended.epoch) == (JobState.SUCCEEDED, 1, 4)
+    assert worker.steps() == [(2, 1), (2, 2), (2, 3), (3, 3), (4, 3), (4, 4), (4, 5), (4, 6)]
+    steps = [data for type, data in worker.events(job) if type == "replanned"]
+    used = [step["from"] for step in steps] + [steps[-1]["to"]]
+    assert [plan["plan"] for plan in used][0::2] == [first.to_dict(), ended.plan]
+    predicted = [plan["predicted_peak_bytes"] for plan in used]
+    assert predicted == [estimate(shape, spec, TrainingPlan.from_dict(plan["plan"])).expected_bytes for plan in used]
+    assert predicted[2] < predicted[1] < predicted[0]
+    assert ended.placement["estimate"]["expected_bytes"] == predicted[2]
+    assert [warning["code"] for warning in ended.warnings].count("replanned") == 2
+
+
+def test_without_a_cheaper_plan_and_a_larger_class_running_out_of_memory_is_the_end(
+    make_worker: Callable[..., Worker], tmp_path: Path
+) -> None:
+    worker = make_worker()
+    job = worker.submit(behaviour="out of memory")
+    worker.work()
+    error = worker.get(job).error
+    assert error is not None
+    assert (error["code"], error["facts"]) == ("cuda_out_of_memory", {"reserved_peak_bytes": 7})
+    assert "larger 'gpu.class'" in error["message"]
 
 
 def test_a_users_error_ends_the_job_with_its_reason(make_worker: Callable[..., Worker]) -> None:

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, get_scheduler
 
 from graft_shared.clock import boottime
 from graft_shared.errors import InvalidParameter, UnsupportedBaseModel
-from graft_shared.jobs import FailureReason
+from graft_shared.jobs import FailureReason, Phase
 from graft_shared.memory import Recompute, TrainingPlan
 from graft_shared.specs import ComputeDtype, Lora, Optim, Quantization, Scheduler, Training
 from graft_worker.protocol import (
@@ -548,7 +548,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(base: Path, train_file
     spec = {"training": {"max_steps": 6, "save_steps": 3}, "lora": {"lora_dropout": 0.1}, "validation": {"split": 0.1}}
     whole = run_trainer(tmp_path / "whole", a_request(base, train_file, spec=spec, validation_file=str(train_file)))
     assert whole.code == ExitCode.DONE
-    (checkpoint,) = whole.of(CheckpointEvent)
+    _, checkpoint = whole.of(CheckpointEvent)  # the first proves that one can be written
     request = a_request(base, train_file, spec=spec, validation_file=str(train_file), checkpoint_path=checkpoint.path)
     resumed = run_trainer(tmp_path / "resumed", request)
     assert resumed.code == ExitCode.DONE
@@ -575,8 +575,8 @@ def test_wherever_a_run_is_told_to_stop_it_goes_on_to_the_same_bytes(
         train(tmp_path / "stopped", request, stopped, Stopper(round(share * whole.asked)))
     saved = [event.path for event in stopped.events if isinstance(event, CheckpointEvent)]
     finished = sum(isinstance(event, ProgressEvent) for event in stopped.events)
-    assert [Path(path).name for path in saved] == ([f"step-{finished}"] if finished else [])
-    again = request.model_copy(update={"checkpoint_path": saved[0] if saved else None})
+    assert [Path(path).name for path in saved][1:] == ([f"step-{finished}"] if finished else [])
+    again = request.model_copy(update={"checkpoint_path": saved[-1] if saved else None})
     train(tmp_path / "resumed", again, Recorder(), Stopper())
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "resumed/adapter" / name).read_bytes() == (tmp_path / "whole/adapter" / name).read_bytes()
@@ -656,7 +656,7 @@ def test_half_precision_skips_updates_that_overflow_and_halves_its_loss_scale(
     events = Recorder()
     with pytest.raises(NotProven, match="as it was before training"):
         train(tmp_path, a_request(base, train_file, spec=spec), events, Stopper())
-    (checkpoint,) = (event for event in events.events if isinstance(event, CheckpointEvent))
+    _, checkpoint = (event for event in events.events if isinstance(event, CheckpointEvent))
     progress = json.loads((Path(checkpoint.path) / "state.json").read_text())["progress"]
     assert (progress["step"], progress["loss_scale"]) == (3, 2.0**57)
     assert [event.grad_norm for event in events.events if isinstance(event, ProgressEvent)] == [0.0] * 5
@@ -692,6 +692,35 @@ def test_after_the_leases_deadline_nothing_is_made(base: Path, train_file: Path,
     assert not (workdir / "checkpoints").exists()
 
 
+def test_what_a_later_step_would_fail_by_fails_before_the_first(
+    base: Path, train_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The heaviest microbatch comes first, and nothing is learnt by it."""
+    learn, sizes, events = Forward.learn, [], Recorder()
+
+    def watched(self: Forward, batch: Any, scale: float = 1.0) -> torch.Tensor:
+        sizes.append((batch.real_tokens, [getattr(event, "phase", None) for event in events.events][-1]))
+        return learn(self, batch, scale)
+
+    monkeypatch.setattr(Forward, "learn", watched)
+    train(tmp_path, a_request(base, train_file, spec={"training": {"max_steps": 12}}), events, Stopper())
+    probed = [tokens for tokens, phase in sizes if phase is Phase.PROBING]
+    trained = [tokens for tokens, phase in sizes if phase is not Phase.PROBING]
+    assert len(probed) == 1
+    assert max(trained) <= probed[0] <= 64
+    kinds = [type(event).__name__ for event in events.events]
+    assert kinds.index("CheckpointEvent") < kinds.index("ProgressEvent")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Forward, "learn", full)
+    failing = Recorder()
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        train(tmp_path / "full", a_request(base, train_file), failing, Stopper())
+    assert [event for event in failing.events if isinstance(event, ProgressEvent)] == []
+
+
 def test_sigterm_saves_the_last_finished_step_and_leaves(base: Path, train_file: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
     workdir.mkdir()
@@ -720,7 +749,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(
     training = {"max_steps": 4, "save_steps": 2}
     events = Recorder()
     train(tmp_path / "one", a_request(base, train_file, spec={"training": training}), events, Stopper())
-    (checkpoint,) = (event for event in events.events if isinstance(event, CheckpointEvent))
+    _, checkpoint = (event for event in events.events if isinstance(event, CheckpointEvent))
     spec = {"training": {**training, **change.pop("spec", {})}}
     other = a_request(base, train_file, spec=spec, checkpoint_path=checkpoint.path, **change)
     with pytest.raises(CheckpointMismatch):
@@ -765,7 +794,7 @@ def test_a_disk_that_cannot_keep_4_bit_weights_fails_no_run(base: Path, tmp_path
 def test_a_checkpoint_of_another_version_is_refused(base: Path, train_file: Path, tmp_path: Path) -> None:
     events, training = Recorder(), {"max_steps": 4, "save_steps": 2}
     train(tmp_path / "one", a_request(base, train_file, spec={"training": training}), events, Stopper())
-    (checkpoint,) = (event for event in events.events if isinstance(event, CheckpointEvent))
+    _, checkpoint = (event for event in events.events if isinstance(event, CheckpointEvent))
     path = Path(checkpoint.path) / "state.safetensors"
     tensors = load_file(path)
     tensors["optimizer.master"] = tensors.pop("optimizer.weights")

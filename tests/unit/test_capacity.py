@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import time
 from pathlib import Path
@@ -247,6 +248,32 @@ def test_what_is_not_computed_twice_comes_first_and_then_the_larger_microbatch()
     assert list(every) == sorted(every, key=rank)
     budgets = [plan.microbatch_tokens for plan in every if plan.recompute is Recompute.NONE]
     assert budgets == [6144, 3072, 1536, 1024, 512]
+
+
+def test_out_of_memory_leads_down_the_plans_and_up_the_classes_with_the_same_effective_batch() -> None:
+    job = spec(training={"max_length": 1024})
+    placed = TABLE.place(shape(LLAMA_7B), job, CATALOGUE)
+    needed = {placed.gpu_class.name: [placed.estimate.expected_bytes]}
+    way = [placed.gpu_class.name]
+    while (after := TABLE.after_out_of_memory(shape(LLAMA_7B), job, placed.gpu_class.name, placed.plan)) is not None:
+        placed = after
+        needed.setdefault(placed.gpu_class.name, []).append(placed.estimate.expected_bytes)
+        way.append(placed.gpu_class.name)
+        assert placed.plan.packing == job.training.packing
+        assert placed.plan.microbatch_tokens >= job.training.max_length
+        assert placed.gpu_class.name in placed.summary
+    names = [gpu.name for gpu in TABLE.classes]
+    assert list(needed) == names[names.index(way[0]) :]
+    for estimates in needed.values():
+        assert all(later <= 0.95 * earlier for earlier, later in itertools.pairwise(estimates))
+        assert len(estimates) < 15
+
+
+def test_a_job_that_chose_its_class_stays_there() -> None:
+    job = spec(gpu={"class": "24gb"})
+    lean = plans(shape(LLAMA_7B), job)[-1]
+    assert TABLE.after_out_of_memory(shape(LLAMA_7B), job, "24gb", lean) is None
+    assert TABLE.after_out_of_memory(shape(LLAMA_7B), spec(), "24gb", lean) is not None
 
 
 def test_a_plan_reads_back_as_itself() -> None:

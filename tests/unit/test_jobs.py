@@ -39,6 +39,12 @@ def test_what_trying_again_cannot_help_fails_at_once(reason: FailureReason) -> N
     assert decide(reason, max_attempts=20).state is JobState.FAILED
 
 
+def test_running_out_of_memory_costs_nothing_while_there_is_another_plan_and_is_the_end_without() -> None:
+    again = decide(FailureReason.CUDA_OUT_OF_MEMORY, attempt=3, max_attempts=3, replanned=True, runs_without_progress=2)
+    assert again == Aftermath(state=JobState.QUEUED, attempt=2, runs_without_progress=2)
+    assert decide(FailureReason.CUDA_OUT_OF_MEMORY, max_attempts=20).state is JobState.FAILED
+
+
 def test_a_charged_failure_is_tried_again_until_max_attempts() -> None:
     states = [decide(FailureReason.CRASH, attempt=attempt).state for attempt in (1, 2, 3)]
     assert states == [JobState.QUEUED, JobState.QUEUED, JobState.FAILED]

@@ -127,6 +127,7 @@ def _open_neighbours(_pid: int) -> Neighbours:
             hub_token=token.get_secret_value() if token else None,
         ),
         device=this_device(settings),
+        capacity=load_capacity(settings.capacity_path),
         place=place_of(settings.lock_dir),
         open_dataset_bucket=lambda name: open_bucket(settings.model_copy(update={"s3_bucket": name})),
         draining=lambda: bool(_draining.value),

@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import and_, case, exists, func, literal, or_, select, true, update
 from sqlalchemy.engine import Connection, Row, RowMapping
 
+from graft_shared.capacity import Placement
 from graft_shared.errors import LeaseLost
 from graft_shared.jobs import (
     REMEDIES,
@@ -204,15 +205,18 @@ class Leases:
             message = "The adapter was stored and proven."
             add_event(connection, job_id, epoch, "succeeded", message, data={"adapter": adapter, "metrics": metrics})
 
-    def settle_failure(self, job_id: str, epoch: int, failure: Failure) -> Job:
+    def settle_failure(self, job_id: str, epoch: int, failure: Failure, *, replanned: Placement | None = None) -> Job:
         """End this run; the job goes back to the queue, or ends, as `after_failure` decides.
+
+        Args:
+            replanned: How the job goes on where its plan ran out of memory.
 
         Raises:
             LeaseLost: Another epoch owns the job, or it has ended.
         """
         with self._database.writing() as connection:
             row = compare_and_set(connection, job_id, epoch, JobState.RUNNING, **_no_lease())
-            return job_from(_after(connection, row, failure, epoch))
+            return job_from(_after(connection, row, failure, epoch, replanned))
 
     def settle_cancelled(self, job_id: str, epoch: int) -> Job:
         """End the job as cancelled, once nothing of it runs any more.
@@ -343,30 +347,61 @@ def _no_lease() -> dict[str, Any]:
     return {"worker": None, "lease_expires_at": None, "phase": None}
 
 
-def _after(connection: Connection, row: RowMapping, failure: Failure, failed_epoch: int) -> RowMapping:
+def _after(
+    connection: Connection, row: RowMapping, failure: Failure, failed_epoch: int, replanned: Placement | None = None
+) -> RowMapping:
     """Carry out what `after_failure` decides for a running row whose lease has been taken off."""
     decided = after_failure(
         failure.reason,
         attempt=row["attempt"],
         max_attempts=row["max_attempts"],
         runs_without_progress=row["runs_without_progress"],
-        made_progress=row["checkpoint"] is not None and row["checkpoint"]["epoch"] == failed_epoch,
+        made_progress=_made_progress(row, failed_epoch),
         cancel_requested=row["cancel_requested"],
+        replanned=replanned is not None,
     )
     counts = {"attempt": decided.attempt, "runs_without_progress": decided.runs_without_progress}
     facts = {"reason": failure.reason.value, "attempt": row["attempt"], **failure.facts}
     if decided.state is JobState.QUEUED:
         charged = REMEDIES[failure.reason].retry is Retry.CHARGED
         delay = RETRY_DELAY_SECONDS * 2 ** (row["attempt"] - 1) if charged else 0.0
-        row = compare_and_set(
-            connection, row["id"], row["epoch"], JobState.RUNNING, **_given_back(), **counts, not_before=now() + delay
-        )
+        values = {**_given_back(), **counts, "not_before": now() + delay}
+        if replanned is not None:
+            values |= _replanned(row, replanned)
+        before, row = row, compare_and_set(connection, row["id"], row["epoch"], JobState.RUNNING, **values)
         add_event(connection, row["id"], failed_epoch, "requeued", failure.message, level="warning", data=facts)
+        if replanned is not None:
+            changed = {"from": _plan_of(before), "to": _plan_of(row)}
+            add_event(
+                connection, row["id"], failed_epoch, "replanned", replanned.summary, level="warning", data=changed
+            )
         return row
     row = compare_and_set(connection, row["id"], row["epoch"], JobState.RUNNING, **counts)
     if decided.state is JobState.CANCELLED:
         return _end(connection, row, JobState.CANCELLED, "The job was cancelled.", data=facts)
     return _end(connection, row, JobState.FAILED, failure.message, error=_error(failure), data=facts)
+
+
+def _made_progress(row: RowMapping, failed_epoch: int) -> bool:
+    """Whether the epoch has brought a checkpoint; the one before the first step proves the bucket, and no more."""
+    checkpoint = row["checkpoint"]
+    return checkpoint is not None and checkpoint["epoch"] == failed_epoch and checkpoint["step"] > 0
+
+
+def _replanned(row: RowMapping, placement: Placement) -> dict[str, Any]:
+    estimated = {"estimate": placement.estimate.to_dict(), "gpu": asdict(placement.gpu_class)}
+    warning = {"code": "replanned", "message": placement.summary}
+    return {
+        "plan": placement.plan.to_dict(),
+        "gpu_class": placement.gpu_class.name,
+        "placement": {**row["placement"], **estimated},
+        "warnings": [*row["warnings"], warning],
+    }
+
+
+def _plan_of(row: RowMapping) -> dict[str, Any]:
+    predicted = row["placement"].get("estimate", {}).get("expected_bytes")
+    return {"gpu_class": row["gpu_class"], "plan": row["plan"], "predicted_peak_bytes": predicted}
 
 
 def _end(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from graft_shared.buckets import Bucket
+from graft_shared.capacity import CapacityTable
 from graft_shared.dispatch import Doorbell
 from graft_shared.store import Database, Files, Leases
 from graft_worker.device import Device
@@ -25,6 +26,7 @@ class Neighbours:
     doorbell: Doorbell
     base_models: BaseModels
     device: Device
+    capacity: CapacityTable
     place: str  # where this worker lives: see `graft_worker.place`
     open_dataset_bucket: Callable[[str], Bucket]
     draining: Callable[[], bool]

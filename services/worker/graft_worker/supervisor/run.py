@@ -25,7 +25,7 @@ from graft_shared.errors import (
     UnknownBaseModel,
     UnsupportedBaseModel,
 )
-from graft_shared.jobs import Failure, FailureReason, Job, JobState, Phase, Stage
+from graft_shared.jobs import REMEDIES, Failure, FailureReason, Job, JobState, Phase, Retry, Stage
 from graft_shared.logs import log_event
 from graft_worker.protocol import (
     REQUEST_NAME,
@@ -79,6 +79,7 @@ class Run:
         self._progress = ProgressRecorder(neighbours.leases, job)
         self._result: PreparedEvent | TrainedEvent | None = None
         self._last_words: FailureEvent | None = None
+        self._request: PrepareRequest | TrainRequest | None = None
         self._log_uploaded_at = boottime()
 
     def run(self) -> None:
@@ -122,6 +123,7 @@ class Run:
             seconds=self._neighbours.settings.upload_patience_seconds, gave_up=lambda: watch.stop_reason is not None
         )
         request = patience.wait_for(lambda: self._fetch(kept), at_most_seconds=FETCH_PATIENCE_SECONDS)
+        self._request = request
         (self._workdir / REQUEST_NAME).write_text(request.model_dump_json())
         if watch.stop_reason is not None:
             return stopped(watch.stop_reason)
@@ -204,10 +206,13 @@ class Run:
             patience.wait_for(lambda: leases.settle_cancelled(job.id, job.epoch))
             log_event(logger, "job_cancelled", job_id=job.id, epoch=job.epoch)
             return
-        after = patience.wait_for(lambda: leases.settle_failure(job.id, job.epoch, failure))
+        replanned = None
+        if failure.reason is FailureReason.CUDA_OUT_OF_MEMORY and isinstance(self._request, TrainRequest):
+            replanned = training_run.replan(job, self._request, self._neighbours.capacity)
+        after = patience.wait_for(lambda: leases.settle_failure(job.id, job.epoch, failure, replanned=replanned))
         facts = {"reason": failure.reason.value, "state": after.state.value, "message": failure.message}
         log_event(logger, "attempt_settled", level=logging.WARNING, job_id=job.id, attempt=job.attempt, **facts)
-        if after.state is JobState.QUEUED and failure.reason in (FailureReason.WORKER_LOST, FailureReason.DRAINED):
+        if after.state is JobState.QUEUED and REMEDIES[failure.reason].retry is not Retry.CHARGED:
             self._neighbours.doorbell.ring(job.id, queue_for(after.stage, after.gpu_class))
 
     def _upload_log(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from contextlib import ExitStack
@@ -12,9 +13,13 @@ from typing import Any
 
 from graft_shared.artifacts import MANIFEST_NAME, AdapterManifest, FileProof, adapter_prefix, checkpoint_key
 from graft_shared.buckets import read_back
-from graft_shared.errors import LeaseLost, NeighbourUnavailable
+from graft_shared.capacity import CapacityTable, Placement
+from graft_shared.catalogue import ModelShape
+from graft_shared.errors import LeaseLost, NeighbourUnavailable, UnsupportedBaseModel
 from graft_shared.jobs import Checkpoint, Job, StoredObject
 from graft_shared.logs import log_event
+from graft_shared.memory import TrainingPlan
+from graft_shared.specs import JobSpec
 from graft_worker.protocol import CheckpointEvent, TrainedEvent, TrainRequest
 from graft_worker.supervisor.folders import fetch_folder, store_folder
 from graft_worker.supervisor.neighbours import Neighbours
@@ -54,6 +59,17 @@ def train_request(job: Job, workdir: Path, neighbours: Neighbours, kept: ExitSta
         checkpoint_path=str(checkpoint_path) if checkpoint_path else None,
         quantised_dir=str(base.quantised_dir),
     )
+
+
+def replan(job: Job, request: TrainRequest, capacity: CapacityTable) -> Placement | None:
+    """Where a job goes whose plan ran out of memory here; None when no cheaper plan and no larger class is left."""
+    config = json.loads((Path(request.base_path) / "config.json").read_text())
+    try:
+        shape = ModelShape.from_config(config, base_model=request.base_model, revision=request.base_revision)
+    except UnsupportedBaseModel:
+        return None
+    plan = TrainingPlan.from_dict(job.plan)
+    return capacity.after_out_of_memory(shape, JobSpec.model_validate(job.spec), job.gpu_class, plan)
 
 
 def store_checkpoint(job: Job, event: CheckpointEvent, neighbours: Neighbours, patience: Patience) -> None:

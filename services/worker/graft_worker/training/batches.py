@@ -128,6 +128,23 @@ def largest_microbatch(split: Split, *, budget: int, sequences_per_update: int) 
     return min(fullest, max(budget, split.longest))
 
 
+def fullest_rows(split: Split, *, budget: int, packing: bool, sequences_per_update: int) -> np.ndarray:
+    """Rows that together make the heaviest microbatch there can be, or nearly: the longest, as many as fit."""
+    longest_first = np.argsort(-split.lengths, kind="stable")
+    if not packing:
+        fitting = max(1, budget // max(1, split.longest))
+        return longest_first[: min(fitting, sequences_per_update)]
+    rows: list[int] = []
+    room = max(budget, split.longest)
+    for row in longest_first:
+        if len(rows) == sequences_per_update or room < split.lengths[longest_first[-1]]:
+            break
+        if split.lengths[row] <= room:
+            rows.append(int(row))
+            room -= int(split.lengths[row])
+    return np.array(rows)
+
+
 def microbatches(
     split: Split,
     rows: np.ndarray,

@@ -80,10 +80,14 @@ class FlatOptimizer:
         """Forget the gradient gathered so far."""
         self._gradients.zero_()
 
+    def rehearse(self) -> None:
+        """Hold all the memory that the first step will, and leave weights and moments as they are."""
+        if self._weights not in self._optimizer.state:
+            _set_step(self._made_state(), 0)
+
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Everything that resuming needs: tensors by name, and plain numbers."""
-        if self._weights not in self._optimizer.state:  # saved before the first update: fp16 may skip the first ones
-            _set_step(self._made_state(), 0)
+        self.rehearse()
         state = self._optimizer.state[self._weights]
         self._wait()
         tensors = {name: state[name].detach().cpu().clone() for name in _STATE_TENSORS if name in state}

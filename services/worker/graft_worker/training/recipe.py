@@ -33,6 +33,7 @@ from graft_worker.training.base import Precision, choose_precision, load_base
 from graft_worker.training.batches import (
     Microbatch,
     Split,
+    fullest_rows,
     largest_microbatch,
     microbatches,
     update_rows,
@@ -115,8 +116,9 @@ def train(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guar
         InvalidParameter, UnsupportedBaseModel: It cannot begin.
     """
     run = load(workdir, request, events, guard)
-    events.emit(PhaseEvent(phase=Phase.TRAINING))
     try:
+        probe(run)
+        events.emit(PhaseEvent(phase=Phase.TRAINING))
         train_steps(run)
         finish(run)
     except ToldToStop:
@@ -186,6 +188,25 @@ def load(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guard
     )
 
 
+def probe(run: Run) -> None:
+    """Do once, before the first step, what a later one could fail by: what fails at hour three fails now.
+
+    The heaviest microbatch there and back, the optimizer's memory, the heaviest microbatch of an evaluation, and a
+    checkpoint, which the supervisor uploads. Nothing is learnt by it.
+    """
+    run.events.emit(PhaseEvent(phase=Phase.PROBING))
+    rows = _fullest(run, run.train, run.spec.training.sequences_per_update)
+    for _ in range(1 if run.forward.graphs is None else 2):  # launched, then captured
+        _gathered(run, rows)
+    run.optimizer.clear()
+    run.optimizer.rehearse()
+    if run.validation is not None:
+        run.forward.mean_loss(_batches(run, run.validation, _fullest(run, run.validation, len(run.validation))))
+    if run.request.checkpoint_path is None:
+        path = save_checkpoint(run.workdir, run.request, run.progress, run.optimizer, run.guard)
+        run.events.emit(CheckpointEvent(step=0, path=str(path)))
+
+
 def train_steps(run: Run) -> None:
     """Make every optimizer step that is left, with its evaluations and checkpoints.
 
@@ -225,13 +246,7 @@ def update(run: Run) -> Figures:
     learning_rate = learning_rate_at(progress.step, training, run.total_steps)
     before = random_state()
     try:
-        try:
-            total, learnt, tokens = _gather(run, rows)
-        except CompilerGaveUp as error:  # in the backward pass or the loss; forward passes help themselves
-            run.layers.give_up_compiling(error)
-            run.forward.chunk = chunk_loss
-            run.optimizer.clear()
-            total, learnt, tokens = _gather(run, rows)
+        total, learnt, tokens = _gathered(run, rows)
         run.guard.check()
     except ToldToStop:
         run.optimizer.clear()  # half an update is none, and what was drawn for it was never drawn
@@ -249,6 +264,17 @@ def update(run: Run) -> Figures:
         tokens_learnt=learnt,
         rate=learning_rate,
     )
+
+
+def _gathered(run: Run, rows: np.ndarray) -> tuple[torch.Tensor, int, int]:
+    """What `_gather` returns, though the compiler may give up."""
+    try:
+        return _gather(run, rows)
+    except CompilerGaveUp as error:  # in the backward pass or the loss; forward passes help themselves
+        run.layers.give_up_compiling(error)
+        run.forward.chunk = chunk_loss
+        run.optimizer.clear()
+        return _gather(run, rows)
 
 
 def _gather(run: Run, rows: np.ndarray) -> tuple[torch.Tensor, int, int]:
@@ -405,6 +431,11 @@ def peak_memory() -> dict[str, Any]:
         return {"measured_peak_bytes": reserved, "allocated_peak_bytes": allocated, "measured_on": "cuda"}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"measured_peak_bytes": peak, "measured_on": "host"}
+
+
+def _fullest(run: Run, split: Split, at_most: int) -> np.ndarray:
+    plan = run.plan
+    return fullest_rows(split, budget=plan.microbatch_tokens, packing=plan.packing, sequences_per_update=at_most)
 
 
 def _batches(
