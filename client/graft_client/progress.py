@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
 from graft_client.client import Update
-from graft_client.tables import status_words
+from graft_client.tables import duration, status_words
 
 _BAR_EVENTS = frozenset({"progress", "heartbeat", "metrics"})  # the bar shows these; as lines they would flood
 _LEVEL_COLOURS = {"warning": "yellow", "error": "red"}
@@ -111,14 +111,6 @@ def measures(job: dict[str, Any]) -> str:
     if (eta := progress.get("eta_seconds")) is not None and job["status"] == "running":
         parts.append(f"ETA {duration(eta)}")
     return "  ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as `2h05m`, `3m09s` or `7s`."""
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
 
 
 def _progress(console: Console) -> Progress:

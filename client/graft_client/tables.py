@@ -103,9 +103,32 @@ def estimate_view(estimate: dict[str, Any]) -> RenderableType:
         f"Fits GPU class [bold]{escape(str(estimate.get('gpu_class')))}[/bold]: expected {expected} ({low} to {high})",
         f"plan: {escape(json.dumps(estimate.get('plan')))}",
         bytes_table(memory.get("components") or {}),
+        *_speed_lines(estimate.get("speed")),
     ]
     parts += [f"[yellow]warning:[/yellow] {escape(_text(warning))}" for warning in estimate.get("warnings") or ()]
     return Group(*parts)
+
+
+def _speed_lines(speed: dict[str, Any] | None) -> Iterable[str]:
+    if speed is None:
+        return
+    found = speed["tokens_per_second"]
+    guess = "" if speed["calibrated"] else ", by the card's data sheet"
+    yield f"speed: {found['expected']:,.0f} tokens/s ({found['low']:,.0f} to {found['high']:,.0f}{guess})"
+    if speed.get("duration_seconds"):
+        low, expected, high = (duration(speed["duration_seconds"][bound]) for bound in ("low", "expected", "high"))
+        yield f"training: {speed['steps']:,} steps in {expected} ({low} to {high})"
+    if speed.get("cost"):
+        cost = speed["cost"]
+        yield f"cost: {cost['expected']:.2f} ({cost['low']:.2f} to {cost['high']:.2f})"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `2h05m`, `3m09s` or `7s`."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
 
 
 def bytes_table(needed: dict[str, int], available: dict[str, int] | None = None) -> Table:

@@ -20,6 +20,14 @@ TABLE_MAX_LENGTH = 512  # tokens: what the table's "largest base" is trained at
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rates:
+    """A card's data sheet: dense 16-bit products, and its memory."""
+
+    teraflops: float
+    gigabytes_per_second: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class GpuClass:
     """A memory size with a name, a price and a queue (of the same name)."""
 
@@ -30,6 +38,8 @@ class GpuClass:
     price_per_hour: float | None = None
     is_cpu: bool = False
     max_parameters: int | None = None  # larger bases are not put here, whatever their bytes
+    cards: tuple[Rates, ...] = ()  # the slowest and the fastest of the class, for forecasts
+    calibrated: bool = False  # forecasts were measured on these cards
 
     def takes(self, shape: ModelShape) -> bool:
         """Whether this class is meant for bases of that size at all."""
@@ -299,6 +309,10 @@ def _class_from(name: str, facts: Mapping[str, Any], rank: int) -> GpuClass:
         price_per_hour=facts.get("price_per_hour"),
         is_cpu=bool(facts.get("cpu", False)),
         max_parameters=facts.get("max_parameters"),
+        cards=tuple(
+            Rates(teraflops=teraflops, gigabytes_per_second=rate) for teraflops, rate in facts.get("cards", ())
+        ),
+        calibrated=bool(facts.get("calibrated", False)),
     )
 
 

@@ -284,6 +284,23 @@ def test_an_estimate_decides_as_a_post_would_and_makes_no_job(api: ApiService) -
     assert error_of(api.http.post("/jobs/estimate", json={**spec, "x": 1}), 400)["code"] == "unknown_parameter"
 
 
+def test_an_estimate_tells_speed_duration_and_cost(api: ApiService) -> None:
+    spec = api.spec(base_model="meta-llama/Llama-2-7b-hf", gpu={"class": "141gb"}, training={"num_train_epochs": 2})
+    speed = api.http.post("/jobs/estimate", json=spec).json()["speed"]
+    rows = api.http.get(f"/files/{spec['dataset']['file']}").json()["report"]["rows"]
+    assert speed["calibrated"] is True
+    assert speed["steps"] == 2 * -(-rows // 16)
+    for name in ("tokens_per_second", "duration_seconds", "cost"):
+        assert 0 < speed[name]["low"] < speed[name]["expected"] < speed[name]["high"]
+    assert speed["cost"]["expected"] == pytest.approx(speed["duration_seconds"]["expected"] / 3600 * 4.0)
+    unknown = {**spec, "dataset": {"hub": "org/name"}}
+    assert api.http.post("/jobs/estimate", json=unknown).json()["speed"]["duration_seconds"] is None
+    slower = {**spec, "gpu": {"class": "24gb"}}
+    derived = api.http.post("/jobs/estimate", json=slower).json()["speed"]
+    assert derived["calibrated"] is False
+    assert derived["tokens_per_second"]["expected"] < speed["tokens_per_second"]["expected"] / 3
+
+
 def test_an_estimate_of_what_does_not_fit_names_the_changes(small: ApiService) -> None:
     spec = small.spec(base_model="meta-llama/Llama-2-70b-hf")
     answer = small.http.post("/jobs/estimate", json=spec)

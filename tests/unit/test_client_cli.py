@@ -129,6 +129,20 @@ def test_a_refusal_shows_bytes_by_component_and_the_changes_that_would_fit(
     assert err.index("activations") < err.index("base weights")
 
 
+def test_an_estimate_shows_speed_duration_and_cost(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
+    def span(low: float, expected: float, high: float) -> dict[str, float]:
+        return {"low": low, "expected": expected, "high": high}
+
+    speed = {"tokens_per_second": span(9000, 10000, 11000), "calibrated": False, "steps": 1200}
+    speed |= {"duration_seconds": span(3600, 7500, 9000), "cost": span(1, 2.5, 3)}
+    found = {"object": "estimate", "fits": True, "gpu_class": "24gb", "plan": {}, "memory": {}, "speed": speed}
+    service.answers["POST /jobs/estimate"] = [httpx.Response(200, json=found)]
+    code, out, _ = graft("estimate", "-", monkeypatch=monkeypatch, stdin='{"base_model": "a/b"}')
+    assert code == 0
+    for expected in ("10,000 tokens/s", "by the card's data sheet", "1,200 steps in 2h05m (1h00m to 2h30m)", "2.50"):
+        assert expected in out
+
+
 def test_an_estimate_that_does_not_fit_is_shown_as_the_refusal_that_a_post_would_be(
     service: FakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:

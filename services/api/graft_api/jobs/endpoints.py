@@ -75,7 +75,7 @@ def estimate_job(body: JsonBody, tenant: Tenant, here: Here) -> Estimate | Refus
     """Decide as POST /jobs would, without a job. What does not fit anywhere is answered with what would."""
     spec = parse_spec(body)
     try:
-        spec, _, placement = service.admit(tenant, spec, here)
+        spec, shape, placement = service.admit(tenant, spec, here)
     except VramCapacityExceeded as refusal:
         facts = {**refusal.facts, "spec": service.normalised(spec), "code": refusal.code, "message": refusal.message}
         return Refusal.model_validate(facts)
@@ -86,6 +86,7 @@ def estimate_job(body: JsonBody, tenant: Tenant, here: Here) -> Estimate | Refus
         plan=plan_body(placement.plan),
         target_modules=list(placement.target_modules),
         memory=MemoryForecast.model_validate(placement.estimate.to_dict()),
+        speed=service.speed_of(tenant, spec, shape, placement, here),
         live_workers=len(workers_for(Stage.TRAIN, gpu_class, here.workers.alive(), here.capacity)),
         warnings=list(placement.warnings),
     )

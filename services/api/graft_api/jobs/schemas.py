@@ -162,6 +162,28 @@ class MemoryForecast(BaseModel):
     high_bytes: int
 
 
+class Span(BaseModel):
+    """A forecast, and how far off it may be."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    low: float
+    expected: float
+    high: float
+
+
+class SpeedForecast(BaseModel):
+    """How fast the job would train, and what that comes to."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    tokens_per_second: Span = Field(description="Real tokens; padding is not counted.")
+    calibrated: bool = Field(description="Measured on this class's cards; else scaled from another by the data sheet.")
+    steps: int | None = Field(description="Optimizer steps; null while the number of rows is not known.")
+    duration_seconds: Span | None = Field(description="Training alone: no waiting, fetching, loading or evaluating.")
+    cost: Span | None = Field(description="By the class's price per hour, in the operator's currency.")
+
+
 class Estimate(BaseModel):
     """What POST /jobs would decide: this class and plan."""
 
@@ -172,6 +194,7 @@ class Estimate(BaseModel):
     plan: dict[str, Any]
     target_modules: list[str]
     memory: MemoryForecast
+    speed: SpeedForecast | None = Field(description="Null for a class whose cards the operator has not described.")
     live_workers: int = Field(description="Workers alive now that take jobs of this class.")
     warnings: list[JobWarning]
 

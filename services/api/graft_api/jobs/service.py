@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from graft_api.deps import Neighbours
+from graft_api.jobs.schemas import SpeedForecast
 from graft_api.parsing import parse_spec
 from graft_shared.capacity import Placement, within_positions
 from graft_shared.catalogue import ModelShape
@@ -17,6 +18,7 @@ from graft_shared.ids import new_job_id
 from graft_shared.jobs import Job
 from graft_shared.logs import log_event
 from graft_shared.specs import JobSpec
+from graft_shared.speed import forecast
 from graft_shared.store import NewJob
 
 logger = logging.getLogger(__name__)
@@ -61,6 +63,18 @@ def admit(tenant: str, spec: JobSpec, here: Neighbours) -> tuple[JobSpec, ModelS
     placement = here.capacity.place(shape, spec, here.bases.catalogue)
     _check_sources(tenant, spec, here)
     return spec, shape, placement
+
+
+def speed_of(
+    tenant: str, spec: JobSpec, shape: ModelShape, placement: Placement, here: Neighbours
+) -> SpeedForecast | None:
+    """How fast an admitted job would train; an uploaded file tells how much there is to train on."""
+    rows = row_bytes = None
+    if spec.dataset.file is not None:
+        report = here.files.get(tenant, spec.dataset.file).report
+        rows, row_bytes = report["rows"], report["bytes"] / max(1, report["rows"])
+    found = forecast(shape, spec, placement.plan, placement.gpu_class, rows=rows, row_bytes=row_bytes)
+    return None if found is None else SpeedForecast.model_validate(found)
 
 
 def normalised(spec: JobSpec) -> dict[str, Any]:

@@ -1,0 +1,112 @@
+"""Forecasts of speed: near what was measured where they are calibrated, and of the right order elsewhere."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from graft_shared.catalogue import ModelShape
+from graft_shared.defaults import load_capacity, load_catalogue
+from graft_shared.memory import Recompute, TrainingPlan
+from graft_shared.planner import plans
+from graft_shared.specs import JobSpec, Optim
+from graft_shared.speed import forecast, tokens_per_second
+
+CATALOGUE, TABLE = load_catalogue(), load_capacity()
+LLAMA_7B, LLAMA_8B = "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-3.1-8B"
+
+
+def shape(base_model: str) -> ModelShape:
+    found = CATALOGUE.get(base_model)
+    assert found is not None
+    return found
+
+
+def spec(base_model: str, **changes: Any) -> JobSpec:
+    return JobSpec.model_validate({"base_model": base_model, "dataset": {"file": "file-a"}, **changes})
+
+
+def plan(recompute: str, tokens: int) -> TrainingPlan:
+    every_n = {"none": 0, "every_n_layers": 2}.get(recompute, 1)
+    return TrainingPlan(
+        recompute=Recompute(recompute),
+        recompute_every_n=every_n,
+        microbatch_tokens=tokens,
+        packing=True,
+        optim=Optim.PAGED_ADAMW_8BIT,
+    )
+
+
+def speed(base_model: str, gpu_class: str, how: TrainingPlan, mean_length: float, **changes: Any) -> float:
+    gpu = TABLE.get(gpu_class)
+    assert gpu is not None
+    found = tokens_per_second(
+        shape(base_model),
+        spec(base_model, **changes),
+        how,
+        gpu.cards,
+        mean_length=mean_length,
+        calibrated=gpu.calibrated,
+    )
+    assert 0 < found.low < found.expected < found.high
+    return found.expected
+
+
+# Measured by tests/bench/profile_step.py on three H200s: tokens per second of real tokens.
+@pytest.mark.parametrize(
+    ("base_model", "how", "mean_length", "measured"),
+    [
+        (LLAMA_7B, plan("none", 6144), 212, 17_700),
+        (LLAMA_7B, plan("offload", 1024), 212, 10_400),
+        (LLAMA_8B, plan("none", 16384), 944, 15_900),
+        (LLAMA_8B, plan("full", 4096), 944, 10_900),
+        (LLAMA_8B, plan("offload", 8192), 944, 11_150),
+    ],
+)
+def test_what_was_measured_lies_within_the_range(
+    base_model: str, how: TrainingPlan, mean_length: float, measured: int
+) -> None:
+    assert speed(base_model, "141gb", how, mean_length) == pytest.approx(measured, rel=0.07)
+
+
+def test_what_is_computed_twice_or_in_small_pieces_is_slower() -> None:
+    for gpu_class in ("24gb", "80gb", "141gb"):
+        order = [plan("none", 8192), plan("every_n_layers", 8192), plan("full", 8192), plan("full", 512)]
+        speeds = [speed(LLAMA_8B, gpu_class, how, 500) for how in order]
+        assert all(slower < faster for faster, slower in itertools.pairwise(speeds))
+
+
+def test_a_plain_base_is_a_little_faster_than_a_quantised_one() -> None:
+    how = plan("none", 6144)
+    quantised = speed(LLAMA_7B, "141gb", how, 212)
+    plain = speed(LLAMA_7B, "141gb", how, 212, quantization={"load_in_4bit": False})
+    assert 0.9 < quantised / plain < 1.0
+
+
+def test_no_plan_that_comes_first_is_much_slower_than_a_later_one() -> None:
+    for base_model in (LLAMA_7B, LLAMA_8B, "meta-llama/Llama-2-70b-hf"):
+        for length in (512, 1024, 2048):
+            job = spec(base_model, training={"max_length": length})
+            speeds = [speed(base_model, "141gb", how, length / 2) for how in plans(shape(base_model), job)]
+            for earlier, later in itertools.combinations(speeds, 2):
+                assert earlier > 0.8 * later
+
+
+def test_a_class_whose_cards_nobody_described_has_no_forecast() -> None:
+    cpu = TABLE.get("cpu")
+    assert cpu is not None
+    facts = {"rows": 10, "row_bytes": 100.0}
+    assert forecast(shape(LLAMA_7B), spec(LLAMA_7B), plan("none", 512), cpu, **facts) is None
+
+
+def test_a_forecast_counts_the_steps_of_all_epochs_without_the_rows_held_out() -> None:
+    gpu = TABLE.get("141gb")
+    assert gpu is not None
+    job = spec(LLAMA_7B, training={"num_train_epochs": 1.5}, validation={"split": 0.1})
+    found = forecast(shape(LLAMA_7B), job, plan("none", 6144), gpu, rows=1000, row_bytes=400.0)
+    assert found is not None
+    assert found.steps == 86  # 900 rows are 57 updates of 16, one and a half times
+    assert found.duration_seconds is not None
+    assert found.duration_seconds.expected == pytest.approx(86 * 16 * 100 / found.tokens_per_second.expected)
