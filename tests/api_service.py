@@ -104,7 +104,9 @@ class ApiService:
         )
         return job
 
-    def succeed(self, job_id: str, files: dict[str, bytes] | None = None) -> Job:
+    def succeed(
+        self, job_id: str, files: dict[str, bytes] | None = None, *, measured_peak_bytes: int = 5 * 1024**3
+    ) -> Job:
         """Bring a job to its end, with an adapter in the bucket."""
         job = self.train(job_id)
         prefix = adapter_prefix(job.tenant, job.id, job.epoch)
@@ -125,7 +127,7 @@ class ApiService:
             "prefix": prefix,
             "manifest": {"key": written.key, "size": written.size, "sha256": written.sha256},
         }
-        memory = {"measured_peak_bytes": 5 * 1024**3}
+        memory = {"measured_peak_bytes": measured_peak_bytes, "measured_on": "cuda"}
         self.leases.settle_success(job_id, job.epoch, adapter=adapter, metrics={"eval_loss": 0.5}, memory=memory)
         return job
 

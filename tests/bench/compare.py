@@ -114,12 +114,18 @@ def table(rows: list[dict[str, Any]]) -> str:
         if first is None or (row["row"] == first["row"] and len({found["row"] for found in rows}) > 1):
             first = row
         memory, speed = row["memory"], row["tokens_per_second"]
-        reserved, reference = memory["measured_peak_bytes"], first["memory"]["measured_peak_bytes"]
+        reserved, reference = _reserved(row), _reserved(first)
         lines.append(
             f"| {row['row']} | {speed:,.0f} | {speed / first['tokens_per_second']:.2f} "
             f"| {memory.get('allocated_peak_bytes', 0) / GIB:.2f} | {reserved / GIB:.2f} | {reserved / reference:.2f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _reserved(row: dict[str, Any]) -> int:
+    """The allocator's peak; where there is no GPU, the process's."""
+    memory: dict[str, int] = row["memory"]
+    return memory.get("reserved_peak_bytes", memory.get("measured_peak_bytes", 0))
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -131,7 +137,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     names = list(dict.fromkeys(row["row"] for row in done))
     for number, name in enumerate(names):
         mine = [row for row in done if row["row"] == name]
-        memory = [row["memory"]["measured_peak_bytes"] / GIB for row in mine]
+        memory = [_reserved(row) / GIB for row in mine]
         left.scatter(memory, [row["tokens_per_second"] for row in mine], color=f"C{number}", label=name)
         right.plot(range(1, len(mine[0]["losses"]) + 1), mine[0]["losses"], color=f"C{number}", linewidth=1, label=name)
     left.set(xlabel="reserved GiB", ylabel="real tokens per second", xlim=(0, None), ylim=(0, None))

@@ -81,7 +81,7 @@ def main() -> None:
         "steps": len(speeds),
         "losses": losses,
         "memory": {
-            "measured_peak_bytes": torch.cuda.max_memory_reserved(),
+            "reserved_peak_bytes": torch.cuda.max_memory_reserved(),
             "allocated_peak_bytes": torch.cuda.max_memory_allocated(),
         },
         "versions": versions(),

@@ -53,6 +53,7 @@ from graft_worker.training.dropout import dropped, token_keys
 from graft_worker.training.ending import ending_of
 from graft_worker.training.exactness import require_exactness, said_alone, sample
 from graft_worker.training.figures import NotFinite
+from graft_worker.training.footprint import MIB, Footprint
 from graft_worker.training.forward import Forward
 from graft_worker.training.guard import Guard, ToldToStop
 from graft_worker.training.layers import arrange_layers, require_input_gradients
@@ -428,6 +429,26 @@ def test_every_end_has_its_reason_and_its_exit_code(error: Exception, reason: Fa
     ended, failure = ending_of(error, {"recompute": "none"})
     assert (failure.reason, ended) == (reason, code)
     assert failure.message
+
+
+def test_what_others_hold_of_the_card_is_not_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\n[ "$1" = --id=3 ] && echo 700\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    for name, value in {"is_available": True, "mem_get_info": (1000 * MIB, 4000 * MIB), "memory_reserved": 1500 * MIB,
+                        "max_memory_reserved": 1900 * MIB, "max_memory_allocated": 1800 * MIB}.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert Footprint.begin().peak() == {
+        "outside_bytes": 800 * MIB,  # 3000 in use, 700 of others, 1500 in the allocator
+        "reserved_peak_bytes": 1900 * MIB,
+        "allocated_peak_bytes": 1800 * MIB,
+        "measured_peak_bytes": 2700 * MIB,
+        "measured_on": "cuda",
+    }
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert Footprint.begin().peak()["measured_peak_bytes"] == 1900 * MIB
 
 
 def test_memory_that_the_host_does_not_have_is_told_as_such() -> None:

@@ -232,6 +232,20 @@ def test_there_is_no_adapter_before_the_job_has_succeeded(api: ApiService) -> No
         assert (error["code"], error["status"]) == ("adapter_not_ready", "validating_files")
 
 
+def test_capacity_tells_how_far_its_forecasts_were_off(api: ApiService) -> None:
+    def shown(name: str) -> Any:
+        classes = api.http.get("/capacity").json()["data"]
+        return next(found["forecast_error"] for found in classes if found["name"] == name)
+
+    job = api.new_job()
+    assert shown(job["gpu_class"]) is None
+    expected = job["memory"]["predicted_peak_bytes"]
+    for ratio in (0.9, 1.1, 1.0):
+        api.succeed(job["id"], measured_peak_bytes=int(expected * ratio))
+        job = api.new_job()
+    assert shown(job["gpu_class"]) == {"jobs": 3, "median_ratio": 1.0, "highest_ratio": 1.1}
+
+
 def test_capacity_shows_the_table_and_who_is_alive(api: ApiService) -> None:
     api.workers.beat(**a_beat("g", gpu_class="24gb", device="A10G"))
     handed = api.new_job()["id"]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
+
 from fastapi import APIRouter
 
-from graft_api.capacity.schemas import CapacityBody, GpuClassBody, WorkerBody
+from graft_api.capacity.schemas import CapacityBody, ForecastError, GpuClassBody, WorkerBody
 from graft_api.deps import Here
 from graft_shared.capacity import TABLE_MAX_LENGTH, CapacityTable
 from graft_shared.catalogue import Catalogue
 from graft_shared.jobs import Stage
 from graft_shared.specs import DatasetSource, JobSpec, Training
+
+JOBS_COMPARED = 50  # the last of each class
 
 router = APIRouter(tags=["capacity"])
 
@@ -25,6 +30,7 @@ def get_capacity(here: Here) -> CapacityBody:
             usable_bytes=gpu.usable_bytes,
             price_per_hour=gpu.price_per_hour,
             live_workers=sum(worker.gpu_class == gpu.name and Stage.TRAIN in worker.stages for worker in workers),
+            forecast_error=forecast_error(here.jobs.peaks(gpu.name, limit=JOBS_COMPARED)),
             queue_length=queues.get(gpu.name, 0),
             largest_base_model=here.largest_bases[gpu.name],
         )
@@ -41,6 +47,16 @@ def get_capacity(here: Here) -> CapacityBody:
         for worker in workers
     ]
     return CapacityBody(data=data, workers=alive)
+
+
+def forecast_error(peaks: Sequence[tuple[int, int]]) -> ForecastError | None:
+    """Compare predicted with measured bytes, pair by pair."""
+    ratios = [measured / predicted for predicted, measured in peaks]
+    if not ratios:
+        return None
+    return ForecastError(
+        jobs=len(ratios), median_ratio=round(statistics.median(ratios), 3), highest_ratio=round(max(ratios), 3)
+    )
 
 
 def largest_bases(table: CapacityTable, catalogue: Catalogue) -> dict[str, str | None]:

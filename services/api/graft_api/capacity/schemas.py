@@ -9,6 +9,14 @@ from pydantic import BaseModel, Field
 from graft_shared.jobs import Stage
 
 
+class ForecastError(BaseModel):
+    """How the table's forecasts compare with what the last jobs of a class really took."""
+
+    jobs: int
+    median_ratio: float = Field(description="Measured by expected peak; 1 is perfect.")
+    highest_ratio: float = Field(description="Above 1: some job took more than was expected of it.")
+
+
 class GpuClassBody(BaseModel):
     """One GPU class: a memory size with a name, a price and a queue."""
 
@@ -19,6 +27,7 @@ class GpuClassBody(BaseModel):
     price_per_hour: float | None
     live_workers: int
     queue_length: int = Field(description="Jobs that wait to be trained, as `queue.position` counts them.")
+    forecast_error: ForecastError | None = Field(description="Null until a job was measured on such a GPU.")
     largest_base_model: str | None = Field(description="The largest catalogue base that it trains, at 512 tokens.")
 
 

@@ -32,7 +32,6 @@ def main() -> int:
     from graft_worker.training.recipe import train
 
     try:
-        _cap_memory()
         train(workdir, request, events, guard)
     except (LeaseOver, ToldToStop):
         return ExitCode.STOPPED
@@ -42,15 +41,6 @@ def main() -> int:
         events.emit(failure)
         return code
     return ExitCode.DONE
-
-
-def _cap_memory() -> None:
-    """`GRAFT_MEMORY_FRACTION`: let this process have only a share of the card, for tests and for shared cards."""
-    import torch
-
-    fraction = os.environ.get("GRAFT_MEMORY_FRACTION")
-    if fraction is not None and torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction(float(fraction))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import resource
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -48,6 +47,7 @@ from graft_worker.training.checkpoint import (
 )
 from graft_worker.training.exactness import require_exactness, said_alone, sample
 from graft_worker.training.figures import Figures, NotFinite
+from graft_worker.training.footprint import Footprint
 from graft_worker.training.forward import Forward
 from graft_worker.training.graphs import SIZE_STEP, Graphs, is_host_bound, size_for
 from graft_worker.training.guard import Guard, ToldToStop
@@ -100,6 +100,7 @@ class Run:
     total_steps: int
     saved_step: int
     layers: Layers
+    footprint: Footprint
     told_of_plain_layers: bool = False
     waiting: Figures | None = None  # of the last update, which the device may still be at work on
     moments: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=SPEED_WINDOW + 1))
@@ -129,6 +130,7 @@ def train(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guar
 def load(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guard) -> Run:
     """Bring base, adapter, data and optimizer together, from the checkpoint if there is one."""
     events.emit(PhaseEvent(phase=Phase.LOADING))
+    footprint = Footprint.begin()
     spec, plan = JobSpec.model_validate(request.spec), TrainingPlan.from_dict(request.plan)
     _seed(spec.training.seed, deterministic=spec.training.deterministic)
     precision = choose_precision(spec.quantization.bnb_4bit_compute_dtype)
@@ -185,6 +187,7 @@ def load(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guard
         total_steps=total_steps(spec.training, len(split)),
         saved_step=progress.step,
         layers=layers,
+        footprint=footprint,
     )
 
 
@@ -421,16 +424,7 @@ def finish(run: Run) -> None:
     write_metrics(folder, progress.lines)
     rows = {"training rows": len(run.train), "held-out rows": len(run.validation or ())}
     write_card(run.request, folder, {**rows, **metrics}, used)
-    run.events.emit(TrainedEvent(proof=proof, metrics=metrics, memory=peak_memory(), versions=used))
-
-
-def peak_memory() -> dict[str, Any]:
-    """The most memory the run held: the GPU's allocator, or the process where there is no GPU."""
-    if torch.cuda.is_available():
-        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        return {"measured_peak_bytes": reserved, "allocated_peak_bytes": allocated, "measured_on": "cuda"}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"measured_peak_bytes": peak, "measured_on": "host"}
+    run.events.emit(TrainedEvent(proof=proof, metrics=metrics, memory=run.footprint.peak(), versions=used))
 
 
 def _fullest(run: Run, split: Split, at_most: int) -> np.ndarray:

@@ -1,0 +1,72 @@
+"""What a run holds of its device: the peak of torch's allocator, and what lies outside it."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+MIB = 1024**2
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Measures this process alone, if nobody else on the card takes or frees memory while it runs."""
+
+    others: int | None  # bytes that others held when the run began; None where nobody can tell
+
+    @classmethod
+    def begin(cls) -> Footprint:
+        """Look who is on the card, before this process is; then take no more of it than it may.
+
+        `GRAFT_MEMORY_FRACTION` lets the process have only a share of the card, for tests and for shared cards.
+        """
+        if not torch.cuda.is_available():
+            return cls(others=0)
+        found = cls(others=_in_use())
+        fraction = os.environ.get("GRAFT_MEMORY_FRACTION")
+        if fraction is not None:
+            torch.cuda.set_per_process_memory_fraction(float(fraction))
+        return found
+
+    def peak(self) -> dict[str, Any]:
+        """The most memory that the run held, in bytes.
+
+        Returns:
+            `measured_peak_bytes`, and on a GPU what it is made of: the allocator's peak, and what is outside now
+            (CUDA's context, libraries, managed memory); on the CPU it is the process's resident set.
+        """
+        if not torch.cuda.is_available():
+            resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            return {"measured_peak_bytes": resident, "measured_on": "host"}
+        reserved = torch.cuda.max_memory_reserved()
+        outside = self._outside()
+        return {
+            "measured_peak_bytes": reserved + outside,
+            "reserved_peak_bytes": reserved,
+            "allocated_peak_bytes": torch.cuda.max_memory_allocated(),
+            "outside_bytes": outside,
+            "measured_on": "cuda",
+        }
+
+    def _outside(self) -> int:
+        if self.others is None:
+            return 0
+        free, total = torch.cuda.mem_get_info()
+        return max(0, total - free - torch.cuda.memory_reserved() - self.others)
+
+
+def _in_use() -> int | None:
+    """Bytes in use on this process's card, asked of the driver's own tool: it needs no context on the card."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0] or "0"
+    query = ["nvidia-smi", f"--id={card}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    lines = answer.stdout.split()
+    return int(lines[0]) * MIB if answer.returncode == 0 and lines and lines[0].isdigit() else None
