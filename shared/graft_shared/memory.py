@@ -29,6 +29,9 @@ OPTIMIZER_BYTES = {
     Optim.PAGED_ADAMW_32BIT: 8.0,
     Optim.ADAMW_TORCH: 8.0,
 }
+# Layers that are fed the same tensor: their adapters share the columns by which it is widened.
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+COLUMN_STEP = 64  # these come in so many: what one step of a GPU's product sums over
 MLP_TENSORS = 2  # kept per token by a SwiGLU: gate and up, from which all else is elementwise
 STREAM_BYTES_PER_HIDDEN = 4  # the layer's input, and the attention's after its last product
 LOSS_CHUNK_BYTES = 256 * 1024**2  # fp32 logits of one chunk, at most
@@ -121,11 +124,16 @@ def estimate(shape: ModelShape, spec: JobSpec, plan: TrainingPlan) -> MemoryEsti
     """Add up what a run holds at its worst moment."""
     targets = shape.resolve_targets(spec.lora.target_modules)
     adapter = adapter_parameters(shape, targets, spec.lora.r)
-    weights, rest = base_bytes(shape, spec)
+    weights, rest = base_bytes(shape, spec, targets)
     tokens = plan.microbatch_tokens
     per_layer = activation_bytes_per_token(shape, targets, spec.lora.r)
     kept, checkpoints = _layers_kept(shape, plan)
-    scratch = HALF * max(linear.parameters for linear in shape.linears) if spec.quantization.load_in_4bit else 0
+    scratch = 0
+    if spec.quantization.load_in_4bit:
+        columns = adapter_columns(targets, spec.lora.r)
+        scratch = HALF * max(
+            linear.out_features * (linear.in_features + columns.get(linear.name, 0)) for linear in shape.linears
+        )
     loss = loss_bytes(shape, tokens)
     # One recomputed layer is alive in the backward pass, when the loss is gone; the larger of the two counts.
     recomputed = tokens * (per_layer + 4 * shape.intermediate_size) + scratch if checkpoints else scratch
@@ -145,12 +153,27 @@ def estimate(shape: ModelShape, spec: JobSpec, plan: TrainingPlan) -> MemoryEsti
     )
 
 
-def base_bytes(shape: ModelShape, spec: JobSpec) -> tuple[int, int]:
-    """Bytes of the quantised layers, and of all that stays in 16 bits (embeddings, head, norms, experts)."""
+def adapter_columns(targets: tuple[str, ...], r: int) -> dict[str, int]:
+    """By how many columns the input and the weight of each target are widened."""
+    columns = {}
+    for name in targets:
+        fed_alike = next((group for group in SHARED_INPUTS if name in group), (name,))
+        together = r * sum(other in targets for other in fed_alike)
+        columns[name] = -(-together // COLUMN_STEP) * COLUMN_STEP
+    return columns
+
+
+def base_bytes(shape: ModelShape, spec: JobSpec, targets: tuple[str, ...]) -> tuple[int, int]:
+    """Bytes of the quantised layers, and of all that stays in 16 bits (embeddings, head, norms, experts).
+
+    A weight that is not quantised is laid out with room for its adapter's columns.
+    """
     quantised = shape.num_hidden_layers * shape.linear_parameters
     plain = shape.parameters - quantised
     if not spec.quantization.load_in_4bit:
-        return HALF * quantised, HALF * plain
+        columns = adapter_columns(targets, spec.lora.r)
+        room = sum(linear.out_features * columns.get(linear.name, 0) for linear in shape.linears)
+        return HALF * (quantised + shape.num_hidden_layers * room), HALF * plain
     double = spec.quantization.bnb_4bit_use_double_quant
     per_weight = BYTES_PER_4BIT_WEIGHT_DOUBLE_QUANTISED if double else BYTES_PER_4BIT_WEIGHT
     return int(per_weight * quantised), HALF * plain
@@ -171,8 +194,15 @@ def activation_bytes_per_token(shape: ModelShape, targets: tuple[str, ...], r: i
         + 4 * shape.query_size
         + 4 * shape.key_value_size
         + 4 * shape.num_attention_heads
-        + 2 * r * len(targets)
+        + 2 * _shared_columns(targets, r)
     )
+
+
+def _shared_columns(targets: tuple[str, ...], r: int) -> int:
+    """Columns of all adapters of a layer, those that targets share counted once."""
+    inputs = {next((group[0] for group in SHARED_INPUTS if name in group), name): columns
+              for name, columns in adapter_columns(targets, r).items()}  # fmt: skip
+    return sum(inputs.values())
 
 
 def loss_chunk_tokens(vocab_size: int) -> int:

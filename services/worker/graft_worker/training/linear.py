@@ -23,14 +23,12 @@ from peft import PeftModel
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from peft.tuners.lora.layer import Linear as PeftLinear
 
+from graft_shared.memory import COLUMN_STEP, SHARED_INPUTS
 from graft_worker.training.dropout import dropped
 from graft_worker.training.weights import dense, weight_parts
 
 ADAPTER = "default"  # PEFT's name for an adapter that has none
-# Layers whose input is the same tensor: they share one dropout mask, so that it is computed and kept once.
-SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
-COLUMN_STEP = 64  # an adapter's columns come in so many: what one step of a GPU's product sums over
 # The parts of a layer that adds its MLP's output to the stream and does nothing else to it.
 PLAIN_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 PLAIN_LAYER |= {"resid_attn_dropout", "resid_mlp_dropout"}  # Phi 3's, which are silenced with all others of a base
