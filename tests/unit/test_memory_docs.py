@@ -1,0 +1,91 @@
+"""docs/memory.md prints figures: they are the arithmetic's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from graft_api.capacity.endpoints import largest_bases
+from graft_shared.defaults import load_capacity, load_catalogue
+from graft_shared.errors import VramCapacityExceeded
+from graft_shared.memory import Recompute, TrainingPlan, estimate
+from graft_shared.planner import leanest_plan, plans
+from graft_shared.specs import JobSpec
+
+PAGE = (Path(__file__).parents[2] / "docs" / "memory.md").read_text()
+CATALOGUE, TABLE = load_catalogue(), load_capacity()
+BASE = "huggyllama/llama-7b"
+
+
+def job(base: str = BASE, **quantization: Any) -> JobSpec:
+    body = {"base_model": base, "dataset": {"file": "file-a"}, "training": {"max_length": 512}}
+    return JobSpec.model_validate({**body, "quantization": quantization})
+
+
+def row(title: str) -> list[str]:
+    line = next(line for line in PAGE.splitlines() if line.startswith(f"| {title} |"))
+    return [cell.strip(" *") for cell in line.strip("|").split("|")][2:]
+
+
+def gb(size: float) -> str:
+    return f"{size / 1e9:.2f}"
+
+
+def test_the_table_of_a_7b_is_what_the_arithmetic_says() -> None:
+    shape = CATALOGUE.get(BASE)
+    assert shape is not None
+    found = []
+    for load_in_4bit in (False, True):
+        spec = job(load_in_4bit=load_in_4bit)
+        plan = next(
+            plan for plan in plans(shape, spec) if (plan.recompute, plan.microbatch_tokens) == (Recompute.NONE, 1536)
+        )
+        found.append(estimate(shape, spec, plan))
+    for title, name in {
+        "base, its linear layers": "base_weights",
+        "base, what is never quantised": "unquantised_weights",
+        "adapters": "adapters",
+        "gradients": "gradients",
+        "optimizer": "optimizer",
+        "activations": "activations",
+        "loss, or a layer's scratch": "loss_or_recompute",
+        "context and allocator": "context_and_allocator",
+    }.items():
+        assert row(title)[1:] == [gb(needed.components[name]) for needed in found], title
+    assert row("**all**")[1:] == [gb(needed.expected_bytes) for needed in found]
+    linear = shape.num_hidden_layers * shape.linear_parameters
+    whole = [4 * linear, 4 * (shape.parameters - linear), 4 * shape.parameters, 8 * shape.parameters]
+    titles = ["base, its linear layers", "base, what is never quantised", "gradients", "optimizer"]
+    assert [row(title)[0] for title in titles] == [gb(size) for size in whole]
+    assert row("**all**")[0] == f"{gb(16 * shape.parameters)} and activations"
+
+
+def test_the_least_and_the_fastest_of_a_7b_are_what_the_planner_says() -> None:
+    shape, spec = CATALOGUE.get(BASE), job()
+    assert shape is not None
+    fastest: TrainingPlan = plans(shape, spec)[0]
+    needed = estimate(shape, spec, fastest)
+    assert f"trains in {gb(leanest_plan(shape, spec)[1].expected_bytes)} GB at the least" in PAGE
+    assert f"fastest in {gb(needed.expected_bytes)} GB" in PAGE
+    assert f"{gb(needed.components['activations'])} GB with\n  microbatches of {fastest.microbatch_tokens:,}" in PAGE
+    base = estimate(shape, spec, fastest).components
+    assert f"the base is {gb(base['base_weights'] + base['unquantised_weights'])} GB" in PAGE
+
+
+def test_the_largest_bases_are_what_the_table_says() -> None:
+    for name, base in largest_bases(TABLE, CATALOGUE).items():
+        if name != "cpu":
+            assert base is not None
+            assert row(name) == [base.partition("/")[2]]
+
+
+def test_what_guides_promise_and_the_table_refuses_is_refused() -> None:
+    for base, gpu_class in (("tiiuae/falcon-180B", "80gb"), ("mistralai/Mixtral-8x7B-v0.1", "24gb")):
+        shape = CATALOGUE.get(base)
+        assert shape is not None
+        spec = JobSpec.model_validate({**job(base).model_dump(by_alias=True), "gpu": {"class": gpu_class}})
+        try:
+            TABLE.place(shape, spec, CATALOGUE)
+        except VramCapacityExceeded:
+            continue
+        raise AssertionError(f"{base} fits {gpu_class}")
