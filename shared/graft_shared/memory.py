@@ -7,6 +7,7 @@ heads, L layers, V vocabulary, T tokens of a microbatch, P adapter parameters.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
@@ -20,8 +21,7 @@ GIB = 1024**3
 BYTES_PER_4BIT_WEIGHT = 0.5625
 BYTES_PER_4BIT_WEIGHT_DOUBLE_QUANTISED = 0.51587
 HALF = 2
-# The adapter: fp32 weights and gradients, and the 16-bit copies that products are computed with.
-BYTES_PER_ADAPTER_WEIGHT = HALF + 4
+BYTES_PER_ADAPTER_WEIGHT = 4  # fp32; products are computed with 16-bit copies, see `adapter_copies`
 BYTES_PER_ADAPTER_GRADIENT = 4
 OPTIMIZER_BYTES = {
     Optim.PAGED_ADAMW_8BIT: 2.03,  # 8-bit moments and block constants; paged memory is resident while there is room
@@ -31,6 +31,7 @@ OPTIMIZER_BYTES = {
 }
 # Layers that are fed the same tensor: their adapters share the columns by which it is widened.
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+MOST_SHARED_RANK = 256  # of all that share
 COLUMN_STEP = 64  # these come in so many: what one step of a GPU's product sums over
 MLP_TENSORS = 2  # kept per token by a SwiGLU: gate and up, from which all else is elementwise
 STREAM_BYTES_PER_HIDDEN = 4  # the layer's input, and the attention's after its last product
@@ -128,9 +129,9 @@ def estimate(shape: ModelShape, spec: JobSpec, plan: TrainingPlan) -> MemoryEsti
     tokens = plan.microbatch_tokens
     per_layer = activation_bytes_per_token(shape, targets, spec.lora.r)
     kept, checkpoints = _layers_kept(shape, plan)
-    scratch = 0
+    copies = adapter_copies(shape, targets, spec.lora.r)
+    scratch, columns = 0, _columns_by_name(targets, spec.lora.r)
     if spec.quantization.load_in_4bit:
-        columns = adapter_columns(targets, spec.lora.r)
         scratch = HALF * max(
             linear.out_features * (linear.in_features + columns.get(linear.name, 0)) for linear in shape.linears
         )
@@ -140,7 +141,7 @@ def estimate(shape: ModelShape, spec: JobSpec, plan: TrainingPlan) -> MemoryEsti
     components = {
         "base_weights": weights,
         "unquantised_weights": rest,
-        "adapters": BYTES_PER_ADAPTER_WEIGHT * adapter,
+        "adapters": BYTES_PER_ADAPTER_WEIGHT * adapter + int(HALF * copies * max(1, kept)),
         "gradients": BYTES_PER_ADAPTER_GRADIENT * adapter,
         "optimizer": int(OPTIMIZER_BYTES[plan.optim] * adapter),
         "activations": int(tokens * per_layer * kept),
@@ -153,14 +154,33 @@ def estimate(shape: ModelShape, spec: JobSpec, plan: TrainingPlan) -> MemoryEsti
     )
 
 
-def adapter_columns(targets: tuple[str, ...], r: int) -> dict[str, int]:
-    """By how many columns the input and the weight of each target are widened."""
-    columns = {}
-    for name in targets:
+def shared_columns(names: Iterable[str], r: int) -> dict[tuple[str, ...], int]:
+    """Which adapters of one part of a layer share their input's columns, and how many there are.
+
+    Large adapters share none: each product would have to compute with the zeros of its siblings.
+
+    Returns:
+        The columns of each group, in the order of its first name.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
         fed_alike = next((group for group in SHARED_INPUTS if name in group), (name,))
-        together = r * sum(other in targets for other in fed_alike)
-        columns[name] = -(-together // COLUMN_STEP) * COLUMN_STEP
-    return columns
+        together = len(fed_alike) * r <= MOST_SHARED_RANK
+        groups.setdefault(fed_alike[0] if together else name, []).append(name)
+    return {tuple(group): -(-len(group) * r // COLUMN_STEP) * COLUMN_STEP for group in groups.values()}
+
+
+def _columns_by_name(targets: tuple[str, ...], r: int) -> dict[str, int]:
+    return {name: columns for group, columns in shared_columns(targets, r).items() for name in group}
+
+
+def adapter_copies(shape: ModelShape, targets: tuple[str, ...], r: int) -> int:
+    """16-bit numbers that one layer keeps of its adapters for the backward pass, as wide as products take them."""
+    ends = {linear.name: linear for linear in shape.linears}
+    return sum(
+        columns * (ends[group[0]].in_features + sum(ends[name].out_features for name in group))
+        for group, columns in shared_columns(targets, r).items()
+    )
 
 
 def base_bytes(shape: ModelShape, spec: JobSpec, targets: tuple[str, ...]) -> tuple[int, int]:
@@ -171,7 +191,7 @@ def base_bytes(shape: ModelShape, spec: JobSpec, targets: tuple[str, ...]) -> tu
     quantised = shape.num_hidden_layers * shape.linear_parameters
     plain = shape.parameters - quantised
     if not spec.quantization.load_in_4bit:
-        columns = adapter_columns(targets, spec.lora.r)
+        columns = _columns_by_name(targets, spec.lora.r)
         room = sum(linear.out_features * columns.get(linear.name, 0) for linear in shape.linears)
         return HALF * (quantised + shape.num_hidden_layers * room), HALF * plain
     double = spec.quantization.bnb_4bit_use_double_quant
@@ -194,15 +214,8 @@ def activation_bytes_per_token(shape: ModelShape, targets: tuple[str, ...], r: i
         + 4 * shape.query_size
         + 4 * shape.key_value_size
         + 4 * shape.num_attention_heads
-        + 2 * _shared_columns(targets, r)
+        + 2 * sum(shared_columns(targets, r).values())
     )
-
-
-def _shared_columns(targets: tuple[str, ...], r: int) -> int:
-    """Columns of all adapters of a layer, those that targets share counted once."""
-    inputs = {next((group[0] for group in SHARED_INPUTS if name in group), name): columns
-              for name, columns in adapter_columns(targets, r).items()}  # fmt: skip
-    return sum(inputs.values())
 
 
 def loss_chunk_tokens(vocab_size: int) -> int:

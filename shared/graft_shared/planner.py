@@ -67,12 +67,12 @@ def leanest_plan(shape: ModelShape, spec: JobSpec) -> tuple[TrainingPlan, Memory
 
 
 def _budgets(spec: JobSpec) -> list[int]:
-    """Token budgets of a microbatch, largest first: whole rows of the longest sequence, halved down to one."""
+    """Token budgets of a microbatch, largest first: whole rows of the longest sequence, by quarters down to one."""
     longest = spec.training.max_length
     rows = min(spec.training.sequences_per_update, max(1, LARGEST_MICROBATCH_TOKENS // longest))
     rows = min(rows, max(spec.training.per_device_train_batch_size, ENOUGH_TOKENS // longest))
     budgets = []
     while rows > 1:
         budgets.append(rows * longest)
-        rows = -(-rows // 2)
+        rows = min(rows - 1, -(-rows * 3 // 4))
     return [*budgets, longest]

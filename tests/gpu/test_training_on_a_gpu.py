@@ -132,10 +132,8 @@ def test_a_weight_is_dequantised_to_the_bits_of_bitsandbytes(quant_type: str, do
             quant_type=quant_type,
         )
         layer = layer.to(GPU)
-        theirs, beside = (
-            dequantize_4bit(layer.weight, layer.weight.quant_state),
-            torch.randn(shape[0], 48).to(layer.weight.device, dtype),
-        )
+        theirs = dequantize_4bit(layer.weight, layer.weight.quant_state)
+        beside = torch.randn(shape[0], 48).to(GPU, dtype)
         assert torch.equal(dense(weight_parts(layer), quant_type, shape, dtype), theirs), shape
         wide = dense(weight_parts(layer), quant_type, shape, dtype, beside)
         assert torch.equal(wide, torch.cat([theirs, beside], dim=1)), shape

@@ -169,6 +169,55 @@ def test_recomputing_changes_no_gradient(base: Path, train_file: Path, recompute
     torch.testing.assert_close(gradients(model, forward, split, [rows], budget=64), kept, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_a_plain_base_has_the_same_gradients_recomputed_and_compiled(
+    base: Path, train_file: Path, backend: str | None
+) -> None:
+    split, facts = Split.load(train_file), {"load_in_4bit": False}
+    kept = gradients(*loaded(base, **facts), split, [[0, 1, 2]], budget=64)
+    model, forward = loaded(base, **facts)
+    plan = a_plan(Recompute.FULL)
+    arrange_layers(forward.backbone, plan, backend=backend, largest_microbatch=LONGEST_MICROBATCH)
+    torch.testing.assert_close(gradients(model, forward, split, [[0, 1, 2]], budget=64), kept, rtol=1e-5, atol=1e-6)
+    assert kept.norm() > 0
+
+
+@pytest.mark.parametrize("load_in_4bit", [True, False])
+def test_a_layer_that_is_run_twice_before_its_backward_pass_is_right(base: Path, load_in_4bit: bool) -> None:
+    """As in bases that loop over their layers: what is written beside a plain weight makes it no other weight."""
+    model, forward = loaded(base, load_in_4bit=load_in_4bit)
+    projection = forward.backbone.layers[0].self_attn.q_proj
+    x, seed = torch.randn(1, 5, 64, requires_grad=True), torch.randn(1, 5, 64)
+    once = torch.autograd.grad((projection(x) * seed).sum(), x)[0]
+    twice = torch.autograd.grad((projection(x) * seed).sum() + (projection(x) * seed).sum(), x)[0]
+    torch.testing.assert_close(twice, 2 * once)
+    assert model.training
+
+
+def test_a_microbatch_that_was_broken_off_leaves_nothing_between_siblings(
+    base: Path, train_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, forward = loaded(base)
+    layers = arrange_layers(
+        forward.backbone, a_plan(Recompute.NONE), backend=None, largest_microbatch=LONGEST_MICROBATCH
+    )
+    split = Split.load(train_file)
+    expected = gradients(model, forward, split, [[0, 1, 2]], budget=64)
+
+    def full(*_: Any) -> None:
+        raise MemoryError
+
+    broken = forward.backbone.layers[1].self_attn.k_proj
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(type(broken.base_layer), "product", full)
+        gradients(model, forward, split, [[0, 1, 2]], budget=64)
+    adapted = [module for module in model.modules() if hasattr(module, "handed")]
+    assert any(module.handed is not None for module in adapted)
+    layers.start_over()
+    assert all(module.handed is None for module in adapted)
+    torch.testing.assert_close(gradients(model, forward, split, [[0, 1, 2]], budget=64), expected)
+
+
 @pytest.mark.parametrize(
     ("model_type", "spared"),
     [

@@ -18,7 +18,7 @@ from graft_shared.capacity import CapacityTable, with_change, within_positions
 from graft_shared.catalogue import ModelShape
 from graft_shared.defaults import load_capacity, load_catalogue
 from graft_shared.errors import InvalidParameter, UnsupportedBaseModel, VramCapacityExceeded
-from graft_shared.memory import GIB, Recompute, TrainingPlan, estimate
+from graft_shared.memory import GIB, Recompute, TrainingPlan, estimate, shared_columns
 from graft_shared.planner import fastest_plan, plans
 from graft_shared.specs import JobSpec, Optim
 
@@ -247,7 +247,26 @@ def test_what_is_not_computed_twice_comes_first_and_then_the_larger_microbatch()
 
     assert list(every) == sorted(every, key=rank)
     budgets = [plan.microbatch_tokens for plan in every if plan.recompute is Recompute.NONE]
-    assert budgets == [6144, 3072, 1536, 1024, 512]
+    assert budgets == [6144, 4608, 3584, 3072, 2560, 2048, 1536, 1024, 512]
+
+
+def test_large_adapters_share_no_columns() -> None:
+    names = shape(LLAMA_7B).resolve_targets("all-linear")
+    small = shared_columns(names, 16)
+    assert small == {
+        ("q_proj", "k_proj", "v_proj"): 64, ("o_proj",): 64, ("gate_proj", "up_proj"): 64, ("down_proj",): 64
+    }  # fmt: skip
+    assert shared_columns(["v_proj", "o_proj"], 16) == {("v_proj",): 64, ("o_proj",): 64}
+    assert all(len(group) == 1 for group in shared_columns(names, 256))
+
+
+def test_room_and_copies_of_large_adapters_are_counted() -> None:
+    plan = plans(shape(LLAMA_7B), spec())[-1]
+    plain = {"quantization": {"load_in_4bit": False}}
+    adapters = [{"r": r, "target_modules": "all-linear"} for r in (16, 512)]
+    small, large = (estimate(shape(LLAMA_7B), spec(lora=lora, **plain), plan) for lora in adapters)
+    room = 32 * 2 * 512 * sum(linear.out_features for linear in shape(LLAMA_7B).linears)
+    assert large.components["base_weights"] - small.components["base_weights"] > 0.8 * room
 
 
 def test_out_of_memory_leads_down_the_plans_and_up_the_classes_with_the_same_effective_batch() -> None:

@@ -28,8 +28,9 @@ _VARLEN_RUNS = varlen_attn is not None and torch.cuda.is_available() and torch.c
 
 
 def register_attention() -> None:
-    """Teach transformers our attention. It makes no mask for an attention that names none, and looks at no positions:
-    that would let the host wait for the device.
+    """Teach transformers our attention.
+
+    No mask function is registered: transformers then builds no mask, for which it would read positions on the host.
     """
     AttentionInterface.register(ATTENTION, packed_attention)
 

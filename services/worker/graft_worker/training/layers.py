@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from graft_shared.memory import Recompute
 from graft_shared.planner import TrainingPlan
-from graft_worker.training.linear import leave_out_spared, spare_last_products, teach_inductor
+from graft_worker.training.linear import leave_out_spared, let_go, spare_last_products, teach_inductor
 from graft_worker.training.loss import Chunk, chunk_loss
 
 Run = Callable[..., Any]
@@ -58,6 +58,8 @@ class Layers:
 
     def start_over(self) -> None:
         """Forget a microbatch that was broken off."""
+        for block in self.blocks:
+            let_go(block)
         if self.parking is not None:
             self.parking.forget()
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from itertools import accumulate
 from typing import Any
 
 import bitsandbytes as bnb
@@ -23,7 +22,7 @@ from peft import PeftModel
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from peft.tuners.lora.layer import Linear as PeftLinear
 
-from graft_shared.memory import COLUMN_STEP, SHARED_INPUTS
+from graft_shared.memory import shared_columns
 from graft_worker.training.dropout import dropped
 from graft_worker.training.weights import dense, weight_parts
 
@@ -131,6 +130,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 
 def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    """To x, whose last columns are `low`, and to `up`."""
     low, up, *weight = ctx.saved_tensors
     to_x = to_up = None
     if ctx.needs_input_grad[0]:
@@ -213,13 +213,13 @@ class _LoraForward:
         """[…, in] to […, out]."""
         layer: Any = self
         base: _Product = layer.base_layer
-        wide, low = self._widened(x)
+        wide, low = self._shared_input(x)
         up = layer.lora_B[ADAPTER].weight
         others = self.place, self.extra - self.place - up.shape[1]
         up = torch.nn.functional.pad(up * layer.scaling[ADAPTER], others).to(base.compute)
         return base.product(wide, low, up).view(*x.shape[:-1], base.out_features).to(x.dtype)
 
-    def _widened(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _shared_input(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The input with the adapters' columns, [tokens, in + extra], and these columns alone; for all siblings."""
         layer: Any = self
         handed, layer.handed = layer.handed, None
@@ -259,24 +259,35 @@ def take_over(model: PeftModel, compute: torch.dtype, *, dropout: float, keys: t
         if isinstance(module, bnb.nn.Linear4bit):
             module.__class__ = FrozenLinear4bit
             module.ready(compute)
-    fed_alike: dict[tuple[str, str], list[Any]] = {}
+    adapted: dict[str, dict[str, Any]] = {}  # by what they are part of, then by name
     for path, module in modules:
         if isinstance(module, (PeftLinear4bit, PeftLinear)):
             parent, _, name = path.rpartition(".")
-            fed_alike.setdefault((parent, _input_of(name)), []).append(module)
-    for number, siblings in enumerate(fed_alike.values()):
+            adapted.setdefault(parent, {})[name] = module
+    every = [
+        ([parts[name] for name in group], columns)
+        for parts in adapted.values()
+        for group, columns in shared_columns(parts, next(iter(parts.values())).r[ADAPTER]).items()
+    ]
+    for number, (siblings, columns) in enumerate(every):
         salt = torch.tensor(number * 0x3C6EF372 % 2**31, dtype=torch.int32, device=keys.device)
-        ranks = [module.r[ADAPTER] for module in siblings]
-        for place, module in zip(accumulate(ranks, initial=0), siblings, strict=False):
+        for place, module in enumerate(siblings):
             module.__class__ = LoraLinear4bit if isinstance(module, PeftLinear4bit) else LoraLinear
             module.siblings, module.handed = tuple(siblings), None
-            module.extra, module.place = -(-sum(ranks) // COLUMN_STEP) * COLUMN_STEP, place
+            module.extra, module.place = columns, place * module.r[ADAPTER]
             if not isinstance(module.base_layer, _Product):
                 module.base_layer.__class__ = FrozenLinear
                 module.base_layer.ready(compute, module.extra)
             module.dropout = dropout
             module.register_buffer("keys", keys, persistent=False)
             module.register_buffer("salt", salt, persistent=False)
+
+
+def let_go(layer: torch.nn.Module) -> None:
+    """Drop what siblings have handed to each other, where a forward pass was broken off between them."""
+    for module in layer.modules():
+        if isinstance(module, _LoraForward):
+            module.handed = None
 
 
 def spare_last_products(layer: torch.nn.Module) -> None:
@@ -295,13 +306,8 @@ def spare_last_products(layer: torch.nn.Module) -> None:
 def leave_out_spared() -> Iterator[None]:
     """Run a layer again for its backward pass alone: a quarter of its work is a product that only the output needs."""
     global _spared_is_left_out
-    _spared_is_left_out = True
+    before, _spared_is_left_out = _spared_is_left_out, True
     try:
         yield
     finally:
-        _spared_is_left_out = False
-
-
-def _input_of(name: str) -> str:
-    """One name for all layers that are fed the same tensor."""
-    return next((group[0] for group in SHARED_INPUTS if name in group), name)
+        _spared_is_left_out = before

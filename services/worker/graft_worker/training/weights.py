@@ -58,7 +58,8 @@ def dense(
         dequantise_4bit(parts, _levels(quant_type, parts[0].device), beside, out)
         return out
     if len(parts) == 1:  # laid out with room for what comes beside it
-        matrix = parts[0].as_strided((rows, columns + extra), (parts[0].stride(0), 1)).to(dtype)
+        # `.data`: what is written beside the weight is scratch, and makes no saved weight of autograd's another one.
+        matrix = parts[0].data.as_strided((rows, columns + extra), (parts[0].stride(0), 1)).to(dtype)
     else:
         matrix = torch.ops.bitsandbytes.dequantize_4bit(
             parts[0], _constants(parts), BLOCK_WEIGHTS, quant_type, shape, dtype
