@@ -5,6 +5,7 @@ Each is started by us and ended by its own process id; nothing else on the machi
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import signal
@@ -69,13 +70,13 @@ class PostgresServer:
     folder: Path
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
+    home: Path = field(default_factory=lambda: _home_of_nobody())
 
     def start(self) -> PostgresServer:
         binaries = _postgres_binaries()
-        data = self.folder / "data"
+        data = self.home / "data"
         if not data.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            _hand_over(self.folder)
             make = [
                 binaries / "initdb",
                 "-D",
@@ -91,7 +92,7 @@ class PostgresServer:
             made = subprocess.run(make, capture_output=True, text=True, check=False, **_as_nobody())
             if made.returncode != 0:
                 raise ServerDidNotStart(made.stderr)
-        serve = [binaries / "postgres", "-D", data, "-p", str(self.port), "-k", self.folder, "-h", "127.0.0.1"]
+        serve = [binaries / "postgres", "-D", data, "-p", str(self.port), "-k", self.home, "-h", "127.0.0.1"]
         serve += ["-c", "fsync=off", "-c", "max_connections=200"]
         log = (self.folder / "postgres.log").open("ab")
         self.process = subprocess.Popen(serve, stdout=log, stderr=log, **_as_nobody())
@@ -144,15 +145,13 @@ def _as_nobody() -> dict[str, object]:
     return {"user": "nobody", "group": "nogroup", "extra_groups": [], "cwd": "/"} if os.getuid() == 0 else {}
 
 
-def _hand_over(folder: Path) -> None:
-    """Let `nobody` write here and pass through the folders above, which pytest makes private."""
-    if os.getuid() != 0:
-        return
-    shutil.chown(folder, "nobody", "nogroup")
-    for parent in folder.parents:
-        if parent.stat().st_uid != 0 or parent == Path(tempfile.gettempdir()):
-            break
-        parent.chmod(parent.stat().st_mode | 0o011)
+def _home_of_nobody() -> Path:
+    """A folder of PostgreSQL's own, gone with this process; pytest makes its folders private whenever it starts."""
+    home = Path(tempfile.mkdtemp(prefix="graft-postgres-"))
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    if os.getuid() == 0:
+        shutil.chown(home, "nobody", "nogroup")
+    return home
 
 
 SWIFT_USER, SWIFT_KEY = "test:tester", "testing"

@@ -26,6 +26,7 @@ Row = tuple[str, str, list[str]]
 SLOW, FAST = ["--steps", "40"], ["--steps", "100"]
 LINEAR = ["--all-linear"]
 EIGHT = ["--dims", "llama-3.1-8b", "--workload", "b", *LINEAR]
+ONE = ["--dims", "llama-3.2-1b"]
 SETS: dict[str, list[Row]] = {
     "a": [
         ("Trainer, checkpointing", "reference", [*SLOW, "--gradient-checkpointing"]),
@@ -46,8 +47,8 @@ SETS: dict[str, list[Row]] = {
         ("Graft, every layer recomputed", "train_once", [*FAST, *EIGHT, "--limit-gib", "9.5"]),
     ],
     "losses": [  # the same batches in the same order, without dropout: curves that must agree
-        ("Trainer, checkpointing", "reference", [*FAST, "--gradient-checkpointing", "--dropout", "0"]),
-        ("Graft, speed", "train_once", [*FAST, "--dropout", "0"]),
+        ("Trainer, checkpointing", "reference", [*FAST, *ONE, "--gradient-checkpointing", "--dropout", "0"]),
+        ("Graft, speed", "train_once", [*FAST, *ONE, "--dropout", "0"]),
     ],
     "tiny": [("Graft", "train_once", ["--dims", "tiny", "--steps", "20"])],
 }  # fmt: skip
