@@ -54,7 +54,7 @@ def speed(base_model: str, gpu_class: str, how: TrainingPlan, mean_length: float
     return found.expected
 
 
-# Measured by tests/bench/profile_step.py on three H200s: tokens per second of real tokens.
+# Measured by tests/bench/profile_step.py on H200s (tests/bench/results/h200-profiles.json): real tokens a second.
 @pytest.mark.parametrize(
     ("base_model", "how", "mean_length", "measured"),
     [
