@@ -169,6 +169,22 @@ def test_recomputing_changes_no_gradient(base: Path, train_file: Path, recompute
     torch.testing.assert_close(gradients(model, forward, split, [rows], budget=64), kept, rtol=1e-5, atol=1e-6)
 
 
+def test_a_layer_that_needs_the_product_after_all_is_given_it(
+    tmp_path: Path, train_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma 2 has a norm behind the product; without a look at its layers' names it would be taken for a Llama."""
+    base = make_tiny_base(tmp_path / "base", model_type="gemma2", head_dim=16, query_pre_attn_scalar=16)
+    norms = {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
+    losses = []
+    for names in (linear.PLAIN_LAYER, linear.PLAIN_LAYER | norms):
+        monkeypatch.setattr(linear, "PLAIN_LAYER", names)
+        events = Recorder()
+        request = a_request(base, train_file, plan={"recompute": "full", "recompute_every_n": 1})
+        train(tmp_path / str(len(names)), request, events, Stopper())
+        losses.append([event.loss for event in events.events if isinstance(event, ProgressEvent)])
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("backend", [None, "aot_eager"])
 def test_a_plain_base_has_the_same_gradients_recomputed_and_compiled(
     base: Path, train_file: Path, backend: str | None

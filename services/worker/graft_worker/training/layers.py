@@ -63,6 +63,13 @@ class Layers:
         if self.parking is not None:
             self.parking.forget()
 
+    def make_every_product(self) -> bool:
+        """Leave out no product any more; tell whether any was left out."""
+        spared = [module for block in self.blocks for module in block.modules() if getattr(module, "spared", False)]
+        for module in spared:
+            module.spared = False  # type: ignore[assignment]  # a plain attribute of ours
+        return bool(spared)
+
     def settle(self) -> None:
         """Join every stream that the layers use with the current one."""
         if self.parking is not None:

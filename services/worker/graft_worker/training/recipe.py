@@ -199,8 +199,12 @@ def probe(run: Run) -> None:
     """
     run.events.emit(PhaseEvent(phase=Phase.PROBING))
     rows = _fullest(run, run.train, run.spec.training.sequences_per_update)
-    for _ in range(1 if run.forward.graphs is None else 2):  # launched, then captured
+    _gathered(run, rows)
+    if not torch.isfinite(run.optimizer.gradient_norm()) and run.layers.make_every_product():
+        run.optimizer.clear()  # a layer that looked like Llama's needed what it was not given
         _gathered(run, rows)
+    if run.forward.graphs is not None:
+        _gathered(run, rows)  # the first was launched, this one is captured
     run.optimizer.clear()
     run.optimizer.rehearse()
     if run.validation is not None:
