@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from graft_api.capacity.endpoints import largest_bases
 from graft_shared.defaults import load_capacity, load_catalogue
 from graft_shared.errors import VramCapacityExceeded
@@ -84,8 +86,5 @@ def test_what_guides_promise_and_the_table_refuses_is_refused() -> None:
         shape = CATALOGUE.get(base)
         assert shape is not None
         spec = JobSpec.model_validate({**job(base).model_dump(by_alias=True), "gpu": {"class": gpu_class}})
-        try:
+        with pytest.raises(VramCapacityExceeded):
             TABLE.place(shape, spec, CATALOGUE)
-        except VramCapacityExceeded:
-            continue
-        raise AssertionError(f"{base} fits {gpu_class}")
