@@ -219,6 +219,16 @@ def shape_of(base: Path, base_model: str) -> ModelShape:
     return ModelShape.from_config(config, base_model=base_model, revision="main")
 
 
+def card_gib() -> float:
+    """What jobs may use of the first GPU; an 80 GB card's where there is none. Asked without making a context on it."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        mib = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    except (OSError, subprocess.CalledProcessError, ValueError):
+        mib = 80 * 1024
+    return round(mib / 1024 - 4, 1)
+
+
 def arguments_of(description: str) -> argparse.Namespace:
     """What to measure."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -226,7 +236,7 @@ def arguments_of(description: str) -> argparse.Namespace:
     parser.add_argument("--workload", choices=sorted(WORKLOADS), default="a")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--mode", choices=["speed", "memory"], default="speed", help="the planner's fastest or leanest")
-    parser.add_argument("--limit-gib", type=float, default=135.0, help="memory that the planner may use for speed")
+    parser.add_argument("--limit-gib", type=float, default=card_gib(), help="memory that the planner may use for speed")
     parser.add_argument("--recompute", choices=[mode.value for mode in Recompute], help="a plan of your own instead")
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--microbatch-tokens", type=int, default=4096)
