@@ -29,15 +29,19 @@ from graft_worker.protocol import (
     WarningEvent,
     read_deadline,
     read_request,
+    wait_for_workdir,
 )
 
 STEP_SECONDS = 0.02
 
 
 def main() -> None:
-    workdir = Path(sys.argv[1])
-    request = read_request(workdir)
     writer = EventWriter()
+    workdir = Path(sys.argv[1]) if sys.argv[1:] else wait_for_workdir()
+    if workdir is None:
+        return
+    request = read_request(workdir)
+    print(f"{os.getpid()} works in {Path.cwd()}", file=sys.stderr)
     behaviour = request["spec"]["metadata"].get("behaviour", "")
     code = _prepare(workdir, writer, behaviour) if "tokenizer_path" in request else _train(workdir, request, writer)
     sys.exit(code)

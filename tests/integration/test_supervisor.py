@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +36,7 @@ from graft_worker.supervisor.cache import HostCache
 from graft_worker.supervisor.child import child_environment
 from graft_worker.supervisor.neighbours import Neighbours
 from graft_worker.supervisor.slot import Slot, taken_if_free
+from graft_worker.supervisor.spare import SpareTrainer
 from graft_worker.tasks import answer_bell, look_for_work, slot_of
 from tests.fakes.doorbell import FakeDoorbell
 from tests.fakes.forked import forked_process
@@ -76,6 +79,7 @@ class Worker:
                 hub_token=None,
             ),
             device=device,
+            spare=SpareTrainer(wanted=self.settings.spare_trainer, device=device, cache_dir=self.settings.cache_dir),
             capacity=load_capacity(None),
             place="here",
             open_dataset_bucket=lambda _: bucket,
@@ -135,6 +139,7 @@ def make_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
     yield make
     for worker in made:
         worker.drain.set()
+        worker.neighbours.spare.dismiss()
         worker.database.close()
 
 
@@ -142,6 +147,10 @@ def no_child_is_left(worker: Worker) -> bool:
     """Whether no child of this worker runs; other tests on this machine may have theirs."""
     commands = [_command(path.name) for path in Path("/proc").iterdir()]
     return not any("tests.fakes.child" in command and str(worker.folder) in command for command in commands)
+
+
+def _state_of(pid: int | None) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def _command(pid: str) -> str:
@@ -410,6 +419,42 @@ def test_the_run_log_reaches_the_bucket(make_worker: Callable[..., Worker]) -> N
     worker.work()
     assert f"tenants/default/jobs/{job.id}/e2/trainer.log" in list(worker.bucket.list("tenants/"))
     assert json.loads(json.dumps(worker.get(job).prepared))["report"] == {"rows": 1}
+
+
+def test_the_next_job_is_trained_by_the_process_that_waits_for_it(make_worker: Callable[..., Worker]) -> None:
+    worker = make_worker(spare_trainer=True)
+    spare = worker.neighbours.spare
+    first = worker.submit()
+    worker.work()
+    waiting = spare.waiting_pid
+    second = worker.submit()
+    worker.work()
+    assert [worker.get(job).state for job in (first, second)] == [JobState.SUCCEEDED] * 2
+    logs = [worker.bucket.open(f"tenants/default/jobs/{job.id}/e2/trainer.log").read() for job in (first, second)]
+    assert waiting is not None
+    assert f"{waiting} works in {worker.settings.work_dir}/w/train/{second.id}-e2".encode() in logs[1]
+    assert f"{waiting} works".encode() not in logs[0]
+    assert spare.waiting_pid not in (None, waiting)
+
+
+def test_a_waiting_process_that_died_costs_time_only(make_worker: Callable[..., Worker]) -> None:
+    worker = make_worker(spare_trainer=True)
+    spare = worker.neighbours.spare
+    spare.prepare(training_run.MODULE)
+    assert spare.waiting_pid is not None
+    os.kill(spare.waiting_pid, signal.SIGKILL)
+    wait_until(lambda: _state_of(spare.waiting_pid) == "Z", seconds=10, what="its end")
+    job = worker.submit()
+    worker.work()
+    assert (worker.get(job).state, worker.get(job).attempt) == (JobState.SUCCEEDED, 1)
+
+
+def test_nothing_waits_where_nothing_is_trained_on_a_gpu(make_worker: Callable[..., Worker]) -> None:
+    worker = make_worker()
+    job = worker.submit()
+    worker.work()
+    assert worker.get(job).state is JobState.SUCCEEDED
+    assert worker.neighbours.spare.waiting_pid is None
 
 
 def test_a_bell_heard_while_the_worker_is_busy_is_passed_on_and_then_answered(

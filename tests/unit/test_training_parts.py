@@ -139,7 +139,8 @@ def test_a_run_is_evaluated_before_it_begins_at_intervals_and_at_its_end() -> No
 
 def test_the_guard_reads_the_deadline_anew_each_time(tmp_path: Path) -> None:
     write_deadline(tmp_path, boottime() + 3600)
-    guard = Guard(tmp_path)
+    guard = Guard()
+    guard.watch_lease(tmp_path)
     guard.check()
     write_deadline(tmp_path, boottime() - 1)
     with pytest.raises(LeaseOver):

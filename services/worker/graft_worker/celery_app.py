@@ -28,9 +28,11 @@ from graft_shared.store import Files, Leases, Workers, open_database
 from graft_worker.device import Device, NoSuchDevice, find_device
 from graft_worker.place import hold_name, place_of, register
 from graft_worker.settings import WorkerSettings
+from graft_worker.supervisor import training_run
 from graft_worker.supervisor.bases import BaseModels
 from graft_worker.supervisor.cache import HostCache
 from graft_worker.supervisor.neighbours import Neighbours
+from graft_worker.supervisor.spare import SpareTrainer
 from graft_worker.tasks import answer_bell, look_for_work
 
 BEAT_SECONDS = 15.0
@@ -114,6 +116,7 @@ def _open_neighbours(_pid: int) -> Neighbours:
     settings = WorkerSettings()
     database = open_database(settings.database)
     token = settings.hub_token
+    device = this_device(settings)
     return Neighbours(
         settings=settings,
         database=database,
@@ -126,7 +129,8 @@ def _open_neighbours(_pid: int) -> Neighbours:
             cache=HostCache(folder=settings.cache_dir, max_bytes=settings.cache_max_bytes),
             hub_token=token.get_secret_value() if token else None,
         ),
-        device=this_device(settings),
+        device=device,
+        spare=SpareTrainer(wanted=settings.spare_trainer, device=device, cache_dir=settings.cache_dir),
         capacity=load_capacity(settings.capacity_path),
         place=place_of(settings.lock_dir),
         open_dataset_bucket=lambda name: open_bucket(settings.model_copy(update={"s3_bucket": name})),
@@ -150,7 +154,7 @@ def _keep_our_logging(**_: Any) -> None:
 def _begin_child(**_: Any) -> None:
     """A pool process must not outlive the worker that would answer for it; and the first bell finds it ready."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    neighbours()
+    neighbours().spare.prepare(training_run.MODULE)
 
 
 @worker_shutting_down.connect
@@ -164,6 +168,7 @@ def _end(**_: Any) -> None:
     for thread in _threads:
         thread.join()
     here = neighbours()
+    here.spare.dismiss()
     try:
         Workers(here.database).leave(here.settings.worker_name, here.place)
     except StoreUnavailable as error:

@@ -2,12 +2,16 @@
 
 The child (`python -m graft_worker.preparing WORKDIR` or `python -m graft_worker.training WORKDIR`) reads
 `WORKDIR/request.json`, writes only under WORKDIR, prints events on standard output and all else on standard error.
+A trainer without WORKDIR is a spare one: it imports what it will need and waits for a line with WORKDIR on standard
+input; from there on it is as if it had been started there.
 
     WORKDIR/
       request.json        PrepareRequest or TrainRequest
       deadline            8 bytes: the lease's deadline on CLOCK_BOOTTIME, a little-endian double; rewritten in place
       checkpoints/        step-<n>/ written by the trainer: temp folder, fsync, rename, then the `checkpoint` event
       adapter/            the finished PEFT folder
+      trainer.log         the child's standard error
+      tmp/                the child's TMPDIR
       prepared/           what preparing leaves: train.safetensors, validation.safetensors, report.json
 
 A prepared split is one safetensors file of three flat tensors: `input_ids` int32 [tokens], `loss_mask` uint8 [tokens]
@@ -20,6 +24,7 @@ import json
 import os
 import struct
 import sys
+import tempfile
 from enum import IntEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,6 +35,8 @@ from graft_shared.jobs import FailureReason, Phase
 
 REQUEST_NAME = "request.json"
 DEADLINE_NAME = "deadline"
+LOG_NAME = "trainer.log"
+SCRATCH_NAME = "tmp"
 
 
 class ExitCode(IntEnum):
@@ -177,6 +184,24 @@ class EventWriter:
     def emit(self, event: _Message) -> None:
         """Write one event as one line."""
         self._stream.write(event.model_dump_json() + "\n")
+
+
+def wait_for_workdir() -> Path | None:
+    """Wait, as a spare trainer, for the folder of a job, and settle there; None if the supervisor left without one."""
+    line = sys.stdin.readline()
+    if not line.endswith("\n"):
+        return None
+    workdir = Path(line.removesuffix("\n"))
+    os.chdir(workdir)
+    log = os.open(workdir / LOG_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for stream in (1, 2):  # the events have a stream of their own
+        os.dup2(log, stream)
+    os.close(log)
+    scratch = workdir / SCRATCH_NAME
+    scratch.mkdir(exist_ok=True)
+    os.environ |= {"HOME": str(workdir), "TMPDIR": str(scratch)}
+    tempfile.tempdir = None  # or it stays what it was when somebody first asked
+    return workdir
 
 
 def write_deadline(workdir: Path, deadline: float) -> None:

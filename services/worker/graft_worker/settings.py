@@ -21,6 +21,9 @@ class WorkerSettings(SharedSettings):
     worker_stage: Stage = Stage.TRAIN
     """`train`, or `prepare`: rows to tokens, which needs neither a GPU nor torch."""
 
+    spare_trainer: bool | None = None
+    """Keep a trainer ready that has done its imports; by default where there is a GPU."""
+
     look_seconds: float = Field(default=10.0, gt=0)
     """An idle worker looks for work this often without a bell, so that a dead broker costs latency, not progress."""
     orders_seconds: float = Field(default=1.0, gt=0)

@@ -15,9 +15,7 @@ from pathlib import Path
 
 from graft_shared.logs import log_event
 from graft_worker.device import Device
-from graft_worker.protocol import Event, parse_event
-
-LOG_NAME = "trainer.log"
+from graft_worker.protocol import LOG_NAME, SCRATCH_NAME, Event, parse_event
 
 # What a child inherits: enough to find its interpreter, libraries and GPU; no token, no address of a neighbour.
 _INHERITED = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONPATH", "OMP_NUM_THREADS", "TZ", "VIRTUAL_ENV")
@@ -26,13 +24,10 @@ _INHERITED_PREFIXES = ("CUDA_", "NVIDIA_", "TORCH", "PYTORCH_", "GRAFT_CRASH_", 
 logger = logging.getLogger(__name__)
 
 
-class Child:
-    """One running `python -m <module> WORKDIR`."""
-
-    def __init__(self, module: str, workdir: Path, *, device: Device, cache_dir: Path) -> None:
-        self._events: queue.Queue[Event | None] = queue.Queue()
-        log = (workdir / LOG_NAME).open("ab")
-        self._process = subprocess.Popen(
+def start_child(module: str, workdir: Path, *, device: Device, cache_dir: Path) -> Child:
+    """Start `python -m <module> WORKDIR`."""
+    with (workdir / LOG_NAME).open("ab") as log:
+        process = subprocess.Popen(
             [sys.executable, "-m", module, str(workdir)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -41,7 +36,15 @@ class Child:
             env=child_environment(workdir, device=device, cache_dir=cache_dir),
             start_new_session=True,
         )
-        log.close()
+    return Child(process)
+
+
+class Child:
+    """A process that works at a job, seen by its supervisor."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._events: queue.Queue[Event | None] = queue.Queue()
+        self._process = process
         self._reader = threading.Thread(target=self._read, name="child-events", daemon=True)
         self._reader.start()
 
@@ -90,9 +93,9 @@ class Child:
         self._events.put(None)
 
 
-def child_environment(workdir: Path, *, device: Device, cache_dir: Path) -> dict[str, str]:
+def child_environment(home: Path, *, device: Device, cache_dir: Path) -> dict[str, str]:
     """The environment of a child: its own home, its own device, no network for the hub's libraries."""
-    scratch = workdir / "tmp"
+    scratch = home / SCRATCH_NAME
     scratch.mkdir(exist_ok=True)
     cache_dir.mkdir(parents=True, exist_ok=True)
     inherited = {
@@ -100,7 +103,7 @@ def child_environment(workdir: Path, *, device: Device, cache_dir: Path) -> dict
     }
     return {
         **inherited,
-        "HOME": str(workdir),
+        "HOME": str(home),
         "TMPDIR": str(scratch),
         "CUDA_VISIBLE_DEVICES": device.visible_devices,
         "HF_HUB_OFFLINE": "1",

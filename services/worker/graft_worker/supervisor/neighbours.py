@@ -12,6 +12,7 @@ from graft_shared.store import Database, Files, Leases
 from graft_worker.device import Device
 from graft_worker.settings import WorkerSettings
 from graft_worker.supervisor.bases import BaseModels
+from graft_worker.supervisor.spare import SpareTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class Neighbours:
     doorbell: Doorbell
     base_models: BaseModels
     device: Device
+    spare: SpareTrainer
     capacity: CapacityTable
     place: str  # where this worker lives: see `graft_worker.place`
     open_dataset_bucket: Callable[[str], Bucket]

@@ -28,6 +28,7 @@ from graft_shared.errors import (
 from graft_shared.jobs import REMEDIES, Failure, FailureReason, Job, JobState, Phase, Retry, Stage
 from graft_shared.logs import log_event
 from graft_worker.protocol import (
+    LOG_NAME,
     REQUEST_NAME,
     CheckpointEvent,
     EvaluationEvent,
@@ -42,7 +43,7 @@ from graft_worker.protocol import (
     WarningEvent,
 )
 from graft_worker.supervisor import preparation, training_run
-from graft_worker.supervisor.child import LOG_NAME, Child
+from graft_worker.supervisor.child import Child, start_child
 from graft_worker.supervisor.neighbours import Neighbours
 from graft_worker.supervisor.outcome import failure_of, oom_kill_count, stopped
 from graft_worker.supervisor.patience import Patience
@@ -128,9 +129,7 @@ class Run:
         if watch.stop_reason is not None:
             return stopped(watch.stop_reason)
         kills_before = oom_kill_count()
-        module = preparation.MODULE if self._job.stage is Stage.PREPARE else training_run.MODULE
-        settings = self._neighbours.settings
-        child = Child(module, self._workdir, device=self._neighbours.device, cache_dir=settings.cache_dir)
+        child = self._start_child()
         watch.look_after(child)
         try:
             for event in child.events(timeout=EVENT_PAUSE_SECONDS):
@@ -151,6 +150,13 @@ class Run:
             self._finish(request, patience)
         return failure
 
+    def _start_child(self) -> Child:
+        trains = self._job.stage is Stage.TRAIN
+        spare = self._neighbours.spare.take(self._workdir) if trains else None
+        module = training_run.MODULE if trains else preparation.MODULE
+        cache_dir = self._neighbours.settings.cache_dir
+        return spare or start_child(module, self._workdir, device=self._neighbours.device, cache_dir=cache_dir)
+
     def _fetch(self, kept: ExitStack) -> PrepareRequest | TrainRequest:
         if self._job.stage is Stage.PREPARE:
             return preparation.prepare_request(self._job, self._workdir, self._neighbours, kept)
@@ -166,6 +172,7 @@ class Run:
                 self._progress.phase(event.phase)
             case ProgressEvent():
                 self._progress.step(event)
+                self._neighbours.spare.prepare(training_run.MODULE)  # for the job after this one
             case EvaluationEvent():
                 self._progress.evaluation(event)
             case WarningEvent():

@@ -1,4 +1,7 @@
-"""`python -m graft_worker.training WORKDIR`: train what `request.json` asks for; the exit code says how it ended."""
+"""`python -m graft_worker.training WORKDIR`: train what `request.json` asks for; the exit code says how it ended.
+
+Without WORKDIR: do the imports, then wait for it on standard input (see `graft_worker.protocol`).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import traceback
 from pathlib import Path
 
 from graft_worker.parent import die_with_parent
-from graft_worker.protocol import EventWriter, ExitCode, TrainRequest, read_request
+from graft_worker.protocol import EventWriter, ExitCode, TrainRequest, read_request, wait_for_workdir
 from graft_worker.training.guard import Guard, LeaseOver, ToldToStop
 
 # Must stand before torch and the hub's libraries are imported.
@@ -24,13 +27,16 @@ def main() -> int:
     die_with_parent()
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    workdir = Path(sys.argv[1])
-    events, guard = EventWriter(), Guard(workdir)
-    request = TrainRequest.model_validate(read_request(workdir))
+    events, guard = EventWriter(), Guard()
 
     from graft_worker.training.ending import ending_of
     from graft_worker.training.recipe import train
 
+    workdir = Path(sys.argv[1]) if sys.argv[1:] else wait_for_workdir()
+    if workdir is None:
+        return ExitCode.DONE
+    guard.watch_lease(workdir)
+    request = TrainRequest.model_validate(read_request(workdir))
     try:
         train(workdir, request, events, guard)
     except (LeaseOver, ToldToStop):

@@ -20,13 +20,17 @@ class ToldToStop(Exception):
 class Guard:
     """Asked before every microbatch, update and checkpoint."""
 
-    def __init__(self, workdir: Path) -> None:
-        self._workdir = workdir if (workdir / DEADLINE_NAME).exists() else None
+    def __init__(self) -> None:
+        self._workdir: Path | None = None
         self._told = False
         signal.signal(signal.SIGTERM, self._hear)
 
+    def watch_lease(self, workdir: Path) -> None:
+        """From now on obey the deadline that is written there; a run without a lease (a benchmark) has none."""
+        self._workdir = workdir if (workdir / DEADLINE_NAME).exists() else None
+
     def check_lease(self) -> None:
-        """Raise LeaseOver when the deadline has passed; a run without a lease (a benchmark) has none."""
+        """Raise LeaseOver when the deadline has passed."""
         if self._workdir is not None and boottime() > read_deadline(self._workdir):
             raise LeaseOver
 
