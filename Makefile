@@ -67,7 +67,8 @@ test-containers: $(VENV)/.ready-dev ## slow, root: a Docker engine of its own, b
 test-gpu: $(VENV)/.ready-dev ## on a CUDA machine: the trainer's kernels, compiled layers, and resuming to the last digit
 	@$(BIN)/python -m pytest tests/gpu --timeout 600
 
-bench: $(VENV)/.ready-dev ## the CPU part of the benchmarks: the trainer on a tiny base
+bench: $(VENV)/.ready-dev ## the CPU part of the benchmarks: how long a refusal takes, and the trainer on a tiny base
+	@PYTHONPATH=. $(BIN)/python tests/bench/refusal.py --out .graft/bench/refusal.json
 	@PYTHONPATH=. $(BIN)/python tests/bench/compare.py --set tiny --out-dir .graft/bench
 
 bench-gpu: $(VENV)/.ready-dev ## on a CUDA machine, an hour: Graft beside the usual recipes, as a table, a plot and JSON

@@ -17,6 +17,7 @@ import httpx
 
 from tests.servers import SWIFT_KEY, SWIFT_USER, PostgresServer, RedisServer, SwiftServer
 from tests.waiting import free_port, wait_until
+from tests.witness import folder_of, pids, trainers_below
 
 TERMINAL = ("succeeded", "failed", "cancelled")
 JOB_SECONDS = 180.0
@@ -106,10 +107,15 @@ class OnThisMachine(Service):
 
     def processes(self, command_part: str = "") -> list[int]:
         """The living processes that work on this fleet's folder, by a part of their command line."""
-        return [pid for pid in _all_pids() if self._is_ours(pid) and command_part in _read(pid, "cmdline")]
+        return [pid for pid in pids() if self._is_ours(pid) and command_part in _read(pid, "cmdline")]
 
-    def trainers(self) -> list[int]:
-        return self.processes("graft_worker.training")
+    def trainers(self, job_id: str = "") -> list[int]:
+        """The processes that train now, or those that train this job."""
+        return [trainer.pid for trainer in trainers_below(self.state_dir) if job_id in trainer.job_id]
+
+    def spare_trainers(self) -> list[int]:
+        """The processes that wait to be a trainer."""
+        return [pid for pid in self.processes("graft_worker.training") if folder_of(pid).endswith("/spare")]
 
     def log(self) -> str:
         """What the service's processes wrote last, for a failed test's message."""
@@ -122,7 +128,7 @@ class OnThisMachine(Service):
 
     def _is_ours(self, pid: int) -> bool:
         folder = str(self.state_dir)
-        traces = (_read(pid, "environ"), _read(pid, "cmdline"), _folder_of(pid))  # Redis overwrites the first two
+        traces = (_read(pid, "environ"), _read(pid, "cmdline"), folder_of(pid))  # Redis overwrites the first two
         return pid != os.getpid() and any(folder in trace for trace in traces)
 
 
@@ -302,22 +308,10 @@ def _is_ready(url: str) -> bool:
     return answer.status_code == 200 and answer.json()["status"] == "ready"
 
 
-def _all_pids() -> list[int]:
-    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
-
-
 def _read(pid: int, name: str) -> str:
     """One file of a process; empty for a process that has gone or is a zombie."""
     try:
         return Path(f"/proc/{pid}/{name}").read_text(errors="replace").replace("\0", " ")
-    except OSError:
-        return ""
-
-
-def _folder_of(pid: int) -> str:
-    """Where a process stands; empty for one that has gone."""
-    try:
-        return str(Path(f"/proc/{pid}/cwd").readlink())
     except OSError:
         return ""
 

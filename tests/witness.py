@@ -13,8 +13,28 @@ from pathlib import Path
 from tests.invariants import Sighting
 
 LOOK_SECONDS = 0.05
-# `python -m graft_worker.training …/work/<worker>/train/<job>-e<epoch>`
-_TRAINER = re.compile(r"graft_worker\.training\0(?P<folder>/[^\0]*)/(?P<job>ftjob-\w+)-e(?P<epoch>\d+)\0")
+# A trainer stands in its job's folder, `…/work/<worker>/train/<job>-e<epoch>`; one that waits for a job does not.
+_WORKDIR = re.compile(r"/work/[^/]+/train/(?P<job>ftjob-\w+)-e(?P<epoch>\d+)( \(deleted\))?$")
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A process that trains."""
+
+    job_id: str
+    epoch: int
+    pid: int
+
+
+def trainers_below(folder: Path) -> list[Trainer]:
+    """Those that live now and work below `folder`; what a trainer starts stands beside it and is none."""
+    folders = {pid: stands for pid in pids() if (stands := folder_of(pid)).startswith(f"{folder}/")}
+    matches = {pid: match for pid, stands in folders.items() if (match := _WORKDIR.search(stands))}
+    return [
+        Trainer(job_id=match["job"], epoch=int(match["epoch"]), pid=pid)
+        for pid, match in matches.items()
+        if _parent(pid) not in matches
+    ]
 
 
 @dataclass
@@ -23,20 +43,20 @@ class Witness:
 
     folder: Path
     looks: int = 0
-    _seen: dict[tuple[str, int, int], tuple[float, float]] = field(default_factory=dict)
+    _seen: dict[Trainer, tuple[float, float]] = field(default_factory=dict)
     _end: threading.Event = field(default_factory=threading.Event)
 
     def sightings(self) -> list[Sighting]:
         """All trainers that were seen so far."""
         return [
-            Sighting(job_id=job_id, epoch=epoch, pid=pid, first_at=first_at, last_at=last_at)
-            for (job_id, epoch, pid), (first_at, last_at) in list(self._seen.items())
+            Sighting(job_id=seen.job_id, epoch=seen.epoch, pid=seen.pid, first_at=first_at, last_at=last_at)
+            for seen, (first_at, last_at) in list(self._seen.items())
         ]
 
     def look(self) -> None:
         """Look once."""
         at = time.monotonic()
-        for trainer in self._trainers():
+        for trainer in trainers_below(self.folder):
             first_at, _ = self._seen.get(trainer, (at, at))
             self._seen[trainer] = (first_at, at)
         self.looks += 1
@@ -49,13 +69,6 @@ class Witness:
     def leave(self) -> None:
         """End the watch."""
         self._end.set()
-
-    def _trainers(self) -> list[tuple[str, int, int]]:
-        """Job, epoch and process id of each; what a trainer forks has its command line too and is not one."""
-        lines = {pid: line for pid in _pids() if (line := _commandline(pid)) and str(self.folder) in line}
-        matches = {pid: match for pid, line in lines.items() if (match := _TRAINER.search(line))}
-        forked = {pid for pid in matches if lines.get(_parent(pid)) == lines[pid]}
-        return [(match["job"], int(match["epoch"]), pid) for pid, match in matches.items() if pid not in forked]
 
 
 @contextmanager
@@ -71,14 +84,15 @@ def watching(folder: Path) -> Iterator[Witness]:
         thread.join()
 
 
-def _pids() -> list[int]:
+def pids() -> list[int]:
+    """Of every process of this machine."""
     return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
 
 
-def _commandline(pid: int) -> str:
-    """With NUL after each argument; empty for a process that has gone, or that is a zombie."""
+def folder_of(pid: int) -> str:
+    """Where a process stands; empty for one that has gone, or that is a zombie."""
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+        return str(Path(f"/proc/{pid}/cwd").readlink())
     except OSError:
         return ""
 

@@ -163,7 +163,8 @@ class CapacityTable:
             self._check(shape, spec)
         except GraftError:
             return False
-        return any(gpu.takes(shape) and fastest_plan(shape, spec, gpu.usable_bytes) for gpu in self._allowed(spec))
+        least = leanest_plan(shape, spec)[1].high_bytes
+        return any(gpu.takes(shape) and least <= gpu.usable_bytes for gpu in self._allowed(spec))
 
     def _refusal(self, shape: ModelShape, spec: JobSpec, catalogue: Catalogue) -> VramCapacityExceeded:
         largest = max(self._allowed(spec), key=lambda gpu: gpu.usable_bytes)

@@ -61,9 +61,9 @@ def cheaper_plan(shape: ModelShape, spec: JobSpec, plan: TrainingPlan) -> tuple[
 
 
 def leanest_plan(shape: ModelShape, spec: JobSpec) -> tuple[TrainingPlan, MemoryEstimate]:
-    """Return the plan that needs least."""
-    every = [(plan, estimate(shape, spec, plan)) for plan in plans(shape, spec)]
-    return min(every, key=lambda pair: pair[1].high_bytes)
+    """Return the plan that needs least: one of those with the smallest microbatch, for nothing shrinks as it grows."""
+    smallest = [plan for plan in plans(shape, spec) if plan.microbatch_tokens == spec.training.max_length]
+    return min(((plan, estimate(shape, spec, plan)) for plan in smallest), key=lambda pair: pair[1].high_bytes)
 
 
 def _budgets(spec: JobSpec) -> list[int]:

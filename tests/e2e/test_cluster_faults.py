@@ -77,7 +77,7 @@ def assert_goes_on(fleet: Cluster, witness: Witness, job_id: str, *, runs: int) 
     assert steps_redone(events) <= (runs - 1) * 2 * SAVE_STEPS, "at most the steps since the last stored checkpoint"
     assert ended["progress"]["step"] == STEPS
     assert ended["attempt"] == 1
-    assert fleet.processes(job_id) == []
+    assert fleet.trainers(job_id) == []
     seen = [sighting for sighting in witness.sightings() if sighting.job_id == job_id]
     assert {sighting.epoch for sighting in seen} == {claim["epoch"] for claim in claims}, "the witness saw every run"
     assert trainers_beside_each_other(seen, longer_than=TEARDOWN_SECONDS) == []
@@ -85,12 +85,12 @@ def assert_goes_on(fleet: Cluster, witness: Witness, job_id: str, *, runs: int) 
 
 
 def kill_trainer(fleet: Cluster, job_id: str) -> None:
-    (trainer,) = fleet.processes(job_id)
+    (trainer,) = fleet.trainers(job_id)
     os.kill(trainer, signal.SIGKILL)
 
 
 def kill_pool_process(fleet: Cluster, job_id: str) -> None:
-    (trainer,) = fleet.processes(job_id)
+    (trainer,) = fleet.trainers(job_id)
     pool_process = parent_of(trainer)
     assert parent_of(pool_process) == fleet.running[worker_of(fleet, job_id)].pid, "Celery's child holds the job"
     os.kill(pool_process, signal.SIGKILL)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import signal
 import subprocess
 import sys
 import tarfile
@@ -18,7 +16,7 @@ import pytest
 
 from tests.factories import make_tiny_base
 from tests.fleet import ROWS, Cluster, Fleet, a_job, cluster
-from tests.invariants import assert_history_holds, steps_redone
+from tests.invariants import assert_history_holds
 from tests.waiting import wait_until
 
 # Run without Graft: what a user does with a downloaded adapter.
@@ -107,20 +105,6 @@ def test_the_archive_loads_with_peft_in_a_process_without_graft(
     assert done.returncode == 0, done.stderr
     before, after = (float(number) for number in done.stdout.split()[-2:])
     assert after < 0.8 * before
-
-
-def test_a_trainer_killed_in_mid_training_goes_on_from_its_last_checkpoint(fleet: Fleet | Cluster) -> None:
-    job = fleet.post(a_job(fleet, training={"max_steps": 400, "save_steps": 20}))
-    wait_until(lambda: fleet.checkpoints(job["id"]) >= 2, seconds=120, what="two checkpoints", every=0.1)
-    (trainer,) = fleet.trainers()
-    os.kill(trainer, signal.SIGKILL)
-    ended = fleet.wait(job["id"])
-    events = fleet.events(job["id"])
-    assert ended["status"] == "succeeded", ended["error"]
-    assert_history_holds(events)
-    assert [event["data"]["reason"] for event in events if event["type"] == "requeued"] == ["worker_lost"]
-    assert steps_redone(events) <= 2 * 20, "at most the steps since the last stored checkpoint are made again"
-    assert ended["attempt"] == 1
 
 
 def test_a_running_job_is_cancelled_and_its_trainer_is_gone(fleet: Fleet | Cluster) -> None:

@@ -14,13 +14,16 @@ from tests.factories import make_tiny_base
 from tests.fleet import Fleet, a_job
 from tests.invariants import assert_history_holds, steps_redone
 from tests.waiting import wait_until
+from tests.witness import watching
 
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     state = tmp_path_factory.mktemp("fleet") / "state"
     make_tiny_base(state / "models" / "graft" / "tiny")
-    running = Fleet(state, {"GRAFT_HEARTBEAT_SECONDS": "2", "GRAFT_LOOK_SECONDS": "2"}).start()
+    running = Fleet(
+        state, {"GRAFT_HEARTBEAT_SECONDS": "2", "GRAFT_LOOK_SECONDS": "2", "GRAFT_SPARE_TRAINER": "true"}
+    ).start()
     yield running
     if running.process is not None:
         running.stop()
@@ -33,6 +36,20 @@ def test_a_killed_broker_costs_latency_and_no_job(fleet: Fleet) -> None:
     assert ended["status"] == "succeeded", ended["error"]
 
 
+def test_a_trainer_killed_in_mid_training_goes_on_from_its_last_checkpoint(fleet: Fleet) -> None:
+    job = fleet.post(a_job(fleet, training={"max_steps": 400, "save_steps": 20}))
+    wait_until(lambda: fleet.checkpoints(job["id"]) >= 2, seconds=120, what="two checkpoints", every=0.1)
+    (trainer,) = fleet.trainers()
+    os.kill(trainer, signal.SIGKILL)
+    ended = fleet.wait(job["id"])
+    events = fleet.events(job["id"])
+    assert ended["status"] == "succeeded", ended["error"]
+    assert_history_holds(events)
+    assert [event["data"]["reason"] for event in events if event["type"] == "requeued"] == ["worker_lost"]
+    assert steps_redone(events) <= 2 * 20, "at most the steps since the last stored checkpoint are made again"
+    assert ended["attempt"] == 1
+
+
 def test_a_killed_worker_costs_no_job(fleet: Fleet) -> None:
     job = fleet.post(a_job(fleet, training={"max_steps": 400, "save_steps": 20}))
     wait_until(lambda: fleet.checkpoints(job["id"]) >= 1, seconds=120, what="a checkpoint", every=0.1)
@@ -42,6 +59,24 @@ def test_a_killed_worker_costs_no_job(fleet: Fleet) -> None:
     ended = fleet.wait(job["id"])
     assert ended["status"] == "succeeded", ended["error"]
     assert_history_holds(fleet.events(job["id"]))
+
+
+def test_the_next_job_is_trained_by_the_process_that_waits_for_it(fleet: Fleet) -> None:
+    wait_until(lambda: bool(fleet.spare_trainers()), seconds=60, what="a process that waits")
+    (waiting,) = fleet.spare_trainers()
+    with watching(fleet.state_dir) as witness:
+        job = fleet.post(a_job(fleet, training={"max_steps": 20}))
+        ended = fleet.wait(job["id"])
+    assert ended["status"] == "succeeded", ended["error"]
+    assert {(seen.job_id, seen.pid) for seen in witness.sightings()} == {(job["id"], waiting)}
+    wait_until(lambda: waiting not in fleet.spare_trainers(), seconds=10, what="its end")
+    assert len(fleet.spare_trainers()) == 1
+
+
+def test_a_process_that_waits_leaves_when_it_is_told_to(fleet: Fleet) -> None:
+    (waiting,) = fleet.spare_trainers()
+    os.kill(waiting, signal.SIGTERM)
+    wait_until(lambda: waiting not in fleet.spare_trainers(), seconds=60, what="its end")
 
 
 def test_ctrl_c_gives_running_jobs_back_and_leaves_no_process_behind(fleet: Fleet) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,28 @@ STEP_SECONDS = 0.02
 
 def main() -> None:
     writer = EventWriter()
-    workdir = Path(sys.argv[1]) if sys.argv[1:] else wait_for_workdir()
+    if not sys.argv[1:]:
+        tempfile.gettempdir()  # as libraries do while they are imported
+        print(f"{os.getpid()} waits in {Path.cwd()}", file=sys.stderr)
+    workdir = Path(sys.argv[1]) if sys.argv[1:] else wait_for_workdir(lambda: False)
     if workdir is None:
         return
     request = read_request(workdir)
-    print(f"{os.getpid()} works in {Path.cwd()}", file=sys.stderr)
+    print(json.dumps(_surroundings()))
     behaviour = request["spec"]["metadata"].get("behaviour", "")
     code = _prepare(workdir, writer, behaviour) if "tokenizer_path" in request else _train(workdir, request, writer)
     sys.exit(code)
+
+
+def _surroundings() -> dict[str, Any]:
+    return {
+        "pid": os.getpid(),
+        "folder": str(Path.cwd()),
+        "HOME": os.environ["HOME"],
+        "TMPDIR": os.environ["TMPDIR"],
+        "temporary": tempfile.gettempdir(),
+        "stdin": str(Path("/proc/self/fd/0").readlink()),
+    }
 
 
 def _prepare(workdir: Path, writer: EventWriter, behaviour: str) -> int:

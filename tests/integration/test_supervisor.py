@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from sqlalchemy import update
@@ -79,7 +79,12 @@ class Worker:
                 hub_token=None,
             ),
             device=device,
-            spare=SpareTrainer(wanted=self.settings.spare_trainer, device=device, cache_dir=self.settings.cache_dir),
+            spare=SpareTrainer(
+                wanted=self.settings.spare_trainer,
+                device=device,
+                home=self.settings.spare_dir,
+                cache_dir=self.settings.cache_dir,
+            ),
             capacity=load_capacity(None),
             place="here",
             open_dataset_bucket=lambda _: bucket,
@@ -421,32 +426,108 @@ def test_the_run_log_reaches_the_bucket(make_worker: Callable[..., Worker]) -> N
     assert json.loads(json.dumps(worker.get(job).prepared))["report"] == {"rows": 1}
 
 
+def log_of(worker: Worker, job: Job) -> str:
+    """The log of a job's first training run."""
+    return bytes(worker.bucket.open(f"tenants/default/jobs/{job.id}/e2/trainer.log").read()).decode()
+
+
 def test_the_next_job_is_trained_by_the_process_that_waits_for_it(make_worker: Callable[..., Worker]) -> None:
     worker = make_worker(spare_trainer=True)
     spare = worker.neighbours.spare
     first = worker.submit()
     worker.work()
     waiting = spare.waiting_pid
+    spare.prepare(training_run.MODULE)
+    assert spare.waiting_pid == waiting, "one at a time"
     second = worker.submit()
     worker.work()
     assert [worker.get(job).state for job in (first, second)] == [JobState.SUCCEEDED] * 2
-    logs = [worker.bucket.open(f"tenants/default/jobs/{job.id}/e2/trainer.log").read() for job in (first, second)]
     assert waiting is not None
-    assert f"{waiting} works in {worker.settings.work_dir}/w/train/{second.id}-e2".encode() in logs[1]
-    assert f"{waiting} works".encode() not in logs[0]
+    workdir = worker.settings.work_dir / "w" / "train" / f"{second.id}-e2"
+    assert f"{waiting} waits in {worker.settings.spare_dir}\n" in log_of(worker, second), "what it said before its job"
+    assert json.loads(log_of(worker, second).splitlines()[-1]) == {
+        "pid": waiting,
+        "folder": str(workdir),
+        "HOME": str(workdir),
+        "TMPDIR": str(workdir / "tmp"),
+        "temporary": str(workdir / "tmp"),
+        "stdin": "/dev/null",
+    }
+    assert str(waiting) not in log_of(worker, first)
     assert spare.waiting_pid not in (None, waiting)
+
+
+def lose(worker: Worker) -> None:
+    """Kill the process that waits."""
+    pid = worker.neighbours.spare.waiting_pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: _state_of(pid) == "Z", seconds=10, what="its end")
 
 
 def test_a_waiting_process_that_died_costs_time_only(make_worker: Callable[..., Worker]) -> None:
     worker = make_worker(spare_trainer=True)
-    spare = worker.neighbours.spare
-    spare.prepare(training_run.MODULE)
-    assert spare.waiting_pid is not None
-    os.kill(spare.waiting_pid, signal.SIGKILL)
-    wait_until(lambda: _state_of(spare.waiting_pid) == "Z", seconds=10, what="its end")
+    worker.neighbours.spare.prepare(training_run.MODULE)
+    lose(worker)
     job = worker.submit()
     worker.work()
-    assert (worker.get(job).state, worker.get(job).attempt) == (JobState.SUCCEEDED, 1)
+    ended = worker.get(job)
+    assert (ended.state, ended.attempt, ended.epoch) == (JobState.SUCCEEDED, 1, 2), "no run was lost to it"
+    assert worker.neighbours.spare.waiting_pid is not None, "there is one again"
+
+
+def test_a_waiting_process_that_cannot_be_started_ends_no_job(
+    make_worker: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = make_worker(spare_trainer=True)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(SpareTrainer, "_start", full)
+    job = worker.submit()
+    worker.work()
+    assert (worker.get(job).state, worker.get(job).epoch) == (JobState.SUCCEEDED, 2)
+    assert worker.neighbours.spare.waiting_pid is None
+
+
+def test_what_a_waiting_process_dies_of_after_it_was_given_a_job_is_in_the_jobs_log(
+    make_worker: Callable[..., Worker], tmp_path: Path
+) -> None:
+    worker = make_worker(spare_trainer=True)
+    broken = tmp_path / "library" / "broken_trainer.py"
+    broken.parent.mkdir()
+    broken.write_text("import sys, time\nsys.stdin.readline()\nraise ImportError('libcuda is missing')\n")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", str(broken.parent))
+        worker.neighbours.spare.prepare("broken_trainer")
+    job = worker.submit()
+    worker.work()
+    assert (worker.get(job).state, worker.get(job).epoch) == (JobState.QUEUED, 2)
+    assert "ImportError: libcuda is missing" in log_of(worker, job)
+
+
+def test_a_waiting_process_can_be_dismissed(make_worker: Callable[..., Worker]) -> None:
+    worker = make_worker(spare_trainer=True)
+    worker.neighbours.spare.prepare(training_run.MODULE)
+    pid = worker.neighbours.spare.waiting_pid
+    worker.neighbours.spare.dismiss()
+    assert not Path(f"/proc/{pid}").exists()
+    assert worker.neighbours.spare.waiting_pid is None
+
+
+@pytest.mark.parametrize(("kind", "stage", "wanted", "waits"), [
+    ("cuda", Stage.TRAIN, None, True), ("cuda", Stage.TRAIN, False, False), ("cuda", Stage.PREPARE, True, False),
+    ("cpu", Stage.TRAIN, None, False), ("cpu", Stage.TRAIN, True, True),
+])  # fmt: skip
+def test_a_process_waits_where_jobs_train_on_a_gpu_or_where_it_is_wanted(
+    tmp_path: Path, kind: Literal["cpu", "cuda"], stage: Stage, wanted: bool | None, waits: bool
+) -> None:
+    device = Device(kind=kind, index=0, name="", gpu_class="cpu", takes_classes=("cpu",), stage=stage)
+    spare = SpareTrainer(wanted=wanted, device=device, home=tmp_path / "spare", cache_dir=tmp_path)
+    spare.prepare("this")
+    assert (spare.waiting_pid is not None) == waits
+    spare.dismiss()
 
 
 def test_nothing_waits_where_nothing_is_trained_on_a_gpu(make_worker: Callable[..., Worker]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from graft_shared import planner
 from graft_shared.capacity import CapacityTable, with_change, within_positions
 from graft_shared.catalogue import ModelShape
 from graft_shared.defaults import load_capacity, load_catalogue
 from graft_shared.errors import InvalidParameter, UnsupportedBaseModel, VramCapacityExceeded
-from graft_shared.memory import GIB, Recompute, TrainingPlan, estimate, shared_columns
-from graft_shared.planner import fastest_plan, plans
+from graft_shared.memory import GIB, MemoryEstimate, Recompute, TrainingPlan, estimate, shared_columns
+from graft_shared.planner import fastest_plan, leanest_plan, plans
 from graft_shared.specs import JobSpec, Optim
 
 CATALOGUE, TABLE = load_catalogue(), load_capacity()
@@ -104,10 +104,8 @@ def test_only_tiny_bases_go_to_the_cpu() -> None:
     assert refused.facts["required_class"] == "16gb"
 
 
-def test_a_70b_job_on_a_24gb_fleet_is_refused_with_the_numbers_in_under_100_ms() -> None:
-    started = time.perf_counter()
+def test_a_70b_job_on_a_24gb_fleet_is_refused_with_the_numbers() -> None:
     refused = refusal("meta-llama/Llama-2-70b-hf")
-    assert time.perf_counter() - started < 0.1
     facts = refused.facts
     assert facts["needed_bytes"] > facts["available_bytes"] == facts["available"]["usable"]
     assert facts["needed"]["base_weights"] == pytest.approx(68.5e9 * 0.516, rel=0.01)
@@ -115,6 +113,45 @@ def test_a_70b_job_on_a_24gb_fleet_is_refused_with_the_numbers_in_under_100_ms()
     assert facts["largest_class"] == "24gb"
     assert 0 < len(facts["fits_here"]) <= 5
     assert "GiB" in refused.message
+
+
+@pytest.mark.parametrize("changes", [{}, {"training": {"max_length": 4096, "gradient_checkpointing": False}}])
+def test_a_refusal_adds_up_a_few_hundred_plans_at_most(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """Milliseconds are for tests/bench/refusal.py; this is what they are made of."""
+    added_up: list[TrainingPlan] = []
+
+    def counted(shape: ModelShape, spec: JobSpec, plan: TrainingPlan) -> MemoryEstimate:
+        added_up.append(plan)
+        return estimate(shape, spec, plan)
+
+    monkeypatch.setattr(planner, "estimate", counted)
+    refusal("meta-llama/Llama-2-70b-hf", **changes)
+    assert 0 < len(added_up) < 400
+
+
+@given(
+    base_model=st.sampled_from([LLAMA_7B, "meta-llama/Llama-3.2-1B", "mistralai/Mixtral-8x7B-v0.1"]),
+    max_length=st.sampled_from([64, 512, 2048]),
+    packing=st.booleans(),
+    recompute=st.sampled_from(["auto", True, False]),
+    batch=st.integers(1, 16),
+)
+def test_no_plan_needs_less_than_the_leanest(
+    base_model: str, max_length: int, packing: bool, recompute: str | bool, batch: int
+) -> None:
+    job = spec(
+        base_model,
+        training={
+            "max_length": max_length,
+            "packing": packing,
+            "gradient_checkpointing": recompute,
+            "per_device_train_batch_size": batch,
+        },
+    )
+    every = [estimate(shape(base_model), job, plan).high_bytes for plan in plans(shape(base_model), job)]
+    assert leanest_plan(shape(base_model), job)[1].high_bytes == min(every)
 
 
 @pytest.mark.parametrize(

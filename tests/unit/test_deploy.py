@@ -121,6 +121,13 @@ def test_a_workers_cache_can_be_set(tmp_path: Path) -> None:
     assert int(default) == WorkerSettings().cache_max_bytes
 
 
+def test_an_operator_can_do_without_a_spare_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, wanted in (("", None), ("false", False)):
+        services = config(tmp_path, COMPOSE_PROFILES="gpu0", SPARE_TRAINER=value)["services"]
+        monkeypatch.setenv("GRAFT_SPARE_TRAINER", services["worker-gpu-0"]["environment"]["GRAFT_SPARE_TRAINER"])
+        assert WorkerSettings().spare_trainer is wanted
+
+
 def test_a_second_host_reaches_the_first_ones_neighbours_under_a_name_of_its_own(tmp_path: Path) -> None:
     first = config(tmp_path, "deploy/hosts.yml", CLUSTER_BIND="10.0.0.1", HOST_NAME="one")["services"]
     published = {name: (port["host_ip"], port["published"]) for name in first for port in first[name].get("ports", [])}

@@ -26,10 +26,10 @@ def witness(tmp_path: Path) -> Iterator[Witness]:
 
 
 def start_like_a_trainer(folder: Path, epoch: int) -> subprocess.Popen[bytes]:
-    """A process with a trainer's command line, that ends with its input."""
-    workdir = f"{folder}/work/train-0/train/ftjob-abc-e{epoch}"
-    command = [sys.executable, "-c", "import sys; sys.stdin.read()", "graft_worker.training", workdir]
-    return subprocess.Popen(command, stdin=subprocess.PIPE)
+    """A process that stands where a trainer does, and ends with its input."""
+    workdir = folder / "work" / "train-0" / "train" / f"ftjob-abc-e{epoch}"
+    workdir.mkdir(parents=True)
+    return subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE, cwd=workdir)
 
 
 def seen(epoch: int, first_at: float, last_at: float) -> Sighting:

@@ -15,7 +15,13 @@ from collections.abc import Callable
 from typing import Any
 
 from celery import Celery, Task, bootsteps
-from celery.signals import setup_logging, worker_process_init, worker_shutdown, worker_shutting_down
+from celery.signals import (
+    setup_logging,
+    worker_process_init,
+    worker_process_shutdown,
+    worker_shutdown,
+    worker_shutting_down,
+)
 
 from graft_shared.buckets import open_bucket
 from graft_shared.capacity import CapacityTable
@@ -41,6 +47,7 @@ REGISTER_PAUSE_SECONDS = 1.0
 logger = logging.getLogger(__name__)
 
 _draining = multiprocessing.RawValue("b", 0)  # shared with the prefork children; no lock that a killed one could keep
+_is_pool_process = False  # bells are answered there; a job that was found by looking has no spare trainer
 _stopping = threading.Event()
 _threads: list[threading.Thread] = []
 
@@ -130,7 +137,12 @@ def _open_neighbours(_pid: int) -> Neighbours:
             hub_token=token.get_secret_value() if token else None,
         ),
         device=device,
-        spare=SpareTrainer(wanted=settings.spare_trainer, device=device, cache_dir=settings.cache_dir),
+        spare=SpareTrainer(
+            wanted=settings.spare_trainer if _is_pool_process else False,
+            device=device,
+            home=settings.spare_dir,
+            cache_dir=settings.cache_dir,
+        ),
         capacity=load_capacity(settings.capacity_path),
         place=place_of(settings.lock_dir),
         open_dataset_bucket=lambda name: open_bucket(settings.model_copy(update={"s3_bucket": name})),
@@ -153,8 +165,15 @@ def _keep_our_logging(**_: Any) -> None:
 @worker_process_init.connect
 def _begin_child(**_: Any) -> None:
     """A pool process must not outlive the worker that would answer for it; and the first bell finds it ready."""
+    global _is_pool_process
+    _is_pool_process = True
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     neighbours().spare.prepare(training_run.MODULE)
+
+
+@worker_process_shutdown.connect
+def _end_child(**_: Any) -> None:
+    neighbours().spare.dismiss()
 
 
 @worker_shutting_down.connect
@@ -168,7 +187,6 @@ def _end(**_: Any) -> None:
     for thread in _threads:
         thread.join()
     here = neighbours()
-    here.spare.dismiss()
     try:
         Workers(here.database).leave(here.settings.worker_name, here.place)
     except StoreUnavailable as error:

@@ -3,7 +3,7 @@
 The child (`python -m graft_worker.preparing WORKDIR` or `python -m graft_worker.training WORKDIR`) reads
 `WORKDIR/request.json`, writes only under WORKDIR, prints events on standard output and all else on standard error.
 A trainer without WORKDIR is a spare one: it imports what it will need and waits for a line with WORKDIR on standard
-input; from there on it is as if it had been started there.
+input; from there on it is as if it had been started there (the supervisor moves its log there too).
 
     WORKDIR/
       request.json        PrepareRequest or TrainRequest
@@ -22,9 +22,11 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import struct
 import sys
 import tempfile
+from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,6 +39,8 @@ REQUEST_NAME = "request.json"
 DEADLINE_NAME = "deadline"
 LOG_NAME = "trainer.log"
 SCRATCH_NAME = "tmp"
+
+STOP_LOOK_SECONDS = 1.0  # a spare trainer that is told to stop does so within this time
 
 
 class ExitCode(IntEnum):
@@ -186,17 +190,22 @@ class EventWriter:
         self._stream.write(event.model_dump_json() + "\n")
 
 
-def wait_for_workdir() -> Path | None:
-    """Wait, as a spare trainer, for the folder of a job, and settle there; None if the supervisor left without one."""
-    line = sys.stdin.readline()
-    if not line.endswith("\n"):
+def wait_for_workdir(is_told_to_stop: Callable[[], bool]) -> Path | None:
+    """Wait, as a spare trainer, for the folder of a job, and settle there.
+
+    None if the supervisor left without one, or if this process is told to stop before it has one. Whoever has a job
+    and is told to stop has to say so to the job.
+    """
+    while not select.select([sys.stdin], [], [], STOP_LOOK_SECONDS)[0]:
+        if is_told_to_stop():
+            return None
+    line = sys.stdin.buffer.readline()
+    if not line.endswith(b"\n"):
         return None
-    workdir = Path(line.removesuffix("\n"))
+    with Path(os.devnull).open("rb") as nothing:
+        os.dup2(nothing.fileno(), sys.stdin.fileno())
+    workdir = Path(os.fsdecode(line.removesuffix(b"\n")))
     os.chdir(workdir)
-    log = os.open(workdir / LOG_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    for stream in (1, 2):  # the events have a stream of their own
-        os.dup2(log, stream)
-    os.close(log)
     scratch = workdir / SCRATCH_NAME
     scratch.mkdir(exist_ok=True)
     os.environ |= {"HOME": str(workdir), "TMPDIR": str(scratch)}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from graft_shared.jobs import Stage
 from graft_shared.settings import SharedSettings
@@ -21,8 +22,8 @@ class WorkerSettings(SharedSettings):
     worker_stage: Stage = Stage.TRAIN
     """`train`, or `prepare`: rows to tokens, which needs neither a GPU nor torch."""
 
-    spare_trainer: bool | None = None
-    """Keep a trainer ready that has done its imports; by default where there is a GPU."""
+    spare_trainer: Annotated[bool | None, BeforeValidator(lambda value: None if value == "" else value)] = None
+    """Keep a trainer ready that has done its imports; by default where there is a GPU. It takes half a GB of memory."""
 
     look_seconds: float = Field(default=10.0, gt=0)
     """An idle worker looks for work this often without a bell, so that a dead broker costs latency, not progress."""
@@ -40,6 +41,11 @@ class WorkerSettings(SharedSettings):
     def work_dir(self) -> Path:
         """Where running jobs have their folders."""
         return (self.state_dir / "work").absolute()
+
+    @property
+    def spare_dir(self) -> Path:
+        """The home of this worker's spare trainer; on the file system of `work_dir`, whither its log moves."""
+        return self.work_dir / self.worker_name / "spare"
 
     @property
     def cache_dir(self) -> Path:

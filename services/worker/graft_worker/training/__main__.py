@@ -32,7 +32,7 @@ def main() -> int:
     from graft_worker.training.ending import ending_of
     from graft_worker.training.recipe import train
 
-    workdir = Path(sys.argv[1]) if sys.argv[1:] else wait_for_workdir()
+    workdir = Path(sys.argv[1]) if sys.argv[1:] else wait_for_workdir(lambda: guard.is_told_to_stop)
     if workdir is None:
         return ExitCode.DONE
     guard.watch_lease(workdir)

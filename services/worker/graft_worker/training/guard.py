@@ -25,6 +25,11 @@ class Guard:
         self._told = False
         signal.signal(signal.SIGTERM, self._hear)
 
+    @property
+    def is_told_to_stop(self) -> bool:
+        """Whether SIGTERM came."""
+        return self._told
+
     def watch_lease(self, workdir: Path) -> None:
         """From now on obey the deadline that is written there; a run without a lease (a benchmark) has none."""
         self._workdir = workdir if (workdir / DEADLINE_NAME).exists() else None
@@ -37,7 +42,7 @@ class Guard:
     def check(self) -> None:
         """Raise LeaseOver or ToldToStop."""
         self.check_lease()
-        if self._told:
+        if self.is_told_to_stop:
             raise ToldToStop
 
     def _hear(self, *_: object) -> None:
