@@ -91,17 +91,18 @@ class CapacityTable:
         return max(served, key=lambda gpu: gpu.memory_bytes, default=None)
 
     def place(self, shape: ModelShape, spec: JobSpec, catalogue: Catalogue) -> Placement:
-        """Return the cheapest GPU class on which some plan fits.
+        """Return the cheapest GPU class on which some plan fits the spec `within_positions` of its base.
 
         Raises:
             InvalidParameter: An unknown class, targets that the base lacks, or a length beyond its positions.
             VramCapacityExceeded: No class is big enough; carries the numbers and the smallest changes that would fit.
         """
-        self._check(shape, spec)
-        for gpu in self._allowed(spec):
-            chosen = fastest_plan(shape, spec, gpu.usable_bytes) if gpu.takes(shape) else None
+        fitted = within_positions(shape, spec)
+        self._check(shape, fitted)
+        for gpu in self._allowed(fitted):
+            chosen = fastest_plan(shape, fitted, gpu.usable_bytes) if gpu.takes(shape) else None
             if chosen is not None:
-                return self._placement(gpu, *chosen, shape, spec)
+                return self._placement(gpu, *chosen, shape, fitted)
         raise self._refusal(shape, spec, catalogue)
 
     def after_out_of_memory(
@@ -159,6 +160,8 @@ class CapacityTable:
         yield from (gpu for gpu in self.classes if wanted in ("auto", gpu.name))
 
     def _fits(self, shape: ModelShape, spec: JobSpec) -> bool:
+        """Whether `place` would accept it, at the price of one plan a mode."""
+        spec = within_positions(shape, spec)
         try:
             self._check(shape, spec)
         except GraftError:
@@ -168,12 +171,12 @@ class CapacityTable:
 
     def _refusal(self, shape: ModelShape, spec: JobSpec, catalogue: Catalogue) -> VramCapacityExceeded:
         largest = max(self._allowed(spec), key=lambda gpu: gpu.usable_bytes)
-        _, needed = leanest_plan(shape, spec)
+        _, needed = leanest_plan(shape, within_positions(shape, spec))
         everywhere = sorted({*self.classes, *self.known}, key=lambda gpu: gpu.usable_bytes)
         required = next((gpu for gpu in everywhere if CapacityTable((gpu,))._fits(shape, _any_class(spec))), None)
         changes = list(self._changes(shape, spec, catalogue))
         bases = _largest_first(catalogue)
-        fitting = (base.base_model for base in bases if self._fits(base, _shortened(spec, base)))
+        fitting = (base.base_model for base in bases if self._fits(base, spec))
         fits_here = list(islice(fitting, FITS_HERE))
         which = "the largest GPU class here" if spec.gpu.gpu_class == "auto" else "the class you asked for"
         limit = f"{which}, {largest.name}, has {_gib(largest.usable_bytes)}"
@@ -209,7 +212,7 @@ class CapacityTable:
 
     def _changes(self, shape: ModelShape, spec: JobSpec, catalogue: Catalogue) -> Iterator[dict[str, Any]]:
         """Single changes after which the job is accepted, each tried by placing it; the gentlest first."""
-        length = spec.training.max_length
+        length = within_positions(shape, spec).training.max_length
         lengths = range(LENGTH_STEP * ((length - 1) // LENGTH_STEP), 0, -LENGTH_STEP)
         yield from self._first("training.max_length", length, lengths, shape, spec)
         if spec.training.gradient_checkpointing is False:
@@ -249,6 +252,7 @@ class CapacityTable:
                 return
 
     def _change(self, param: str, now: Any, value: Any, shape: ModelShape, spec: JobSpec) -> dict[str, Any]:
+        spec = within_positions(shape, spec)
         for gpu in self._allowed(spec):
             chosen = fastest_plan(shape, spec, gpu.usable_bytes) if gpu.takes(shape) else None
             if chosen is not None:
@@ -266,12 +270,12 @@ def within_positions(shape: ModelShape, spec: JobSpec) -> JobSpec:
 
 
 def with_change(spec: JobSpec, param: str, value: Any) -> JobSpec:
-    """The same spec with one dotted parameter set anew."""
-    body = spec.model_dump(mode="json", by_alias=True)
+    """The same spec with one dotted parameter set anew; what nobody chose stays unchosen."""
+    body = spec.model_dump(mode="json", by_alias=True, exclude_unset=True)
     part: dict[str, Any] = body
     *path, name = param.split(".")
     for section in path:
-        part = part[section]
+        part = part.setdefault(section, {})
     part[name] = value
     return JobSpec.model_validate(body)
 
@@ -286,14 +290,6 @@ def _warnings(shape: ModelShape, spec: JobSpec) -> tuple[dict[str, str], ...]:
 
 def _any_class(spec: JobSpec) -> JobSpec:
     return with_change(spec, "gpu.class", "auto")
-
-
-def _shortened(spec: JobSpec, base: ModelShape) -> JobSpec:
-    """The spec as it would be for another base: its own default targets, no longer than its positions."""
-    body = spec.model_dump(mode="json", by_alias=True)
-    body["lora"]["target_modules"] = "auto"
-    body["training"]["max_length"] = min(spec.training.max_length, base.max_position_embeddings)
-    return JobSpec.model_validate(body)
 
 
 def _largest_first(catalogue: Catalogue) -> list[ModelShape]:

@@ -72,6 +72,7 @@ class ModelShape:
     tie_word_embeddings: bool
     max_position_embeddings: int
     num_local_experts: int = 0
+    num_experts_per_tok: int = 0
     linears: tuple[Linear, ...]
 
     @classmethod
@@ -107,6 +108,13 @@ class ModelShape:
     def key_value_size(self) -> int:
         """Width of all key heads together; the values' is the same."""
         return self.num_key_value_heads * self.head_dim
+
+    @property
+    def gate_size(self) -> int:
+        """Width of what comes out of the first products of the feed-forward part: gate and up, or the one there is."""
+        first = FAMILIES[self.model_type].mlp[:-1]
+        widths = [linear.out_features for linear in self.linears if linear.name in first]
+        return sum(widths) or 2 * self.intermediate_size  # experts are no linear layers; theirs have a gate
 
     @property
     def linear_parameters(self) -> int:
@@ -227,6 +235,7 @@ def _read(config: Mapping[str, Any], family: Family, **names: str) -> ModelShape
         tie_word_embeddings=family.ties_by_default if tied is None else bool(tied),
         max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
         num_local_experts=int(config.get("num_local_experts", 0)),
+        num_experts_per_tok=int(config.get("num_experts_per_tok", 2)) if config.get("num_local_experts") else 0,
         linears=tuple(_linear(name, sizes) for name in (*family.attention, *family.mlp)),
     )
 

@@ -1,8 +1,7 @@
 """Bytes by component for one base, one spec and one plan: arithmetic only.
 
-The closed form is that of compiled layers, which keep nothing for the backward pass that is elementwise. Letters in
-comments: H hidden, M feed-forward, Q and K widths of query and key
-heads, L layers, V vocabulary, T tokens of a microbatch, P adapter parameters.
+The closed form is that of compiled layers, which keep nothing for the backward pass that is elementwise. It was fitted
+to runs on an H100 and an H200 (tests/bench/golden.py; docs/memory.md shows how far off it was).
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ GIB = 1024**3
 BYTES_PER_4BIT_WEIGHT = 0.5625
 BYTES_PER_4BIT_WEIGHT_DOUBLE_QUANTISED = 0.51587
 HALF = 2
+SIZE_STEP = 128  # tokens between two sizes of microbatch, at least
+SIZES_PER_OCTAVE = 32  # between 4,096 and 8,192 tokens, say: so that no more than 3 % are filling
 BYTES_PER_ADAPTER_WEIGHT = 4  # fp32; products are computed with 16-bit copies, see `adapter_copies`
 BYTES_PER_ADAPTER_GRADIENT = 4
 OPTIMIZER_BYTES = {
@@ -33,14 +34,17 @@ OPTIMIZER_BYTES = {
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 MOST_SHARED_RANK = 256  # of all that share
 COLUMN_STEP = 64  # these come in so many: what one step of a GPU's product sums over
-MLP_TENSORS = 2  # kept per token by a SwiGLU: gate and up, from which all else is elementwise
+GRADIENT_TENSORS = (
+    3  # as wide as the feed-forward part, while its backward pass runs: of the gated product, gate and up
+)
 STREAM_BYTES_PER_HIDDEN = 4  # the layer's input, and the attention's after its last product
 LOSS_CHUNK_BYTES = 256 * 1024**2  # fp32 logits of one chunk, at most
 LOSS_CHUNK_TOKENS = 512  # tokens of one chunk, at most: more make no product faster
 LOSS_TILE_TOKENS = 128  # tokens are the rows of a product, which is computed in tiles
-LOSS_COPIES = 2  # 16-bit and fp32 logits or gradients of a chunk
-ALLOCATOR_SHARE = 0.03  # of the body, with expandable segments
-CONTEXT_BYTES = int(0.6 * GIB)  # CUDA context, kernels, cuBLAS workspaces
+# What the allocator reserves beyond what is allocated, with expandable segments: part grows with the body, part is the
+# pools' own, of launches and of graphs.
+ALLOCATOR_SHARE, ALLOCATOR_BYTES = 0.02, int(0.3 * GIB)
+CONTEXT_BYTES = 1 * GIB  # outside the allocator: CUDA context, kernels, cuBLAS workspaces
 LOW, HIGH = 0.93, 1.08
 
 
@@ -122,36 +126,38 @@ class MemoryEstimate:
 
 
 def estimate(shape: ModelShape, spec: JobSpec, plan: TrainingPlan) -> MemoryEstimate:
-    """Add up what a run holds at its worst moment."""
+    """Add up what a run holds at its worst moment: while it trains, or while it loads its base."""
     targets = shape.resolve_targets(spec.lora.target_modules)
     adapter = adapter_parameters(shape, targets, spec.lora.r)
     weights, rest = base_bytes(shape, spec, targets)
-    tokens = plan.microbatch_tokens
-    per_layer = activation_bytes_per_token(shape, targets, spec.lora.r)
+    tokens = size_for(plan.microbatch_tokens)
     kept, checkpoints = _layers_kept(shape, plan)
     copies = adapter_copies(shape, targets, spec.lora.r)
-    scratch, columns = 0, _columns_by_name(targets, spec.lora.r)
-    if spec.quantization.load_in_4bit:
-        scratch = HALF * max(
-            linear.out_features * (linear.in_features + columns.get(linear.name, 0)) for linear in shape.linears
-        )
-    loss = loss_bytes(shape, tokens)
-    # One recomputed layer is alive in the backward pass, when the loss is gone; the larger of the two counts.
-    recomputed = tokens * (per_layer + 4 * shape.intermediate_size) + scratch if checkpoints else scratch
+    per_layer = tokens * activation_bytes_per_token(shape, targets, spec.lora.r)
+    backward = tokens * GRADIENT_TENSORS * HALF * shape.intermediate_size + (per_layer if checkpoints else 0)
     components = {
         "base_weights": weights,
         "unquantised_weights": rest,
         "adapters": BYTES_PER_ADAPTER_WEIGHT * adapter + int(HALF * copies * max(1, kept)),
         "gradients": BYTES_PER_ADAPTER_GRADIENT * adapter,
         "optimizer": int(OPTIMIZER_BYTES[plan.optim] * adapter),
-        "activations": int(tokens * per_layer * kept),
-        "checkpoints": int(tokens * 2 * shape.hidden_size * checkpoints),
-        "loss_or_recompute": max(loss, recomputed),
+        "dequantisation_scratch": scratch_bytes(shape, spec, targets),
+        "activations": int(kept * per_layer),
+        "checkpoints": int(tokens * HALF * shape.hidden_size * checkpoints),
+        "loss": loss_bytes(shape, tokens),
+        "backward_pass": backward,  # of one layer, with what it computes again
     }
+    loading = weights + rest + loading_bytes(shape)
+    components["loading"] = max(0, loading - sum(components.values()))
     body = sum(components.values())
-    return MemoryEstimate(
-        components={**components, "context_and_allocator": CONTEXT_BYTES + int(ALLOCATOR_SHARE * body)}
-    )
+    slack = ALLOCATOR_BYTES + int(ALLOCATOR_SHARE * body)
+    return MemoryEstimate(components={**components, "context_and_allocator": CONTEXT_BYTES + slack})
+
+
+def size_for(tokens: int) -> int:
+    """The size that a microbatch of so many tokens is filled up to: one of few, each of which is captured once."""
+    step = max(SIZE_STEP, (1 << (tokens - 1).bit_length()) // 2 // SIZES_PER_OCTAVE)
+    return -(-tokens // step) * step
 
 
 def shared_columns(names: Iterable[str], r: int) -> dict[tuple[str, ...], int]:
@@ -199,6 +205,25 @@ def base_bytes(shape: ModelShape, spec: JobSpec, targets: tuple[str, ...]) -> tu
     return int(per_weight * quantised), HALF * plain
 
 
+def scratch_bytes(shape: ModelShape, spec: JobSpec, targets: tuple[str, ...]) -> int:
+    """The largest layer's weight in 16 bits, as wide as products take it: 4-bit weights are dequantised into it."""
+    if not spec.quantization.load_in_4bit:
+        return 0
+    columns = _columns_by_name(targets, spec.lora.r)
+    return HALF * max(
+        linear.out_features * (linear.in_features + columns.get(linear.name, 0)) for linear in shape.linears
+    )
+
+
+def loading_bytes(shape: ModelShape) -> int:
+    """What loading holds beside the base itself: the largest tensor in 16 bits, of which another form is made.
+
+    A weight that is being quantised, or a layer's experts, which are put together from their parts.
+    """
+    largest = max(linear.parameters for linear in shape.linears)
+    return HALF * max(largest, shape.expert_parameters)
+
+
 def adapter_parameters(shape: ModelShape, targets: tuple[str, ...], r: int) -> int:
     """Trainable numbers: r × (in + out) for every target of every layer."""
     widths = {linear.name: linear.in_features + linear.out_features for linear in shape.linears}
@@ -207,9 +232,9 @@ def adapter_parameters(shape: ModelShape, targets: tuple[str, ...], r: int) -> i
 
 def activation_bytes_per_token(shape: ModelShape, targets: tuple[str, ...], r: int) -> int:
     """Bytes that one compiled layer keeps per token for its backward pass."""
-    experts = 2 if shape.num_local_experts else 1  # two experts work on each token
+    experts = shape.num_experts_per_tok if shape.num_local_experts else 1
     return (
-        2 * MLP_TENSORS * shape.intermediate_size * experts
+        HALF * shape.gate_size * experts  # from which all else of the feed-forward part is elementwise
         + STREAM_BYTES_PER_HIDDEN * shape.hidden_size
         + 4 * shape.query_size
         + 4 * shape.key_value_size
@@ -225,9 +250,13 @@ def loss_chunk_tokens(vocab_size: int) -> int:
 
 
 def loss_bytes(shape: ModelShape, tokens: int) -> int:
-    """Cross-entropy a chunk at a time: the chunk's logits, and the gradient of all hidden states."""
-    chunk = 4 * shape.vocab_size * min(tokens, loss_chunk_tokens(shape.vocab_size))
-    return LOSS_COPIES * chunk + 4 * tokens * shape.hidden_size
+    """Cross-entropy a chunk at a time: its logits and their gradient, and all hidden states and theirs, twice.
+
+    Where layers run as graphs, these have a place of their own outside, and the graphs keep their memory while the loss
+    runs between them: it shares none with a layer.
+    """
+    chunk = 2 * HALF * shape.vocab_size * min(tokens, loss_chunk_tokens(shape.vocab_size))
+    return chunk + 4 * HALF * tokens * shape.hidden_size
 
 
 def _layers_kept(shape: ModelShape, plan: TrainingPlan) -> tuple[float, float]:

@@ -142,7 +142,7 @@ def _computed_again(plan: TrainingPlan) -> float:
 
 
 def _active_experts(shape: ModelShape) -> int:
-    """Weights of a layer's experts that work on each token: two of them, as `memory` counts too."""
+    """Weights of a layer's experts that work on each token."""
     if not shape.num_local_experts:
         return 0
-    return 2 * shape.expert_parameters // shape.num_local_experts
+    return shape.num_experts_per_tok * shape.expert_parameters // shape.num_local_experts

@@ -50,7 +50,9 @@ def test_the_table_of_a_7b_is_what_the_arithmetic_says() -> None:
         "gradients": "gradients",
         "optimizer": "optimizer",
         "activations": "activations",
-        "loss, or a layer's scratch": "loss_or_recompute",
+        "scratch for a dequantised weight": "dequantisation_scratch",
+        "loss": "loss",
+        "one layer's backward pass": "backward_pass",
         "context and allocator": "context_and_allocator",
     }.items():
         assert row(title)[1:] == [gb(needed.components[name]) for needed in found], title

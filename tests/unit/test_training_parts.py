@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graft_shared.clock import boottime
+from graft_shared.memory import SIZE_STEP, size_for
 from graft_shared.specs import Training
 from graft_worker.protocol import write_deadline
 from graft_worker.training.batches import Split, largest_microbatch, microbatches, update_rows
-from graft_worker.training.graphs import SIZE_STEP, empty, fill, of_short_sequences, size_for
+from graft_worker.training.graphs import empty, fill, of_short_sequences
 from graft_worker.training.guard import Guard, LeaseOver
 from graft_worker.training.schedule import evaluation_is_due, save_is_due, total_steps, warmup_steps
 

@@ -59,10 +59,9 @@ def admit(tenant: str, spec: JobSpec, here: Neighbours) -> tuple[JobSpec, ModelS
         VramCapacityExceeded: No GPU class holds it.
     """
     shape = here.bases.resolve(spec.base_model, spec.revision)
-    spec = within_positions(shape, spec)
     placement = here.capacity.place(shape, spec, here.bases.catalogue)
     _check_sources(tenant, spec, here)
-    return spec, shape, placement
+    return within_positions(shape, spec), shape, placement
 
 
 def speed_of(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from graft_shared.memory import SIZE_STEP, size_for
 from graft_worker.training.batches import Microbatch
 from graft_worker.training.layers import Layers
 
@@ -23,19 +24,11 @@ Loss = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 # 2,500 tokens, and at 3,500 of them the device was still idle for 15 % of the time.
 HOST_BOUND = 2e12
 MOST_TOKENS = 16_384  # beyond, no layer is so small that launching it would matter
-SIZE_STEP = 128  # tokens between two sizes, at least
-SIZES_PER_OCTAVE = 32  # between 4,096 and 8,192 tokens, say: so that no more than 3 % are filling
 
 
 def is_host_bound(microbatch_tokens: int, weights_per_layer: int) -> bool:
     """Whether launching would take longer than computing."""
     return microbatch_tokens <= MOST_TOKENS and microbatch_tokens * weights_per_layer < HOST_BOUND
-
-
-def size_for(tokens: int) -> int:
-    """The size that a microbatch is filled up to."""
-    step = max(SIZE_STEP, (1 << (tokens - 1).bit_length()) // 2 // SIZES_PER_OCTAVE)
-    return -(-tokens // step) * step
 
 
 @dataclass(frozen=True, kw_only=True)

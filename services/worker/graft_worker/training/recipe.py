@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from graft_shared.jobs import Phase
+from graft_shared.memory import SIZE_STEP, size_for
 from graft_shared.planner import TrainingPlan
 from graft_shared.specs import JobSpec
 from graft_worker.protocol import (
@@ -49,7 +50,7 @@ from graft_worker.training.exactness import require_exactness, said_alone, sampl
 from graft_worker.training.figures import Figures, NotFinite
 from graft_worker.training.footprint import Footprint
 from graft_worker.training.forward import Forward
-from graft_worker.training.graphs import SIZE_STEP, Graphs, is_host_bound, size_for
+from graft_worker.training.graphs import Graphs, is_host_bound
 from graft_worker.training.guard import Guard, ToldToStop
 from graft_worker.training.layers import (
     CompilerGaveUp,
