@@ -248,12 +248,27 @@ def test_a_job_too_big_for_the_fleet_is_refused_with_its_numbers(small: ApiServi
     assert small.doorbell.rung == []
 
 
-def test_every_change_that_a_refusal_offers_is_accepted(small: ApiService) -> None:
-    spec = small.spec(base_model="meta-llama/Llama-2-13b-hf", training={"max_length": 4096, "packing": False})
-    spec["training"] |= {"gradient_checkpointing": False}
-    changes = error_of(small.post(spec), 422)["changes"]
-    assert len(changes) >= 2
-    for change in changes:
+@pytest.mark.parametrize(
+    ("changes", "least"),
+    [
+        (
+            {
+                "base_model": "meta-llama/Llama-2-13b-hf",
+                "training": {"max_length": 4096, "packing": False, "gradient_checkpointing": False},
+            },
+            2,
+        ),
+        ({"base_model": "huggyllama/llama-65b", "gpu": {"class": "24gb"}}, 1),
+        ({"base_model": "tiiuae/falcon-40b", "lora": {"target_modules": ["query_key_value"]}}, 1),
+        ({"base_model": "meta-llama/Llama-2-70b-hf", "training": {"max_length": 4096}}, 1),
+    ],
+)
+def test_all_that_a_refusal_offers_is_accepted(small: ApiService, changes: dict[str, Any], least: int) -> None:
+    spec = {**small.spec(), **changes}
+    refused = error_of(small.post(spec), 422)
+    assert len(refused["changes"]) >= least and refused["fits_here"]
+    others = [{"param": "base_model", "to": base} for base in refused["fits_here"]]
+    for change in [*refused["changes"], *others]:
         body = json.loads(json.dumps(spec))
         *path, name = change["param"].split(".")
         part = body
@@ -262,7 +277,21 @@ def test_every_change_that_a_refusal_offers_is_accepted(small: ApiService) -> No
         part[name] = change["to"]
         answer = small.post(body)
         assert answer.status_code == 202, (change, answer.text)
-        assert answer.json()["gpu_class"] == change["gpu_class"]
+        assert answer.json()["gpu_class"] == change.get("gpu_class", answer.json()["gpu_class"])
+
+
+def test_a_length_that_nobody_chose_is_each_bases_own(small: ApiService) -> None:
+    """A base with few positions does not shorten the advice: another base would be asked for its own length."""
+    folder = small.settings.registered_models_dir / "graft" / "short"
+    folder.mkdir(parents=True)
+    config = {"model_type": "llama", "hidden_size": 12288, "intermediate_size": 49152, "num_hidden_layers": 96}
+    config |= {"num_attention_heads": 96, "vocab_size": 32000, "max_position_embeddings": 256}
+    (folder / "config.json").write_text(json.dumps(config))
+    refused = error_of(small.post(small.spec(base_model="graft/short")), 422)
+    (change,) = (change for change in refused["changes"] if change["param"] == "base_model")
+    answer = small.post(small.spec(base_model=change["to"]))
+    assert answer.status_code == 202, (change, answer.text)
+    assert answer.json()["memory"]["predicted_peak_bytes"] <= change["needed_bytes"]
 
 
 def test_an_estimate_decides_as_a_post_would_and_makes_no_job(api: ApiService) -> None:
