@@ -99,8 +99,8 @@ def plain_line(job: dict[str, Any]) -> str:
 
 
 def measures(job: dict[str, Any]) -> str:
-    """Loss, speed and time left, as far as they are known."""
-    progress, metrics = job.get("progress") or {}, job.get("metrics") or {}
+    """Loss, speed and time left, as far as they are known; of a job that waits, for what."""
+    progress, metrics, queue = job.get("progress") or {}, job.get("metrics") or {}, job.get("queue") or {}
     parts = []
     if (loss := metrics.get("train_loss")) is not None:
         parts.append(f"loss {loss:.4f}")
@@ -110,6 +110,8 @@ def measures(job: dict[str, Any]) -> str:
         parts.append(f"{speed:,.0f} tokens/s")
     if (eta := progress.get("eta_seconds")) is not None and job["status"] == "running":
         parts.append(f"ETA {duration(eta)}")
+    if reason := queue.get("reason"):
+        parts.append(reason)
     return "  ".join(parts)
 
 

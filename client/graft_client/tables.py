@@ -51,11 +51,8 @@ def _job_facts(job: dict[str, Any]) -> Iterable[tuple[str, Any]]:
     yield "base model", job.get("base_model")
     yield "GPU class", job.get("gpu_class")
     yield "attempt", f"{job['attempt']} of {job['max_attempts']}" if job.get("attempt") else None
-    if job["status"] in {"queued", "validating_files"}:
-        yield (
-            "queue",
-            " – ".join(str(fact) for fact in (queue.get("position"), queue.get("reason")) if fact is not None),
-        )
+    yield "queue position", queue.get("position")
+    yield "note", queue.get("reason")
     if progress.get("total_steps"):
         yield "step", f"{progress['step']} of {progress['total_steps']}"
     yield "loss", metrics.get("train_loss")
@@ -158,6 +155,8 @@ def print_error(console: Console, error: GraftAPIError) -> None:
         names = ", ".join(_text(base) for base in fits_here)
         console.print(f"Base models that fit here as asked: {escape(names)}", soft_wrap=True)
     for name, value in facts.items():
+        if value in (None, "", [], {}) or (isinstance(value, str) and value in error.message):
+            continue
         shown = gib(value) if name.endswith("_bytes") and isinstance(value, int) else _text(value)
         console.print(f"  [dim]{name}:[/dim] {escape(shown)}", soft_wrap=True)
     if error.status >= 500 and error.request_id:
@@ -210,4 +209,6 @@ def _text(value: Any) -> str:
         return "–"
     if isinstance(value, dict):
         return str(value.get("message") or value.get("id") or value.get("base_model") or json.dumps(value))
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
     return value if isinstance(value, str) else json.dumps(value)

@@ -218,6 +218,7 @@ def test_an_unknown_base_is_refused_with_near_names(api: ApiService) -> None:
     assert (error["code"], error["param"]) == ("unknown_base_model", "base_model")
     assert LLAMA in error["suggestions"]
     assert "Did you mean" in error["message"]
+    assert "models/meta-llama/Lama-2-7b-hf in the service's state folder" in error["message"]
 
 
 def test_a_registered_folder_is_a_base_and_goes_before_the_catalogue(api: ApiService) -> None:
@@ -498,15 +499,19 @@ def test_a_queued_job_says_what_it_waits_for(api: ApiService) -> None:
     def reason(job_id: str) -> str:
         return str(api.http.get(f"/jobs/{job_id}").json()["queue"]["reason"])
 
-    assert reason(first) == "No live worker prepares data."
+    later = "Once prepared, it waits for a worker of class 16gb: none is alive."
+    assert reason(first) == f"No live worker prepares data. {later}"
     api.workers.beat(**a_beat("c", stages=(Stage.PREPARE, Stage.TRAIN)))
-    assert reason(first) == "Waiting for data preparation."
-    assert reason(second) == "Waiting for data preparation, 1 job before it."
+    assert reason(first) == f"Waiting for data preparation. {later}"
+    assert reason(second) == f"Waiting for data preparation, 1 job before it. {later}"
     prepared = api.claim(first)
+    preparing = api.http.get(f"/jobs/{first}").json()
+    assert (preparing["status"], preparing["queue"]) == ("validating_files", {"position": None, "reason": later})
     api.leases.hand_to_training(first, prepared.epoch, {"report": {}})
     assert reason(first) == "No live worker of class 16gb."
     api.workers.beat(**a_beat("g", gpu_class="80gb"))
     assert reason(first) == "Next in line for a worker of class 16gb."
+    assert reason(second) == "Waiting for data preparation."
     running = api.claim(first, Stage.TRAIN)
     api.leases.settle_failure(first, running.epoch, Failure(reason=FailureReason.CRASH, message="It crashed."))
     assert reason(first).startswith("The last run failed; the next one starts after ")

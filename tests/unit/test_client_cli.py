@@ -92,6 +92,19 @@ def test_submit_uploads_the_data_applies_overrides_and_prints_the_job(
     }
 
 
+@pytest.mark.parametrize("follow", [[], ["--watch"]])
+def test_submit_says_what_the_job_will_wait_for(
+    service: FakeService, monkeypatch: pytest.MonkeyPatch, follow: list[str]
+) -> None:
+    reason = "Waiting for data preparation. Once prepared, it waits for a worker of class 16gb: none is alive."
+    waiting = {"id": "ftjob-1", "status": "validating_files", "queue": {"position": 1, "reason": reason}}
+    service.jobs = [waiting]
+    service.answers["POST /jobs"] = [httpx.Response(202, json=waiting)]
+    code, out, _ = graft("submit", "-", *follow, monkeypatch=monkeypatch, stdin="{}")
+    assert code == 0
+    assert reason in out
+
+
 @pytest.mark.parametrize(("status", "code"), [("succeeded", 0), ("failed", 1), ("cancelled", 3)])
 def test_watch_leaves_with_the_jobs_fate(
     service: FakeService, monkeypatch: pytest.MonkeyPatch, status: str, code: int
@@ -127,6 +140,20 @@ def test_a_refusal_shows_bytes_by_component_and_the_changes_that_would_fit(
     for expected in ("vram_capacity_exceeded", "24.00 GiB", "training.max_length", "3840", "small/base", "31.00 GiB"):
         assert expected in err
     assert err.index("activations") < err.index("base weights")
+
+
+def test_an_error_says_nothing_twice_and_nothing_empty(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
+    hint = "GET /models lists what this service trains."
+    facts = {"param": "base_model", "base_model": "a/b", "hint": hint, "suggestions": []}
+    message = f"Unknown base model 'a/b'. {hint}"
+    service.answers["POST /jobs"] = [
+        error(422, "unknown_base_model", message, **facts),
+        error(422, "unknown_base_model", message, **facts | {"suggestions": ["a/bb", "a/bc"]}),
+    ]
+    _, _, err = graft("submit", "-", monkeypatch=monkeypatch, stdin="{}")
+    assert err == f"error unknown_base_model: {message} (at 'base_model')\n"
+    _, _, err = graft("submit", "-", monkeypatch=monkeypatch, stdin="{}")
+    assert err.endswith("  suggestions: a/bb, a/bc\n")
 
 
 def test_an_estimate_shows_speed_duration_and_cost(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Why a queued job waits, in one sentence."""
+"""Why a job waits, or will once its data is prepared."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from graft_shared.store import Jobs, LiveWorker
 
 
 def queue_of(job: Job, jobs: Jobs, workers: Sequence[LiveWorker], table: CapacityTable) -> Queue | None:
-    """The place and the reason of a queued job; None for any other."""
+    """The place and the reason of a job that waits, or that nobody alive will train; None for any other."""
+    trainers = workers_for(Stage.TRAIN, job.gpu_class, workers, table)
+    untrained = job.stage is Stage.PREPARE and not trainers
+    later = f"Once prepared, it waits for a worker of class {job.gpu_class}: none is alive."
     position = jobs.queue_position(job)
-    if position is None or job.state is not JobState.QUEUED:
-        return None
+    if position is None:
+        return Queue(position=None, reason=later) if untrained and job.state is JobState.RUNNING else None
     able = workers_for(job.stage, job.gpu_class, workers, table)
-    return Queue(position=position, reason=reason_to_wait(job, position, len(able), jobs.waits_until(job)))
+    reason = reason_to_wait(job, position, len(able), jobs.waits_until(job))
+    return Queue(position=position, reason=f"{reason} {later}" if untrained else reason)
 
 
 def workers_for(stage: Stage, gpu_class: str, workers: Sequence[LiveWorker], table: CapacityTable) -> list[LiveWorker]:

@@ -24,9 +24,9 @@ class Progress(BaseModel):
 
 
 class Queue(BaseModel):
-    """Where a queued job stands, and what it waits for."""
+    """Where a queued job stands, and what it waits for or will wait for."""
 
-    position: int
+    position: int | None = Field(description="From 1; null while its data is being prepared.")
     reason: str
 
 

@@ -20,7 +20,7 @@ from graft_api.jobs.schemas import (
     MetricSeries,
     Progress,
 )
-from graft_shared.jobs import Job, JobEvent, JobState
+from graft_shared.jobs import Job, JobEvent, JobState, JobStatus
 from graft_shared.memory import TrainingPlan
 
 SERIES = ("loss", "eval_loss", "grad_norm", "learning_rate", "tokens_per_second")
@@ -28,8 +28,8 @@ SERIES = ("loss", "eval_loss", "grad_norm", "learning_rate", "tokens_per_second"
 
 def job_bodies(jobs: Sequence[Job], here: Neighbours) -> list[JobBody]:
     """Jobs as their users see them; the fleet is looked at once."""
-    queued = any(job.state is JobState.QUEUED for job in jobs)
-    workers = here.workers.alive() if queued else []
+    waiting = any(job.state is JobState.QUEUED or job.status is JobStatus.VALIDATING_FILES for job in jobs)
+    workers = here.workers.alive() if waiting else []
     return [_body(job).model_copy(update={"queue": queue_of(job, here.jobs, workers, here.capacity)}) for job in jobs]
 
 

@@ -180,8 +180,9 @@ class BaseModels:
 
     def _unknown(self, base_model: str) -> UnknownBaseModel:
         near = list(self.catalogue.suggest(base_model))
-        known = "GET /models lists what this service trains"
-        hint = f"Did you mean '{near[0]}'? {known}." if near else f"{known}."
+        meant = f"Did you mean '{near[0]}'? " if near else ""
+        own = f"models/{base_model} in the service's state folder (.graft by default)"
+        hint = f"{meant}GET /models lists what this service trains; to add a base of your own, put its folder at {own}."
         return UnknownBaseModel(param="base_model", base_model=base_model, hint=hint, suggestions=near)
 
 
