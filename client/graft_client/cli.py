@@ -18,7 +18,6 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from typer.core import TyperGroup
 
 from graft_client import tables
@@ -73,8 +72,8 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change one setting: --set training.max_steps=100 (repeatable)."),
 ]
 Data = Annotated[
-    Path | None,
-    typer.Option("--data", exists=True, dir_okay=False, help="A JSONL file to upload; becomes dataset.file."),
+    str | None,
+    typer.Option("--data", metavar="FILE", help="A JSONL file to upload, or the id of one; becomes dataset.file."),
 ]
 
 
@@ -91,7 +90,7 @@ def submit(
     body = read_spec(spec, overrides or [])
     with _client() as client:
         if data is not None:
-            body["dataset"] = {"file": client.upload(data)["id"]}
+            body["dataset"] = {"file": _file_id(client, data)}
         job = client.submit(body, idempotency_key=key)
         if not watch:
             _answer(job, tables.job_table(job), as_json=as_json)
@@ -150,10 +149,13 @@ def download(
 
 
 @app.command()
-def estimate(spec: SpecPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Show where a job would go and what would fill the card, without posting it."""
+def estimate(spec: SpecPath, data: Data = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Show where a job would go, what would fill the card and how long it would take, without posting it."""
+    body = read_spec(spec, overrides or [])
     with _client() as client:
-        found = client.estimate(read_spec(spec, overrides or []))
+        if data is not None:
+            body["dataset"] = {"file": _file_id(client, data)}
+        found = client.estimate(body)
         if found.get("fits") is False and not as_json:
             raise GraftAPIError.from_refusal(found)
         _answer(found, tables.estimate_view(found), as_json=as_json)
@@ -227,6 +229,18 @@ def _apply(spec: dict[str, Any], override: str) -> None:
         spec[last] = text
 
 
+def _file_id(client: GraftClient, data: str) -> str:
+    """The id of the data: as it was typed, or of the file that was uploaded for it."""
+    path = Path(data)
+    if not path.is_file():
+        if data.startswith("file-"):
+            return data
+        _die(f"There is no file {data}.")
+    file_id: str = client.upload(path)["id"]
+    _notice(f"{data} is uploaded: {file_id}")
+    return file_id
+
+
 @contextmanager
 def _client() -> Iterator[GraftClient]:
     url, key = os.environ.get("GRAFT_URL") or DEFAULT_URL, os.environ.get("GRAFT_API_KEY") or None
@@ -242,7 +256,7 @@ def _follow(client: GraftClient, job_id: str, *, as_json: bool) -> NoReturn:
             print(json.dumps(job), flush=True)
     else:
         job = show_progress(updates, Console())
-        Console().print(tables.job_table(job))
+        tables.print_whole(Console(), tables.job_table(job))
         if job["status"] == "succeeded":
             _notice(f"Next: graft download {job_id}")
     sys.exit(EXIT_OF_STATUS[job["status"]])
@@ -252,9 +266,7 @@ def _answer(document: Any, shown: Any, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(document, indent=2))
     else:
-        console = Console()
-        console.width = tables.as_wide_as(console, shown) if isinstance(shown, Table) else console.width
-        console.print(shown, soft_wrap=isinstance(shown, str))
+        tables.print_whole(Console(), shown)
 
 
 def _notice(text: str) -> None:

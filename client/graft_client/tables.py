@@ -147,10 +147,10 @@ def print_error(console: Console, error: GraftAPIError) -> None:
     needed, available = facts.pop("needed", None), facts.pop("available", None)
     changes, fits_here = facts.pop("changes", None) or (), facts.pop("fits_here", None) or ()
     if isinstance(needed, dict):
-        console.print(bytes_table(needed, available if isinstance(available, dict) else None))
+        print_whole(console, bytes_table(needed, available if isinstance(available, dict) else None))
     if changes:
         console.print("Any one of these changes would fit:")
-        console.print(_changes_table(changes))
+        print_whole(console, _changes_table(changes))
     if fits_here:
         names = ", ".join(_text(base) for base in fits_here)
         console.print(f"Base models that fit here as asked: {escape(names)}", soft_wrap=True)
@@ -191,17 +191,19 @@ def rows_table(rows: Iterable[dict[str, Any]]) -> Table:
 
 
 def _whole_words(*columns: str) -> Table:
-    """A table that is never cut: what it shows, an id above all, is there to be copied. Print it with `as_wide_as`."""
+    """A table that is never cut: what it shows, an id above all, is there to be copied. Print it with `print_whole`."""
     table = Table(box=None, pad_edge=False)
     for column in columns:
         table.add_column(column, no_wrap=True, overflow="ignore")
     return table
 
 
-def as_wide_as(console: Console, shown: RenderableType) -> int:
-    """The width that shows a table whole, however narrow the terminal: a long line wraps there, and loses nothing."""
-    wide = console.options.update(width=10_000)
-    return max(console.width, console.measure(shown, options=wide).maximum)
+def print_whole(console: Console, shown: RenderableType) -> None:
+    """Print a text or tables uncut, however narrow the terminal: a long line wraps there, and loses nothing."""
+    narrow, wide = console.width, console.options.update(width=10_000)
+    console.width = max(narrow, console.measure(shown, options=wide).maximum)
+    console.print(shown, soft_wrap=isinstance(shown, str))
+    console.width = narrow
 
 
 def _text(value: Any) -> str:

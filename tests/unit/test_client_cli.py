@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from graft_client import GraftClient, Update, cli
 from graft_client.progress import duration, watch
-from graft_client.tables import as_wide_as, jobs_table
+from graft_client.tables import jobs_table, print_whole
 from graft_client.transport import Transport
 from tests.fakes.service import FakeService, error
 
@@ -51,7 +51,9 @@ def service(monkeypatch: pytest.MonkeyPatch) -> FakeService:
     return service
 
 
-def graft(*arguments: str, monkeypatch: pytest.MonkeyPatch, stdin: str = "") -> tuple[int, str, str]:
+def graft(
+    *arguments: str, monkeypatch: pytest.MonkeyPatch, stdin: str = "", columns: str = "200"
+) -> tuple[int, str, str]:
     """Run the command as a shell does; returns exit code, standard output, standard error."""
     outcome: list[int] = []
 
@@ -67,7 +69,7 @@ def graft(*arguments: str, monkeypatch: pytest.MonkeyPatch, stdin: str = "") -> 
         patch.setattr("sys.stdin", io.StringIO(stdin))
         patch.setattr("sys.stdout", out)
         patch.setattr("sys.stderr", err)
-        patch.setenv("COLUMNS", "200")
+        patch.setenv("COLUMNS", columns)
         run()
     return outcome[0], out.getvalue(), err.getvalue()
 
@@ -156,6 +158,24 @@ def test_an_error_says_nothing_twice_and_nothing_empty(service: FakeService, mon
     assert err.endswith("  suggestions: a/bb, a/bc\n")
 
 
+def test_an_estimate_is_made_of_what_submit_would_post(
+    service: FakeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "x"}\n')
+    fits = {"fits": True, "gpu_class": "cpu", "plan": {}, "memory": {}}
+    service.answers["POST /files"] = [httpx.Response(200, json={"id": "file-7"})]
+    service.answers["POST /jobs/estimate"] = [httpx.Response(200, json=fits) for _ in range(2)]
+    stdin = '{"base_model": "a/b", "dataset": {"file": "file-filled-in-later"}}'
+    code, _, err = graft("estimate", "-", "--data", str(rows), monkeypatch=monkeypatch, stdin=stdin)
+    assert (code, "rows.jsonl is uploaded: file-7" in err) == (0, True)
+    assert graft("estimate", "-", "--data", "file-7", monkeypatch=monkeypatch, stdin=stdin)[0] == 0
+    for request in service.heard("POST", "/jobs/estimate"):
+        assert json.loads(request.content) == {"base_model": "a/b", "dataset": {"file": "file-7"}}
+    code, _, err = graft("estimate", "-", "--data", "no-rows.jsonl", monkeypatch=monkeypatch, stdin=stdin)
+    assert (code, err) == (2, "error There is no file no-rows.jsonl.\n")
+
+
 def test_an_estimate_shows_speed_duration_and_cost(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
     def span(low: float, expected: float, high: float) -> dict[str, float]:
         return {"low": low, "expected": expected, "high": high}
@@ -242,14 +262,30 @@ def test_durations_read_as_people_say_them() -> None:
     assert [duration(seconds) for seconds in (7.4, 189, 7500)] == ["7s", "3m09s", "2h05m"]
 
 
+@pytest.mark.parametrize("columns", ["40", "80"])
+def test_a_refusal_and_an_estimate_are_never_cut(
+    service: FakeService, monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    base = "an-organisation-with-a-long-name/and-a-base-model-with-a-long-one-7b"
+    change = {"param": "base_model", "from": base + "0", "to": base, "needed_bytes": 1024**3, "gpu_class": "24gb"}
+    needed = {"the_component_with_the_longest_name_of_all": 1024**3}
+    service.answers["POST /jobs/estimate"] = [
+        error(422, "vram_capacity_exceeded", "Too big.", needed=needed, changes=[change]),
+        httpx.Response(200, json={"fits": True, "gpu_class": "24gb", "plan": {}, "memory": {"components": needed}}),
+    ]
+    _, _, err = graft("estimate", "-", monkeypatch=monkeypatch, stdin="{}", columns=columns)
+    (line,) = (line for line in err.splitlines() if line.startswith("base_model"))
+    assert line.split() == ["base_model", base + "0", base, "1.00", "GiB", "24gb"]
+    _, out, _ = graft("estimate", "-", monkeypatch=monkeypatch, stdin="{}", columns=columns)
+    for printed in (err, out):
+        assert "the component with the longest name of all  1.00 GiB" in printed
+
+
 @pytest.mark.parametrize("width", ["40", "80"])
 def test_an_id_is_shown_whole_however_narrow_the_terminal(width: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", width)
     job = {"id": "ftjob-" + "x" * 24, "status": "succeeded", "base_model": "an-organisation/with-a-long-base-name"}
     printed = io.StringIO()
-    console = Console(file=printed)
-    shown = jobs_table([job])
-    console.width = as_wide_as(console, shown)
-    console.print(shown)
+    print_whole(Console(file=printed), jobs_table([job]))
     assert job["id"] in printed.getvalue()
     assert job["base_model"] in printed.getvalue()
