@@ -1,0 +1,80 @@
+"""docs/speed.md prints figures: they are those of the committed runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGE = " ".join((ROOT / "docs" / "speed.md").read_text().split())
+LINES = (ROOT / "docs" / "speed.md").read_text().splitlines()
+GIB = 2**30
+
+
+def results(name: str) -> Any:
+    return json.loads((ROOT / "tests" / "bench" / "results" / f"{name}.json").read_text())
+
+
+def row(title: str) -> list[str]:
+    line = next(line for line in LINES if line.startswith(f"| {title} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("h100-llama-2-7b-a", ""), ("h100-all-linear", "all linear: ")])
+def test_each_row_is_a_run(name: str, prefix: str) -> None:
+    runs = results(name)
+    assert runs[0]["row"] == "Trainer, checkpointing"
+    for run in runs:
+        speed = run["tokens_per_second"]
+        ratio = speed / runs[0]["tokens_per_second"]
+        reserved = run["memory"]["reserved_peak_bytes"] / GIB
+        assert row(prefix + run["row"]) == [f"{speed:,.0f}", f"{ratio:.2f}", f"{reserved:.2f}"]
+
+
+def test_the_first_sentence_and_the_price_of_four_bits_are_the_runs() -> None:
+    speed = {run["row"]: run["tokens_per_second"] for run in results("h100-llama-2-7b-a")}
+    assert f"trained {speed['Graft, speed'] / speed['Trainer, checkpointing']:.1f} times the tokens" in PAGE
+    assert f"four bits cost {1 - speed['Graft, speed'] / speed['Graft, bf16 base']:.0%}".replace("%", " %") in PAGE
+
+
+def test_the_losses_are_as_far_apart_as_the_page_says() -> None:
+    reference, graft = (run["losses"] for run in results("h100-losses"))
+    apart = [abs(one - other) for one, other in zip(reference, graft, strict=True)]
+    assert f"no dropout, {len(apart)} updates" in PAGE
+    assert f"lie {sum(apart) / len(apart):.4f} nats per token in the mean and {max(apart):.4f} at most" in PAGE
+    assert f"at step {apart.index(max(apart)) + 1}; from step 20 on {max(apart[19:]):.4f} at most" in PAGE
+    assert f"they are {graft[-1]:.4f} and {reference[-1]:.4f}" in PAGE
+
+
+def test_the_start_took_what_the_page_says() -> None:
+    found = results("h100-service-7b")
+    for title, job in zip(("the first", "the second"), found["jobs"], strict=True):
+        seconds = job["seconds"]
+        assert row(title) == [f"{seconds['claim_to_first_step']} s", f"{seconds['post_to_adapter']} s"]
+        assert f"({job['metrics']['steps']} updates on short rows)" in PAGE
+    assert found["command"] in PAGE
+
+
+def test_the_versions_are_those_of_every_run_and_the_pins_those_of_the_images() -> None:
+    runs = [*results("h100-llama-2-7b-a"), *results("h100-all-linear"), *results("h100-losses")]
+    (used,) = {json.dumps(run["versions"], sort_keys=True) for run in [*runs, *results("h100-service-7b")["jobs"]]}
+    versions = json.loads(used)
+    named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
+    assert f"Python {versions['python']}, {named}, {versions['gpu']}" in PAGE
+    pins = dict(
+        line.split("==") for line in (ROOT / "deploy/constraints/all.txt").read_text().splitlines() if "==" in line
+    )
+    assert (
+        f"are torch {pins['torch']}, transformers {pins['transformers']}, peft {pins['peft']} and "
+        f"bitsandbytes {pins['bitsandbytes']}"
+    ) in PAGE
+
+
+def test_the_plans_are_as_the_page_says() -> None:
+    graft = {run["row"]: run for run in results("h100-llama-2-7b-a") if "plan" in run}
+    assert {run["plan"]["recompute"] for run in graft.values()} == {"none"}
+    (linear,) = (run for run in results("h100-all-linear") if "arguments" in run)
+    assert f"({float(linear['arguments']['limit_gib']):g} GiB for the job)" in PAGE
