@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
@@ -55,8 +56,8 @@ def _job_facts(job: dict[str, Any]) -> Iterable[tuple[str, Any]]:
     yield "note", queue.get("reason")
     if progress.get("total_steps"):
         yield "step", f"{progress['step']} of {progress['total_steps']}"
-    yield "loss", metrics.get("train_loss")
-    yield "held-out loss", metrics.get("eval_loss")
+    yield "loss", _text(metrics.get("train_loss"))
+    yield "held-out loss", _text(metrics.get("eval_loss"))
     yield "predicted peak", gib(memory.get("predicted_peak_bytes"))
     yield "measured peak", gib(memory.get("measured_peak_bytes"))
     yield "created", moment(job.get("created_at"))
@@ -115,9 +116,15 @@ def _speed_lines(speed: dict[str, Any] | None) -> Iterable[str]:
     if speed.get("duration_seconds"):
         low, expected, high = (duration(speed["duration_seconds"][bound]) for bound in ("low", "expected", "high"))
         yield f"training: {speed['steps']:,} steps in {expected} ({low} to {high})"
-    if speed.get("cost"):
-        cost = speed["cost"]
-        yield f"cost: {cost['expected']:.2f} ({cost['low']:.2f} to {cost['high']:.2f})"
+    if speed.get("cost") and speed["cost"]["expected"] > 0:
+        low, expected, high = (money(speed["cost"][bound]) for bound in ("low", "expected", "high"))
+        yield f"cost: {expected} ({low} to {high})"
+
+
+def money(amount: float) -> str:
+    """An amount with two decimals, or with two digits that are not zero where there is less than a tenth."""
+    decimals = 2 if amount <= 0 else max(2, 1 - math.floor(math.log10(amount)))
+    return f"{amount:.{decimals}f}"
 
 
 def duration(seconds: float) -> str:
@@ -211,6 +218,8 @@ def _text(value: Any) -> str:
         return "–"
     if isinstance(value, dict):
         return str(value.get("message") or value.get("id") or value.get("base_model") or json.dumps(value))
+    if isinstance(value, float):
+        return f"{value:.4g}"
     if isinstance(value, list):
         return ", ".join(map(_text, value))
     return value if isinstance(value, str) else json.dumps(value)

@@ -2,7 +2,7 @@
 
     python tests/bench/reference.py --dims llama-2-7b --steps 40 --gradient-checkpointing --out result.json
 
-The guide's configuration: NF4 with double quantisation, `prepare_model_for_kbit_training`, batch 4 × accumulation 4,
+As guides to QLoRA have it: NF4 with double quantisation, `prepare_model_for_kbit_training`, batch 4 × accumulation 4,
 bf16, paged 8-bit AdamW, rows padded to the longest of their batch. Updates see the rows that Graft's would see, in the
 same order. Real tokens are counted, padding is not.
 """
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def load(base: Path, arguments: argparse.Namespace) -> Any:
-    """The guide's lines."""
+    """Load the base in 4 bits and attach the adapter, line by line as guides to QLoRA do."""
     model = AutoModelForCausalLM.from_pretrained(
         base,
         quantization_config=BitsAndBytesConfig(

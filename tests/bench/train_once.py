@@ -3,7 +3,7 @@
     python tests/bench/train_once.py --dims llama-2-7b --steps 60 --recompute none --out result.json
 
 Workload A: 16 sequences per optimizer step, lengths log-normal (median 180, sigma 0.6, cap 1,024). Workload B: the same
-of longer ones (median 800, cap 4,096), 16,000 tokens an update. Both with the guide's configuration (NF4, double
+of longer ones (median 800, cap 4,096), 16,000 tokens an update. Both with the usual configuration (NF4, double
 quantisation, r=16 on q, k, v, o, batch 4 × accumulation 4, paged 8-bit AdamW). Tokens are drawn from a small skewed
 distribution, so that even random weights have something to learn. Real tokens are counted.
 """
@@ -100,7 +100,7 @@ def make_workload(folder: Path, name: str, vocabulary: int) -> Path:
 
 
 def make_request(base: Path, data: Path, arguments: argparse.Namespace) -> TrainRequest:
-    """The guide's configuration."""
+    """The usual configuration."""
     targets: Any = "all-linear" if arguments.all_linear else ["q_proj", "k_proj", "v_proj", "o_proj"]
     spec = JobSpec.model_validate(
         {

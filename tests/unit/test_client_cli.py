@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from graft_client import GraftClient, Update, cli
 from graft_client.progress import duration, watch
-from graft_client.tables import jobs_table, print_whole
+from graft_client.tables import job_table, jobs_table, money, print_whole
 from graft_client.transport import Transport
 from tests.fakes.service import FakeService, error
 
@@ -256,6 +256,24 @@ def test_on_a_terminal_a_bar_shows_step_loss_speed_and_eta() -> None:
     assert "3/10" in shown
     for fact in ("running (training)", "loss 1.2500", "1,234 tokens/s", "ETA 3m09s", "12 rows [were] truncated"):
         assert fact in shown
+
+
+def test_amounts_and_losses_have_the_digits_that_say_something() -> None:
+    assert [money(amount) for amount in (12.345, 0.5, 0.0614, 0.000417, 0.0)] == [
+        "12.35", "0.50", "0.061", "0.00042", "0.00"
+    ]  # fmt: skip
+    screen = io.StringIO()
+    losses = {"train_loss": 0.00013417914390578866, "eval_loss": 1.2345678901234567}
+    Console(file=screen, width=80).print(job_table({"id": "ftjob-1", "status": "running", "metrics": losses}))
+    assert [line.split()[-1] for line in screen.getvalue().splitlines() if "loss" in line] == ["0.0001342", "1.235"]
+
+
+def test_a_class_without_a_price_has_no_cost(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = dict.fromkeys(("low", "expected", "high"), 0.0)
+    speed = {"tokens_per_second": nothing, "calibrated": True, "steps": 1, "duration_seconds": nothing, "cost": nothing}
+    found = {"fits": True, "gpu_class": "24gb", "plan": {}, "memory": {}, "speed": speed}
+    service.answers["POST /jobs/estimate"] = [httpx.Response(200, json=found)]
+    assert "cost" not in graft("estimate", "-", monkeypatch=monkeypatch, stdin="{}")[1]
 
 
 def test_durations_read_as_people_say_them() -> None:
