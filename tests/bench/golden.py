@@ -1,11 +1,13 @@
 """What runs really hold of a GPU beside what the capacity table says of them, one process a run, as JSON.
 
-    python tests/bench/golden.py --out-dir DIR [--only 70b] [--held-out no]
+    python tests/bench/golden.py --out-dir DIR [--only 70b] [--held-out no]     run, several at once
+    python tests/bench/golden.py --report FILE --plot docs/memory.png           show what was found
 
 Bases are made on the card, layer by layer and already quantised: a 70B fits no disk that a test has. Each run does what
 a job's does (load, probe, three updates of the fullest microbatches, an evaluation, a checkpoint), fresh or resumed.
 Measured is the allocator's peak and what the process holds outside it; the context and managed memory are in that.
-Every third run is held out: `memory.py` was not fitted to it.
+Every third run is held out: `memory.py` was not fitted to it. Runs share the card as long as it has room for what they
+are expected to hold and a bit more; each is measured by what the driver says of its process.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ import argparse
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from graft_shared.catalogue import ModelShape
-from graft_shared.memory import Recompute, TrainingPlan, estimate
+from graft_shared.memory import GIB, HIGH, LOW, MemoryEstimate, Recompute, TrainingPlan, estimate
 from graft_shared.specs import JobSpec, Optim
 from graft_worker.protocol import TrainRequest
 
@@ -104,31 +107,149 @@ CASES = [
 ]  # fmt: skip
 
 
+ROOM = 1.15  # times what a run is expected to hold is kept free for it
+KEPT_FREE_BYTES = 2 * GIB  # of the card
+AT_ONCE = 6  # each takes a core while it imports and compiles
+
+
+@dataclass
+class Started:
+    """A run under way in a process of its own."""
+
+    case: Case
+    is_held_out: bool
+    bytes_kept: int
+    process: subprocess.Popen[str]
+    began: float = field(default_factory=time.monotonic)
+
+
 def main() -> None:
     """Run the cases, each in a process of its own, and tell how far the table was off."""
     arguments = _arguments()
     if arguments.case is not None:
         print(json.dumps(measure(Case(**json.loads(arguments.case)), arguments.out_dir)))
         return
+    if arguments.report is not None:
+        report(json.loads(arguments.report.read_text()), arguments.plot)
+        return
     arguments.out_dir.mkdir(parents=True, exist_ok=True)
-    for number, case in enumerate([Case("tiny", "none", 64)] if arguments.smoke else CASES):
-        is_held_out = number % 3 == 2
-        if arguments.only not in case.name or (arguments.held_out is not None and arguments.held_out != is_held_out):
-            continue
-        began = time.monotonic()
-        command = [sys.executable, __file__, "--out-dir", str(arguments.out_dir), "--case", json.dumps(asdict(case))]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            print(f"{case.name}: failed: {done.stderr.strip().splitlines()[-1:]}", flush=True)
-            continue
-        found = {**json.loads(done.stdout.splitlines()[-1]), "held_out": is_held_out}
-        (arguments.out_dir / f"{case.name}.json").write_text(json.dumps(found, indent=1) + "\n")
-        predicted, measured = found["estimate"]["expected_bytes"], found["memory"]["measured_peak_bytes"]
-        print(
-            f"{case.name}: expected {predicted / 2**30:.2f} GiB, measured {measured / 2**30:.2f}: "
-            f"{predicted / measured:.3f}{' (held out)' if is_held_out else ''}, {time.monotonic() - began:.0f} s",
-            flush=True,
+    numbered = enumerate([Case("tiny", "none", 64)] if arguments.smoke else CASES)
+    waiting = [(case, number % 3 == 2) for number, case in numbered if arguments.only in case.name]
+    if arguments.held_out is not None:
+        waiting = [(case, is_held_out) for case, is_held_out in waiting if is_held_out == arguments.held_out]
+    found = run_all(sorted(waiting, key=lambda pair: expected(pair[0]).expected_bytes, reverse=True), arguments.out_dir)
+    report(found, arguments.plot)
+
+
+def run_all(waiting: list[tuple[Case, bool]], out_dir: Path) -> list[dict[str, Any]]:
+    """Start whatever fits beside what runs, the largest first; returns what was found, and keeps it in a file."""
+    card = _card_bytes() - KEPT_FREE_BYTES
+    under_way: list[Started] = []
+    found: list[dict[str, Any]] = []
+    while waiting or under_way:
+        free = card - sum(started.bytes_kept for started in under_way)
+        for case, is_held_out in list(waiting):
+            kept = int(ROOM * expected(case).expected_bytes)
+            if kept <= free and len(under_way) < AT_ONCE:
+                waiting.remove((case, is_held_out))
+                under_way.append(Started(case, is_held_out, kept, _start(case, out_dir)))
+                free -= kept
+        if not under_way:
+            print(f"too large for this card: {', '.join(case.name for case, _ in waiting)}", flush=True)
+            break
+        time.sleep(0.2)
+        for started in [started for started in under_way if started.process.poll() is not None]:
+            under_way.remove(started)
+            found += _read(started)
+            (out_dir / "golden.json").write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def _start(case: Case, out_dir: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, __file__, "--out-dir", str(out_dir), "--case", json.dumps(asdict(case))]
+    errors = (out_dir / f"{case.name}.log").open("w")
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+
+
+def _read(started: Started) -> list[dict[str, Any]]:
+    output, _ = started.process.communicate()
+    if started.process.returncode != 0:
+        print(f"{started.case.name}: failed, see its log", flush=True)
+        return []
+    seconds = round(time.monotonic() - started.began)
+    result = {**json.loads(output.splitlines()[-1]), "held_out": started.is_held_out}
+    print(f"{started.case.name}: {seconds} s", flush=True)
+    return [result]
+
+
+def _card_bytes() -> int:
+    if shutil.which("nvidia-smi") is None:
+        return 8 * GIB
+    query = ["nvidia-smi", "--id=0", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout) * 2**20
+
+
+def expected(case: Case) -> MemoryEstimate:
+    """What the table says of a case."""
+    request, shape = make_request(case, Path("/nowhere/rows.safetensors"))
+    return estimate(shape, JobSpec.model_validate(request.spec), TrainingPlan.from_dict(request.plan))
+
+
+def errors_of(found: list[dict[str, Any]]) -> list[float]:
+    """How far off the table is today, as a share of what was measured: its arithmetic may be newer than the runs."""
+    return [expected(Case(**run["case"])).expected_bytes / run["memory"]["measured_peak_bytes"] - 1 for run in found]
+
+
+def line_of(run: dict[str, Any]) -> str:
+    """One run in a line."""
+    (error,), measured = errors_of([run]), run["memory"]["measured_peak_bytes"]
+    held_out = " (held out)" if run["held_out"] else ""
+    return f"{Case(**run['case']).name}: {measured / GIB:.2f} GiB, expected {100 * error:+.1f} %{held_out}"
+
+
+def report(found: list[dict[str, Any]], plot: Path | None) -> None:
+    """Tell how far off the table is, run by run and over all, and draw it."""
+    for run in found:
+        print(line_of(run))
+    for name, runs in (
+        ("fitted", [run for run in found if not run["held_out"]]),
+        ("held out", [run for run in found if run["held_out"]]),
+    ):
+        sizes = sorted(abs(error) for error in errors_of(runs))
+        if sizes:
+            print(f"{name}: {len(sizes)} runs, median {sizes[len(sizes) // 2]:.1%}, worst {sizes[-1]:.1%}")
+    if plot is not None and found:
+        draw(found, plot)
+
+
+def draw(found: list[dict[str, Any]], path: Path) -> None:
+    """Expected over measured, and how far off each run is."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2))
+    for is_held_out, color in ((False, "C0"), (True, "C1")):
+        runs = [run for run in found if run["held_out"] == is_held_out]
+        measured = [run["memory"]["measured_peak_bytes"] / GIB for run in runs]
+        errors = errors_of(runs)
+        label = "held out" if is_held_out else "fitted to"
+        left.scatter(
+            measured, [size * (1 + error) for size, error in zip(measured, errors, strict=True)], 16, color, label=label
         )
+        right.scatter(measured, [100 * error for error in errors], 16, color, label=label)
+    top = 1.05 * max(run["memory"]["measured_peak_bytes"] for run in found) / GIB
+    left.plot([0, top], [0, top], color="gray", linewidth=0.8)
+    left.set(xlabel="measured GiB", ylabel="expected GiB", xlim=(0, top), ylim=(0, top))
+    for percent in (100 * (1 / HIGH - 1), 100 * (1 / LOW - 1)):
+        right.axhline(percent, color="gray", linewidth=0.8, linestyle="--")
+    right.axhline(0, color="gray", linewidth=0.8)
+    right.set(xlabel="measured GiB", ylabel="expected above measured, %", xlim=(0, top))
+    left.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def measure(case: Case, folder: Path) -> dict[str, Any]:
@@ -277,7 +398,9 @@ def make_request(case: Case, data: Path) -> tuple[TrainRequest, ModelShape]:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out-dir", type=Path, required=True)
+    parser.add_argument("--out-dir", type=Path, default=Path(".graft/bench/golden"))
+    parser.add_argument("--report", type=Path, help="run nothing: tell of an earlier golden.json")
+    parser.add_argument("--plot", type=Path, help="draw what was found here; needs matplotlib")
     parser.add_argument("--only", default="", help="runs whose name holds this")
     parser.add_argument("--held-out", type=lambda word: word == "yes", help="yes or no: only these")
     parser.add_argument("--smoke", action="store_true", help="one run on a tiny base, on any device")

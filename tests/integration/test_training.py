@@ -496,23 +496,51 @@ def test_every_end_has_its_reason_and_its_exit_code(error: Exception, reason: Fa
     assert failure.message
 
 
-def test_what_others_hold_of_the_card_is_not_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def a_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, in_use: int, processes: dict[int, int], fails: bool = False
+) -> None:
+    """A GPU of 4,000 MiB, 1,000 of them free, as torch and nvidia-smi tell of it. Numbers are MiB."""
+    lines = "".join(f"{pid}, {used}\\n" for pid, used in processes.items())
     tool = tmp_path / "nvidia-smi"
-    tool.write_text('#!/bin/sh\n[ "$1" = --id=3 ] && echo 700\n')
+    tool.write_text(
+        f'#!/bin/sh\n[ "$1" = --id=3 ] || exit 1\n{"exit 9" if fails else ""}\n'
+        f'case "$2" in *memory.used) echo {in_use};; *compute-apps*) printf "{lines}";; esac\n'
+    )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     for name, value in {"is_available": True, "mem_get_info": (1000 * MIB, 4000 * MIB), "memory_reserved": 1500 * MIB,
                         "max_memory_reserved": 1900 * MIB, "max_memory_allocated": 1800 * MIB}.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    assert Footprint.begin().peak() == {
+
+
+def test_what_others_hold_of_the_card_is_not_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a_card(tmp_path, monkeypatch, in_use=700, processes={1: 2300})
+    footprint = Footprint.begin()
+    footprint.base_is_loaded()
+    assert footprint.peak() == {
         "outside_bytes": 800 * MIB,  # 3000 in use, 700 of others, 1500 in the allocator
         "reserved_peak_bytes": 1900 * MIB,
         "allocated_peak_bytes": 1800 * MIB,
+        "loaded_peak_bytes": 1900 * MIB,
         "measured_peak_bytes": 2700 * MIB,
         "measured_on": "cuda",
     }
-    tool.write_text("#!/bin/sh\nexit 9\n")
+
+
+@pytest.mark.parametrize(("own", "outside"), [(2100, 600), (90, 800)])
+def test_what_the_driver_says_of_this_process_goes_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: int, outside: int
+) -> None:
+    """Unless it is another one's: a container counts its processes anew."""
+    a_card(tmp_path, monkeypatch, in_use=700, processes={1: 5, os.getpid(): own})
+    assert Footprint.begin().peak()["outside_bytes"] == outside * MIB
+
+
+def test_where_nobody_tells_what_is_outside_the_allocator_counts_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_card(tmp_path, monkeypatch, in_use=0, processes={}, fails=True)
     assert Footprint.begin().peak()["measured_peak_bytes"] == 1900 * MIB
 
 

@@ -144,6 +144,7 @@ def load(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guard
     validation = Split.load(Path(request.validation_file)) if request.validation_file else None
     quantised_dir = Path(request.quantised_dir) if request.quantised_dir else None
     base = load_base(Path(request.base_path), spec.quantization, precision, quantised_dir=quantised_dir)
+    footprint.base_is_loaded()
     row = sample(base.config.get_text_config().vocab_size, precision.device)
     alone = said_alone(base, row)
     guard.check()
