@@ -103,6 +103,10 @@ def estimate_view(estimate: dict[str, Any]) -> RenderableType:
         bytes_table(memory.get("components") or {}),
         *_speed_lines(estimate.get("speed")),
     ]
+    if estimate.get("live_workers") == 0:
+        parts.append(
+            f"note: no live worker of class {escape(str(estimate.get('gpu_class')))}; a job would wait for one"
+        )
     parts += [f"[yellow]warning:[/yellow] {escape(_text(warning))}" for warning in estimate.get("warnings") or ()]
     return Group(*parts)
 

@@ -163,12 +163,13 @@ def test_an_estimate_is_made_of_what_submit_would_post(
 ) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "x"}\n')
-    fits = {"fits": True, "gpu_class": "cpu", "plan": {}, "memory": {}}
+    fits = {"fits": True, "gpu_class": "cpu", "plan": {}, "memory": {}, "live_workers": 0}
     service.answers["POST /files"] = [httpx.Response(200, json={"id": "file-7"})]
     service.answers["POST /jobs/estimate"] = [httpx.Response(200, json=fits) for _ in range(2)]
     stdin = '{"base_model": "a/b", "dataset": {"file": "file-filled-in-later"}}'
-    code, _, err = graft("estimate", "-", "--data", str(rows), monkeypatch=monkeypatch, stdin=stdin)
+    code, out, err = graft("estimate", "-", "--data", str(rows), monkeypatch=monkeypatch, stdin=stdin)
     assert (code, "rows.jsonl is uploaded: file-7" in err) == (0, True)
+    assert "note: no live worker of class cpu" in out
     assert graft("estimate", "-", "--data", "file-7", monkeypatch=monkeypatch, stdin=stdin)[0] == 0
     for request in service.heard("POST", "/jobs/estimate"):
         assert json.loads(request.content) == {"base_model": "a/b", "dataset": {"file": "file-7"}}
