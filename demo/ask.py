@@ -1,23 +1,28 @@
-"""`python demo/ask.py BASE_DIR [ADAPTER_DIR]`: the held-out loss, and one answer. Needs PEFT, not Graft."""
+"""`python demo/ask.py BASE_DIR [ADAPTER_DIR]`: asks every held-out question. Needs PEFT, not Graft."""
 
 from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 HELD_OUT = Path(__file__).parent / "graft_qa_heldout.jsonl"
-QUESTION = "What happens if a worker dies?"  # one of the held-out questions
+SHOWN = ("What happens if a worker dies?", "Tell me what the doorbell is.", "How do I upload my JSONL file?")
 ANSWER_TOKENS = 60
 
 
 def main() -> None:
-    """Print both."""
+    """Print the loss, how many answers are right word for word, and some of them."""
     base_dir, *adapter = sys.argv[1:]
+    logging.disable_progress_bar()
+    # PEFT 0.21 asks transformers for it by the name that it had before 5.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     tokenizer = AutoTokenizer.from_pretrained(base_dir)
     model: Any = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
     if adapter:
@@ -27,8 +32,11 @@ def main() -> None:
     model.eval()
     rows = [json.loads(line)["messages"] for line in HELD_OUT.read_text().splitlines()]
     print(f"held-out loss: {held_out_loss(model, tokenizer, rows):.4f}")
-    print(f"question: {QUESTION}")
-    print(f"answer: {answer(model, tokenizer, QUESTION)}")
+    answers = {asked["content"]: answer(model, tokenizer, asked["content"]) for asked, _ in rows}
+    right = sum(answers[asked["content"]] == expected["content"] for asked, expected in rows)
+    print(f"answered word for word: {right} of {len(rows)}")
+    for question in SHOWN:
+        print(f"question: {question}\nanswer: {answers[question]}")
 
 
 @torch.no_grad()

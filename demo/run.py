@@ -16,6 +16,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,31 +33,43 @@ BASE_MODEL = "graft/demo-llama"
 BASE = STATE / "models" / BASE_MODEL
 START_SECONDS = 120.0
 STOP_SECONDS = 90.0  # longer than a worker's grace
-_HELD_OUT_LOSS = re.compile(r"held-out loss\D*(\d+(?:\.\d+)?)", re.IGNORECASE)
+_HELD_OUT_LOSS = re.compile(r"held-out loss: (\d+\.\d+)")
+_RIGHT = re.compile(r"answered word for word: (\d+ of \d+)")
 
 console = Console(highlight=False, soft_wrap=True)
 _began = time.monotonic()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What a model made of the held-out questions."""
+
+    loss: float  # nats per token of the expected answers
+    right: str  # how many answers were the expected ones, as "7 of 35"
+    text: str  # all that was printed: the figures and some answers
 
 
 def main() -> None:
     """Run the demo; exit code 0 only when every step worked and the held-out loss fell."""
     make_base()
     say("asking the base, before any fine-tuning")
-    before, answers_before = ask(BASE)
+    before = ask(BASE)
     with running_service() as client:
         adapter = fine_tune(client)
     say("asking again, with the adapter")
-    after, answers_after = ask(BASE, adapter)
+    after = ask(BASE, adapter)
 
-    say("what it learnt")
-    show("before", answers_before)
-    show("after", answers_after)
-    change = 100 * (after - before) / before
+    say("what it learnt, asked in words that it was not trained on")
+    show("before", before.text)
+    show("after", after.text)
+    change = 100 * (after.loss - before.loss) / before.loss
     console.print(
-        f"\nheld-out loss: [bold]{before:.3f}[/bold] before, [bold]{after:.3f}[/bold] after ({change:+.0f} %)"
+        f"\nheld-out loss: [bold]{before.loss:.3f}[/bold] before, [bold]{after.loss:.3f}[/bold] after ({change:+.0f} %)"
     )
+    console.print(f"questions answered word for word: {before.right} before, [bold]{after.right}[/bold] after")
+    console.print("A base of four million parameters knows little English and mixes some answers up.")
     console.print(f"adapter: {adapter}")
-    if after >= before:
+    if after.loss >= before.loss:
         give_up("the held-out loss did not fall")
     say("done")
 
@@ -77,14 +90,14 @@ def make_base() -> None:
     scratch.rename(BASE)  # whole or not at all: an interrupted run is not taken for a base
 
 
-def ask(base: Path, adapter: Path | None = None) -> tuple[float, str]:
-    """Return the held-out loss, in nats per token, and what was printed with it: a question and its answer."""
+def ask(base: Path, adapter: Path | None = None) -> Answers:
+    """Ask every held-out question."""
     command = [sys.executable, str(HERE / "ask.py"), str(base), *([str(adapter)] if adapter else [])]
     asked = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    loss = _HELD_OUT_LOSS.search(asked.stdout)
-    if asked.returncode != 0 or loss is None:
+    loss, right = _HELD_OUT_LOSS.search(asked.stdout), _RIGHT.search(asked.stdout)
+    if asked.returncode != 0 or loss is None or right is None:
         give_up(f"asking failed with exit code {asked.returncode}: {asked.stdout.strip() or 'it printed nothing'}")
-    return float(loss[1]), asked.stdout
+    return Answers(loss=float(loss[1]), right=right[1], text=asked.stdout)
 
 
 def fine_tune(client: GraftClient) -> Path:
