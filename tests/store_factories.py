@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from graft_shared.capacity import Placement
+from graft_shared.defaults import load_capacity
 from graft_shared.ids import new_job_id
 from graft_shared.jobs import Stage
-from graft_shared.specs import JobSpec
+from graft_shared.memory import MemoryEstimate, Recompute, TrainingPlan
+from graft_shared.specs import JobSpec, Optim
 from graft_shared.store import NewJob
 
 _numbers = itertools.count()
@@ -33,6 +36,17 @@ def a_new_job(
         request_sha256=sha,
         idempotency_key=key,
     )
+
+
+def a_placement(gpu_class: str = "cpu") -> Placement:
+    """Where a job goes on after it ran out of memory."""
+    gpu = load_capacity().get(gpu_class)
+    assert gpu is not None
+    plan = TrainingPlan(
+        recompute=Recompute.FULL, recompute_every_n=1, microbatch_tokens=512, packing=True, optim=Optim.ADAMW_8BIT
+    )
+    estimate = MemoryEstimate(components={"base_weights": 1000})
+    return Placement(gpu_class=gpu, plan=plan, estimate=estimate, target_modules=("q_proj",))
 
 
 def a_beat(name: str = "w", *, place: str = "here", gpu_class: str = "cpu", **changes: Any) -> dict[str, Any]:

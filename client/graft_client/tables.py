@@ -60,6 +60,7 @@ def _job_facts(job: dict[str, Any]) -> Iterable[tuple[str, Any]]:
     yield "held-out loss", _text(metrics.get("eval_loss"))
     yield "predicted peak", gib(memory.get("predicted_peak_bytes"))
     yield "measured peak", gib(memory.get("measured_peak_bytes"))
+    yield "cost", money(job["cost"]) if job.get("cost") else None
     yield "created", moment(job.get("created_at"))
     yield "finished", moment(job.get("finished_at"))
     for warning in job.get("warnings") or ():

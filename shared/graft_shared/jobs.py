@@ -282,7 +282,9 @@ class Job:
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
+    claimed_at: datetime | None  # when its present run began, or its last one
     lease_expires_at: datetime | None
+    gpu_seconds: float  # that training held a GPU, over all runs that have ended
 
     @property
     def status(self) -> JobStatus:
@@ -294,6 +296,17 @@ class Job:
         if self.stage is Stage.PREPARE:
             return JobStatus.VALIDATING_FILES
         return JobStatus(self.state.value)
+
+    @property
+    def is_training(self) -> bool:
+        """Whether an epoch holds a lease to train it: then it holds a GPU."""
+        return self.state is JobState.RUNNING and self.stage is Stage.TRAIN
+
+    def gpu_seconds_until(self, moment: datetime) -> float:
+        """How long its training has held a GPU, the present run included; `moment` is of the database's clock."""
+        if not self.is_training or self.claimed_at is None:
+            return self.gpu_seconds
+        return self.gpu_seconds + max(0.0, (moment - self.claimed_at).total_seconds())
 
 
 @dataclass(frozen=True, kw_only=True)

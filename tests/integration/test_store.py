@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -30,7 +31,7 @@ from graft_shared.store.tables import jobs as jobs_table
 from graft_shared.store.tables import metadata
 from graft_shared.store.tables import workers as workers_table
 from graft_shared.store.workers import ALIVE_FOR
-from tests.store_factories import a_beat, a_new_job
+from tests.store_factories import a_beat, a_new_job, a_placement
 
 CRASH = Failure(reason=FailureReason.CRASH, message="It broke")
 LOST = Failure(reason=FailureReason.WORKER_LOST, message="It was lost")
@@ -71,6 +72,18 @@ def expire(database: Database, job: Job) -> None:
     """Let a lease run out without waiting for it."""
     with database.writing() as connection:
         connection.execute(update(jobs_table).where(jobs_table.c.id == job.id).values(lease_expires_at=now() - 1))
+
+
+def let_run(database: Database, job: Job, seconds: float) -> None:
+    """Let a claim be so long ago without waiting for it."""
+    with database.writing() as connection:
+        earlier = {"claimed_at": jobs_table.c.claimed_at - seconds, "not_before": 0.0}
+        connection.execute(update(jobs_table).where(jobs_table.c.id == job.id).values(**earlier))
+
+
+def seconds(expected: float) -> object:
+    """Equal but for what the test itself took."""
+    return pytest.approx(expected, abs=60)
 
 
 def event_types(jobs: Jobs, job: Job) -> list[str]:
@@ -332,6 +345,106 @@ def test_a_cancel_during_preparation_ends_the_job_when_it_is_handed_over(jobs: J
     assert job is not None
     jobs.cancel("default", job.id)
     assert leases.hand_to_training(job.id, job.epoch, {"report": {}}).state is JobState.CANCELLED
+
+
+def _succeeds(leases: Leases, job: Job) -> None:
+    leases.settle_success(job.id, job.epoch, adapter={"epoch": job.epoch}, metrics={}, memory={})
+
+
+def _is_cancelled(leases: Leases, job: Job) -> None:
+    leases.settle_cancelled(job.id, job.epoch)
+
+
+def _crashes(leases: Leases, job: Job) -> None:
+    leases.settle_failure(job.id, job.epoch, CRASH)
+
+
+def _is_refused(leases: Leases, job: Job) -> None:
+    leases.settle_failure(job.id, job.epoch, Failure(reason=FailureReason.LOSS_NOT_FINITE, message="No number"))
+
+
+def _is_replanned(leases: Leases, job: Job) -> None:
+    failure = Failure(reason=FailureReason.CUDA_OUT_OF_MEMORY, message="It was too much")
+    leases.settle_failure(job.id, job.epoch, failure, replanned=a_placement())
+
+
+def _expires(leases: Leases, job: Job) -> None:
+    assert [released.id for released in leases.release_expired()] == [job.id]
+
+
+def _is_released(leases: Leases, job: Job) -> None:
+    assert [released.id for released in leases.release_of("trainer", "here")] == [job.id]
+
+
+ENDS = [_succeeds, _is_cancelled, _crashes, _is_refused, _is_replanned, _expires, _is_released]
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+@pytest.mark.parametrize("end", ENDS)
+def test_however_a_run_ends_its_time_on_the_gpu_is_added_once(
+    database: Database, jobs: Jobs, leases: Leases, end: Callable[[Leases, Job], None], cancelled: bool
+) -> None:
+    Workers(database).beat(**a_beat("trainer"))
+    job = running(jobs, leases)
+    assert (job.is_training, job.gpu_seconds) == (True, 0.0)
+    if cancelled:
+        jobs.cancel("default", job.id)
+    let_run(database, job, 1000)
+    if end is _expires:
+        expire(database, job)
+    end(leases, job)
+    ended = jobs.get("default", job.id)
+    assert (ended.is_training, ended.gpu_seconds) == (False, seconds(1000))
+    assert ended.gpu_seconds_until(database.now() + timedelta(hours=1)) == ended.gpu_seconds, "waiting costs nothing"
+
+
+def test_time_on_the_gpu_adds_up_over_runs_and_the_present_one_counts(
+    database: Database, jobs: Jobs, leases: Leases
+) -> None:
+    job = running(jobs, leases)
+    for end in (_crashes, _expires, _is_replanned):
+        let_run(database, job, 1000)
+        if end is _expires:
+            expire(database, job)
+        end(leases, job)
+        let_run(database, job, 0)
+        job = leases.claim("trainer", **TRAIN)  # type: ignore[assignment]
+        assert job is not None
+    let_run(database, job, 500)
+    present = jobs.get("default", job.id)
+    assert present.gpu_seconds == seconds(3000)
+    assert present.gpu_seconds_until(database.now()) == seconds(3500)
+    _succeeds(leases, job)
+    assert jobs.get("default", job.id).gpu_seconds == seconds(3500)
+
+
+def test_preparing_data_holds_no_gpu_however_it_ends(database: Database, jobs: Jobs, leases: Leases) -> None:
+    def preparing() -> Job:
+        jobs.submit(a_new_job())
+        job = leases.claim("preparer", stage=Stage.PREPARE, gpu_classes=[])
+        assert job is not None
+        let_run(database, job, 1000)
+        return job
+
+    handed, crashed, cancelled, lost = (preparing() for _ in range(4))
+    leases.hand_to_training(handed.id, handed.epoch, {"report": {}})
+    _crashes(leases, crashed)
+    _is_cancelled(leases, cancelled)
+    expire(database, lost)
+    _expires(leases, lost)
+    for job in (handed, crashed, cancelled, lost):
+        assert jobs.get("default", job.id).gpu_seconds_until(database.now()) == 0.0
+
+
+def test_a_late_worker_adds_no_time(database: Database, jobs: Jobs, leases: Leases) -> None:
+    late = running(jobs, leases)
+    let_run(database, late, 1000)
+    expire(database, late)
+    _expires(leases, late)
+    for end in (_succeeds, _is_cancelled, _crashes):
+        with pytest.raises(LeaseLost):
+            end(leases, late)
+    assert jobs.get("default", late.id).gpu_seconds == seconds(1000)
 
 
 def test_of_finish_and_cancel_the_first_commit_wins(jobs: Jobs, leases: Leases) -> None:

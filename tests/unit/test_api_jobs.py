@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from graft_shared.jobs import Failure, FailureReason, Stage
 from graft_shared.memory import TrainingPlan
 from graft_shared.store.tables import jobs
 from tests.api_service import LLAMA, ApiService, error_of, make_service, migrated_database
-from tests.store_factories import a_beat, a_new_job
+from tests.store_factories import a_beat, a_new_job, a_placement
 from tests.waiting import wait_until
 
 GIB = 1024**3
@@ -515,6 +515,55 @@ def test_a_queued_job_says_what_it_waits_for(api: ApiService) -> None:
     running = api.claim(first, Stage.TRAIN)
     api.leases.settle_failure(first, running.epoch, Failure(reason=FailureReason.CRASH, message="It crashed."))
     assert reason(first).startswith("The last run failed; the next one starts after ")
+
+
+def test_a_jobs_cost_is_its_time_on_the_gpu_at_the_price_of_its_class(api: ApiService) -> None:
+    job = api.new_job(gpu={"class": "141gb"})
+    assert job["cost"] == 0.0
+
+    def cost() -> float:
+        (listed,) = api.http.get("/jobs").json()["data"]
+        assert listed["cost"] == pytest.approx(api.http.get(f"/jobs/{job['id']}").json()["cost"], abs=0.1)
+        return float(listed["cost"])
+
+    first = api.train(job["id"])
+    _let_run(api, job["id"], 1800)
+    assert cost() == pytest.approx(2.0, abs=0.1), "an hour of this class is 4.00"
+    api.leases.settle_failure(job["id"], first.epoch, Failure(reason=FailureReason.CRASH, message="It crashed."))
+    _let_run(api, job["id"], 3600)
+    assert cost() == pytest.approx(2.0, abs=0.1), "waiting costs nothing"
+    second = api.claim(job["id"], Stage.TRAIN)
+    _let_run(api, job["id"], 3600)
+    assert cost() == pytest.approx(6.0, abs=0.1)
+    api.leases.settle_cancelled(job["id"], second.epoch)
+    assert cost() == api.jobs.get("default", job["id"]).gpu_seconds * 4.0 / 3600 == pytest.approx(6.0, abs=0.1)
+
+
+def test_a_replanned_job_costs_what_its_new_class_does(api: ApiService) -> None:
+    job_id = api.new_job()["id"]
+    running = api.train(job_id)
+    _let_run(api, job_id, 3600)
+    failure = Failure(reason=FailureReason.CUDA_OUT_OF_MEMORY, message="It was too much.")
+    api.leases.settle_failure(job_id, running.epoch, failure, replanned=a_placement("80gb"))
+    job = api.http.get(f"/jobs/{job_id}").json()
+    assert (job["gpu_class"], job["cost"]) == ("80gb", pytest.approx(2.5, abs=0.1))
+
+
+def test_a_job_of_a_class_without_a_price_has_no_cost(api: ApiService) -> None:
+    job, _ = api.jobs.submit(a_new_job())
+    assert api.http.get(f"/jobs/{job.id}").json()["cost"] is None
+    running = api.train(job.id)
+    assert api.http.get(f"/jobs/{job.id}").json()["cost"] is None
+    failure = Failure(reason=FailureReason.CUDA_OUT_OF_MEMORY, message="It was too much.")
+    api.leases.settle_failure(job.id, running.epoch, failure, replanned=a_placement("cpu"))
+    assert api.http.get(f"/jobs/{job.id}").json()["cost"] is None
+
+
+def _let_run(api: ApiService, job_id: str, seconds: float) -> None:
+    """Let a claim be so long ago, and a retry be due, without waiting for it."""
+    with api.database.writing() as connection:
+        earlier = {"claimed_at": jobs.c.claimed_at - seconds, "not_before": 0.0}
+        connection.execute(update(jobs).where(jobs.c.id == job_id).values(**earlier))
 
 
 def _lost_bells(api: ApiService) -> list[str]:

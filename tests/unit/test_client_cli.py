@@ -269,6 +269,16 @@ def test_amounts_and_losses_have_the_digits_that_say_something() -> None:
     assert [line.split()[-1] for line in screen.getvalue().splitlines() if "loss" in line] == ["0.0001342", "1.235"]
 
 
+@pytest.mark.parametrize(("cost", "shown"), [(12.5, "12.50"), (0.0042, "0.0042"), (0.0, None), (None, None)])
+def test_a_job_shows_what_it_has_cost_so_far(
+    service: FakeService, monkeypatch: pytest.MonkeyPatch, cost: float | None, shown: str | None
+) -> None:
+    service.jobs = [{"id": "ftjob-1", "status": "running", "cost": cost}]
+    code, out, _ = graft("get", "ftjob-1", monkeypatch=monkeypatch)
+    (line,) = [line.split() for line in out.splitlines() if "cost" in line] or [[None, None]]
+    assert (code, line[-1]) == (0, shown)
+
+
 def test_a_class_without_a_price_has_no_cost(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = dict.fromkeys(("low", "expected", "high"), 0.0)
     speed = {"tokens_per_second": nothing, "calibrated": True, "steps": 1, "duration_seconds": nothing, "cost": nothing}

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import and_, case, exists, func, literal, or_, select, true, update
+from sqlalchemy import ColumnElement, and_, case, exists, func, literal, or_, select, true, update
 from sqlalchemy.engine import Connection, Row, RowMapping
 
 from graft_shared.capacity import Placement
@@ -199,6 +199,7 @@ class Leases:
                 adapter=adapter,
                 memory=memory,
                 finished_at=now(),
+                gpu_seconds=_gpu_seconds(),
                 **_no_lease(),
             )
             compare_and_set(connection, job_id, epoch, JobState.SUCCEEDED, metrics={**row["metrics"], **metrics})
@@ -215,7 +216,9 @@ class Leases:
             LeaseLost: Another epoch owns the job, or it has ended.
         """
         with self._database.writing() as connection:
-            row = compare_and_set(connection, job_id, epoch, JobState.RUNNING, **_no_lease())
+            row = compare_and_set(
+                connection, job_id, epoch, JobState.RUNNING, gpu_seconds=_gpu_seconds(), **_no_lease()
+            )
             return job_from(_after(connection, row, failure, epoch, replanned))
 
     def settle_cancelled(self, job_id: str, epoch: int) -> Job:
@@ -225,7 +228,9 @@ class Leases:
             LeaseLost: Another epoch owns the job, or it has ended.
         """
         with self._database.writing() as connection:
-            row = compare_and_set(connection, job_id, epoch, JobState.RUNNING, **_no_lease())
+            row = compare_and_set(
+                connection, job_id, epoch, JobState.RUNNING, gpu_seconds=_gpu_seconds(), **_no_lease()
+            )
             return job_from(
                 _end(connection, row, JobState.CANCELLED, "The job was cancelled; its training has stopped.")
             )
@@ -272,7 +277,8 @@ class Leases:
         with self._database.writing() as connection:
             query = select(jobs.c.id, jobs.c.epoch).where(jobs.c.state == JobState.RUNNING.value, whose)
             for job_id, epoch in connection.execute(query.with_for_update(skip_locked=True)).all():
-                row = compare_and_set(connection, job_id, epoch, JobState.RUNNING, epoch=epoch + 1, **_no_lease())
+                taken_off = {"epoch": epoch + 1, "gpu_seconds": _gpu_seconds(), **_no_lease()}
+                row = compare_and_set(connection, job_id, epoch, JobState.RUNNING, **taken_off)
                 fenced.append(job_from(_after(connection, row, failure, epoch)))
         return fenced
 
@@ -345,6 +351,12 @@ def _given_back() -> dict[str, Any]:
 
 def _no_lease() -> dict[str, Any]:
     return {"worker": None, "lease_expires_at": None, "phase": None}
+
+
+def _gpu_seconds() -> ColumnElement[float]:
+    """The column with the run that ends here added; to be set once a run, and not by what may be applied twice."""
+    held = case((jobs.c.stage == Stage.TRAIN.value, now() - jobs.c.claimed_at), else_=literal(0.0))
+    return jobs.c.gpu_seconds + held
 
 
 def _after(

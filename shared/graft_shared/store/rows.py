@@ -42,7 +42,9 @@ def job_from(row: RowMapping) -> Job:
         created_at=as_datetime(row["created_at"]),
         started_at=as_datetime(row["started_at"]) if row["started_at"] else None,
         finished_at=as_datetime(row["finished_at"]) if row["finished_at"] else None,
+        claimed_at=as_datetime(row["claimed_at"]) if row["claimed_at"] else None,
         lease_expires_at=as_datetime(row["lease_expires_at"]) if row["lease_expires_at"] else None,
+        gpu_seconds=row["gpu_seconds"],
     )
 
 

@@ -20,6 +20,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    text,
 )
 
 metadata = MetaData(
@@ -70,6 +71,7 @@ jobs = Table(
     Column("lease_expires_at", Double),
     Column("started_at", Double),
     Column("finished_at", Double),
+    Column("gpu_seconds", Double, nullable=False, server_default=text("0")),
     UniqueConstraint("tenant", "idempotency_key"),
     Index(None, "state", "stage", "gpu_class"),
     Index(None, "tenant", "created_at"),

@@ -92,7 +92,13 @@ class JobBody(BaseModel):
     progress: Progress
     queue: Queue | None
     memory: Memory
-    cost: float | None = Field(default=None, description="Not computed yet.")
+    cost: float | None = Field(
+        description=(
+            "Of all its training runs, lost ones and the present one included: each from its claim to its end, by "
+            "the price per hour that the class in `gpu_class` had when the job was placed there, in the operator's "
+            "currency. Null for a class without a price."
+        )
+    )
     metrics: Metrics
     adapter: AdapterLink | None
     error: JobError | None

@@ -19,6 +19,7 @@ from graft_api.jobs.schemas import (
     Metrics,
     MetricSeries,
     Progress,
+    Queue,
 )
 from graft_shared.jobs import Job, JobEvent, JobState, JobStatus
 from graft_shared.memory import TrainingPlan
@@ -27,10 +28,10 @@ SERIES = ("loss", "eval_loss", "grad_norm", "learning_rate", "tokens_per_second"
 
 
 def job_bodies(jobs: Sequence[Job], here: Neighbours) -> list[JobBody]:
-    """Jobs as their users see them; the fleet is looked at once."""
+    """Jobs as their users see them; the fleet and the database's clock are looked at once."""
     waiting = any(job.state is JobState.QUEUED or job.status is JobStatus.VALIDATING_FILES for job in jobs)
-    workers = here.workers.alive() if waiting else []
-    return [_body(job).model_copy(update={"queue": queue_of(job, here.jobs, workers, here.capacity)}) for job in jobs]
+    workers, moment = here.workers.alive() if waiting else [], here.database.now()
+    return [_body(job, queue_of(job, here.jobs, workers, here.capacity), moment) for job in jobs]
 
 
 def job_body(job: Job, here: Neighbours) -> JobBody:
@@ -74,7 +75,7 @@ def plan_body(plan: TrainingPlan) -> dict[str, object]:
     return {"mode": plan.mode, **plan.to_dict()}
 
 
-def _body(job: Job) -> JobBody:
+def _body(job: Job, queue: Queue | None, moment: datetime) -> JobBody:
     estimate = job.placement.get("estimate", {})
     return JobBody(
         id=job.id,
@@ -91,17 +92,23 @@ def _body(job: Job) -> JobBody:
         attempt=job.attempt,
         max_attempts=job.spec["max_attempts"],
         progress=Progress.model_validate(job.progress),
-        queue=None,
+        queue=queue,
         memory=Memory(
             predicted_peak_bytes=estimate.get("expected_bytes"),
             measured_peak_bytes=job.memory.get("measured_peak_bytes"),
         ),
+        cost=_cost(job, moment),
         metrics=Metrics.model_validate(job.metrics),
         adapter=_adapter(job),
         error=JobError.model_validate(job.error) if job.error else None,
         warnings=[JobWarning.model_validate(warning) for warning in job.warnings],
         metadata=job.spec["metadata"],
     )
+
+
+def _cost(job: Job, moment: datetime) -> float | None:
+    price_per_hour = job.placement.get("gpu", {}).get("price_per_hour")
+    return None if price_per_hour is None else job.gpu_seconds_until(moment) * price_per_hour / 3600
 
 
 def _adapter(job: Job) -> AdapterLink | None:
