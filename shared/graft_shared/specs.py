@@ -7,6 +7,7 @@ the decision is shown in the job's `plan`.
 
 from __future__ import annotations
 
+import math
 import re
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
@@ -96,6 +97,12 @@ class Validation(_Part):
             raise ValueError("give exactly one of 'split' or 'file'")
         return self
 
+    def rows_held_out(self, rows: int) -> int:
+        """How many of the dataset's usable rows are not trained on: the share, but at least one on each side."""
+        if self.split is None:
+            return 0
+        return max(0, min(max(1, round(self.split * rows)), rows - 1))
+
 
 class Quantization(_Part):
     """How the base is held; names of `transformers.BitsAndBytesConfig`. `load_in_4bit: false` is plain LoRA."""
@@ -162,6 +169,13 @@ class Training(_Part):
     def sequences_per_update(self) -> int:
         """Sequences that one optimizer step learns from."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def total_steps(self, rows: int) -> int:
+        """Optimizer steps of a run on so many rows: `max_steps`, or the epochs, a fraction of one rounded up."""
+        if self.max_steps is not None:
+            return self.max_steps
+        per_epoch = math.ceil(rows / self.sequences_per_update)
+        return max(1, math.ceil(self.num_train_epochs * per_epoch))
 
 
 class Gpu(_Part):

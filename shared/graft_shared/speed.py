@@ -82,13 +82,10 @@ def forecast(
 
 
 def _steps(spec: JobSpec, rows: int | None) -> int | None:
-    if spec.training.max_steps is not None:
-        return spec.training.max_steps
     if rows is None:
-        return None
-    held_out = spec.validation.split or 0.0 if spec.validation is not None else 0.0
-    per_epoch = math.ceil(rows * (1 - held_out) / spec.training.sequences_per_update)
-    return max(1, math.ceil(spec.training.num_train_epochs * per_epoch))
+        return spec.training.max_steps
+    held_out = spec.validation.rows_held_out(rows) if spec.validation is not None else 0
+    return spec.training.total_steps(rows - held_out)
 
 
 def tokens_per_second(

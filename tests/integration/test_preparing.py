@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from graft_shared.errors import InvalidParameter, InvalidTrainingFile
 from graft_shared.jobs import FailureReason
 from graft_shared.rows import RowKind
-from graft_shared.specs import JobSpec
+from graft_shared.specs import JobSpec, Validation
 from graft_worker.importing import import_hub_dataset
 from graft_worker.preparing.prepare import RowSource, split
 from graft_worker.preparing.rendering import Piece, render
@@ -190,13 +190,14 @@ def test_a_row_that_the_chat_template_refuses_is_named_with_its_line(tmp_path: P
 
 def test_splitting_is_the_same_for_the_same_seed_and_loses_no_row() -> None:
     rows = TokenRows(ids=[np.array([n, n]) for n in range(20)], masks=[np.ones(2, np.uint8)] * 20)
-    first, again, other = split(rows, 0.25, 1), split(rows, 0.25, 1), split(rows, 0.25, 2)
+    quarter = Validation(split=0.25)
+    first, again, other = split(rows, quarter, 1), split(rows, quarter, 1), split(rows, quarter, 2)
     held = [[int(row[0]) for row in part.ids] for part in first]
     assert held == [[int(row[0]) for row in part.ids] for part in again]
     assert held != [[int(row[0]) for row in part.ids] for part in other]
     assert (len(held[1]), sorted(held[0] + held[1])) == (5, list(range(20)))
     with pytest.raises(InvalidParameter):
-        split(rows.take([0]), 0.5, 1)
+        split(rows.take([0]), quarter, 1)
 
 
 def test_prepared_files_hold_what_the_report_says(tokenizer_path: Path, tmp_path: Path) -> None:

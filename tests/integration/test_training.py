@@ -62,7 +62,7 @@ from graft_worker.training.loss import Head, chunk_loss, summed_cross_entropy
 from graft_worker.training.optimizer import FlatOptimizer
 from graft_worker.training.proof import NotProven
 from graft_worker.training.recipe import NothingToLearn, train
-from graft_worker.training.schedule import learning_rate_at, total_steps
+from graft_worker.training.schedule import learning_rate_at
 from graft_worker.training.weights import dense, weight_parts
 from tests.factories import make_prepared_split, make_tiny_base
 from tests.training_runs import a_request, metrics_lines, run_trainer
@@ -603,7 +603,7 @@ def test_the_schedule_is_that_of_transformers(scheduler: Scheduler) -> None:
     name = "constant_with_warmup" if scheduler is Scheduler.CONSTANT else scheduler.value
     theirs = get_scheduler(name, optimizer, num_warmup_steps=5, num_training_steps=40)
     for step in range(40):
-        assert learning_rate_at(step, training, total_steps(training, 1)) == pytest.approx(theirs.get_last_lr()[0])
+        assert learning_rate_at(step, training, training.total_steps(1)) == pytest.approx(theirs.get_last_lr()[0])
         optimizer.step()
         theirs.step()
 

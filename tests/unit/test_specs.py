@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from graft_shared.specs import JobSpec
+from graft_shared.specs import JobSpec, Training, Validation
 
 MINIMAL: dict[str, Any] = {"base_model": "meta-llama/Llama-2-7b-hf", "dataset": {"file": "file-abc"}}
 
@@ -74,6 +74,19 @@ def test_the_guides_own_configuration_is_understood() -> None:
 )
 def test_aliases_are_echoed_under_one_name(given: dict[str, Any], section: str, name: str, value: Any) -> None:
     assert spec(**given).model_dump(mode="json")[section][name] == value
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 3), (0.5, 2), (2.4, 8), (0.01, 1)])
+def test_a_fraction_of_an_epoch_is_rounded_up_to_whole_updates(epochs: float, steps: int) -> None:
+    training = Training(num_train_epochs=epochs, per_device_train_batch_size=4, gradient_accumulation_steps=1)
+    assert training.total_steps(10) == steps
+    assert Training(num_train_epochs=epochs, max_steps=7).total_steps(10) == 7
+
+
+@pytest.mark.parametrize(("share", "rows", "held_out"), [(0.1, 1000, 100), (0.05, 17, 1), (0.01, 10, 1), (0.9, 2, 1)])
+def test_a_share_is_held_out_and_at_least_a_row_on_each_side(share: float, rows: int, held_out: int) -> None:
+    assert Validation(split=share).rows_held_out(rows) == held_out
+    assert Validation(file="file-a").rows_held_out(rows) == 0
 
 
 @pytest.mark.parametrize(

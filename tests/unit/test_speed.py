@@ -110,3 +110,12 @@ def test_a_forecast_counts_the_steps_of_all_epochs_without_the_rows_held_out() -
     assert found.steps == 86  # 900 rows are 57 updates of 16, one and a half times
     assert found.duration_seconds is not None
     assert found.duration_seconds.expected == pytest.approx(86 * 16 * 100 / found.tokens_per_second.expected)
+
+
+def test_a_forecast_holds_out_whole_rows_as_preparing_does() -> None:
+    gpu = TABLE.get("141gb")
+    assert gpu is not None
+    job = spec(LLAMA_7B, training={"num_train_epochs": 1}, validation={"split": 0.05})
+    found = forecast(shape(LLAMA_7B), job, plan("none", 6144), gpu, rows=17, row_bytes=400.0)
+    assert found is not None
+    assert found.steps == 1  # one row of 17 is held out: 16 are one update

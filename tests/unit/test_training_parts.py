@@ -18,7 +18,7 @@ from graft_worker.protocol import write_deadline
 from graft_worker.training.batches import Split, largest_microbatch, microbatches, update_rows
 from graft_worker.training.graphs import empty, fill, of_short_sequences
 from graft_worker.training.guard import Guard, LeaseOver
-from graft_worker.training.schedule import evaluation_is_due, save_is_due, total_steps, warmup_steps
+from graft_worker.training.schedule import evaluation_is_due, save_is_due, warmup_steps
 
 CPU = torch.device("cpu")
 
@@ -103,12 +103,6 @@ def test_the_last_update_of_an_epoch_takes_what_is_left_and_the_next_epoch_anoth
     )
     assert sorted(first) == sorted(second)
     assert first != second
-
-
-@pytest.mark.parametrize(("epochs", "steps"), [(1, 3), (0.5, 2), (2.4, 8), (0.01, 1)])
-def test_a_fraction_of_an_epoch_is_rounded_up_to_whole_updates(epochs: float, steps: int) -> None:
-    training = Training(num_train_epochs=epochs, per_device_train_batch_size=4, gradient_accumulation_steps=1)
-    assert total_steps(training, 10) == steps
 
 
 def test_warm_up_is_a_share_or_a_number_of_steps() -> None:

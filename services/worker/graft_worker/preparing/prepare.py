@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from graft_shared.errors import InvalidParameter, InvalidTrainingFile, NoTrainableTokens
 from graft_shared.rows import Row, RowKind, lines_of, read_rows
-from graft_shared.specs import JobSpec
+from graft_shared.specs import JobSpec, Validation
 from graft_worker.preparing.rendering import Rendered, render
 from graft_worker.preparing.tokens import TokenRows, tokenize
 from graft_worker.protocol import EventWriter, PreparedEvent, PrepareRequest, WarningEvent
@@ -38,7 +38,7 @@ def prepare(workdir: Path, request: PrepareRequest, events: EventWriter) -> None
         held_source = RowSource(Path(request.validation_file), tokenizer, param="validation.file")
         held = _tokenize(held_source, tokenizer, spec)
     elif spec.validation is not None and spec.validation.split is not None:
-        rows, held = split(rows, spec.validation.split, spec.training.seed)
+        rows, held = split(rows, spec.validation, spec.training.seed)
     else:
         held = None
     folder = workdir / "prepared"
@@ -90,21 +90,21 @@ def _shown(rendered: Rendered) -> list[dict[str, Any]]:
     return [{"text": piece.text[:SHOWN_CHARACTERS], "learnt": piece.learnt} for piece in rendered.pieces]
 
 
-def split(rows: TokenRows, share: float, seed: int) -> tuple[TokenRows, TokenRows]:
-    """Hold out a share of the rows, at least one on each side; the same rows for the same seed.
+def split(rows: TokenRows, validation: Validation, seed: int) -> tuple[TokenRows, TokenRows]:
+    """Hold out rows, the same ones for the same seed.
 
     Raises:
         InvalidParameter: There are too few rows for both sides.
     """
     if len(rows) < 2:
         raise InvalidParameter(param="validation.split", reason=f"{len(rows)} usable row cannot be split in two")
-    count = min(max(1, round(share * len(rows))), len(rows) - 1)
+    count = validation.rows_held_out(len(rows))
     order = np.random.default_rng(seed).permutation(len(rows))
     held, kept = sorted(order[:count]), sorted(order[count:])
-    train, validation = rows.take(kept), rows.take(held)
+    train, held_out = rows.take(kept), rows.take(held)
     train.truncated, train.dropped, train.duplicates = rows.truncated, rows.dropped, rows.duplicates
     train.lengths = rows.lengths
-    return train, validation
+    return train, held_out
 
 
 def _tokenize(source: RowSource, tokenizer: Any, spec: JobSpec) -> TokenRows:

@@ -65,7 +65,7 @@ from graft_worker.training.loss import chunk_loss
 from graft_worker.training.optimizer import FlatOptimizer
 from graft_worker.training.proof import prove
 from graft_worker.training.publish import write_adapter, write_card, write_metrics
-from graft_worker.training.schedule import evaluation_is_due, learning_rate_at, save_is_due, total_steps
+from graft_worker.training.schedule import evaluation_is_due, learning_rate_at, save_is_due
 from graft_worker.training.versions import versions
 
 PROOF_ROWS = 16  # rows whose loss must survive saving and reloading
@@ -186,7 +186,7 @@ def load(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guard
         forward=forward,
         optimizer=optimizer,
         progress=progress,
-        total_steps=total_steps(spec.training, len(split)),
+        total_steps=spec.training.total_steps(len(split)),
         saved_step=progress.step,
         layers=layers,
         footprint=footprint,

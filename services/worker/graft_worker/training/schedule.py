@@ -1,11 +1,10 @@
-"""How long a run is, and the learning rate at each step; the shapes are those of `transformers.get_scheduler`."""
+"""The learning rate at each step, in the shapes of `transformers.get_scheduler`; when to save, and when to evaluate."""
 
 from __future__ import annotations
 
 import math
 
 from graft_shared.specs import Scheduler, Training
-from graft_worker.training.batches import updates_per_epoch
 
 # `save_steps: auto` saves every eighth of the run, and whenever a minute of work would be lost. Checkpoints may not
 # take more than a fiftieth of the time.
@@ -13,13 +12,6 @@ CHECKPOINTS_PER_RUN = 8
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 WORK_PER_SAVE = 50
 EVALUATIONS_PER_RUN = 4  # what `eval_steps: auto` aims at, beside the one before training
-
-
-def total_steps(training: Training, rows: int) -> int:
-    """Optimizer steps of the run: `max_steps`, or the epochs, a fraction of one rounded up."""
-    if training.max_steps is not None:
-        return training.max_steps
-    return max(1, math.ceil(training.num_train_epochs * updates_per_epoch(rows, training.sequences_per_update)))
 
 
 def warmup_steps(training: Training, total: int) -> int:
