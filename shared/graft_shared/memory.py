@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-from graft_shared.catalogue import ModelShape
+from graft_shared.catalogue import FAMILIES, ModelShape
 from graft_shared.specs import JobSpec, Optim
 
 GIB = 1024**3
@@ -34,17 +34,23 @@ OPTIMIZER_BYTES = {
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 MOST_SHARED_RANK = 256  # of all that share
 COLUMN_STEP = 64  # these come in so many: what one step of a GPU's product sums over
-GRADIENT_TENSORS = (
-    3  # as wide as the feed-forward part, while its backward pass runs: of the gated product, gate and up
-)
+# As wide as the feed-forward part, while its backward pass runs: what it computes again, and gradients. An adapter on the
+# last product, which takes the widest input, needs that input and its gradient apart from the product's own.
+FEED_FORWARD_TENSORS, FEED_FORWARD_TENSORS_ADAPTED = 3.2, 6.2
 STREAM_BYTES_PER_HIDDEN = 4  # the layer's input, and the attention's after its last product
 LOSS_CHUNK_BYTES = 256 * 1024**2  # fp32 logits of one chunk, at most
 LOSS_CHUNK_TOKENS = 512  # tokens of one chunk, at most: more make no product faster
 LOSS_TILE_TOKENS = 128  # tokens are the rows of a product, which is computed in tiles
-# What the allocator reserves beyond what is allocated, with expandable segments: part grows with the body, part is the
-# pools' own, of launches and of graphs.
-ALLOCATOR_SHARE, ALLOCATOR_BYTES = 0.02, int(0.3 * GIB)
-CONTEXT_BYTES = 1 * GIB  # outside the allocator: CUDA context, kernels, cuBLAS workspaces
+# What the allocator reserves beyond what is counted, with expandable segments: part grows with the body, part is the
+# pools' own, of launches and of graphs, and the workspaces of cuBLAS.
+ALLOCATOR_SHARE, ALLOCATOR_BYTES = 0.01, int(0.25 * GIB)
+RELAID_SHARE = 0.05  # of weights in 16 bits: the holes that are left where they were before they had room
+CONTEXT_BYTES = int(0.85 * GIB)  # outside the allocator: CUDA context and kernels
+# Products of a layer's weights and a microbatch's tokens below which the device would wait for the host now and then. A
+# compiled layer takes 1 to 2 ms to launch, each way; on an H200 a layer of 202 million weights takes as long for some
+# 2,500 tokens, and at 3,500 of them the device was still idle for 15 % of the time.
+HOST_BOUND = 2e12
+MOST_GRAPH_TOKENS = 16_384  # beyond, no layer is so small that launching it would matter
 LOW, HIGH = 0.93, 1.08
 
 
@@ -126,32 +132,59 @@ class MemoryEstimate:
 
 
 def estimate(shape: ModelShape, spec: JobSpec, plan: TrainingPlan) -> MemoryEstimate:
-    """Add up what a run holds at its worst moment: while it trains, or while it loads its base."""
+    """Add up what a run holds at its worst moment: while it trains, loads its base, or makes its optimizer."""
     targets = shape.resolve_targets(spec.lora.target_modules)
     adapter = adapter_parameters(shape, targets, spec.lora.r)
     weights, rest = base_bytes(shape, spec, targets)
+    on_host = embeddings_on_host(shape, plan)
     tokens = size_for(plan.microbatch_tokens)
     kept, checkpoints = _layers_kept(shape, plan)
     copies = adapter_copies(shape, targets, spec.lora.r)
     per_layer = tokens * activation_bytes_per_token(shape, targets, spec.lora.r)
-    backward = tokens * GRADIENT_TENSORS * HALF * shape.intermediate_size + (per_layer if checkpoints else 0)
-    components = {
+    held = {
         "base_weights": weights,
-        "unquantised_weights": rest,
+        "unquantised_weights": rest - on_host,
         "adapters": BYTES_PER_ADAPTER_WEIGHT * adapter + int(HALF * copies * max(1, kept)),
         "gradients": BYTES_PER_ADAPTER_GRADIENT * adapter,
         "optimizer": int(OPTIMIZER_BYTES[plan.optim] * adapter),
         "dequantisation_scratch": scratch_bytes(shape, spec, targets),
+    }
+    backward = int(tokens * backward_bytes_per_token(shape, targets))
+    if checkpoints and not kept:  # else a layer that was kept is done with when the first is computed again
+        backward += per_layer
+    between = max(loss_bytes(shape, tokens), tokens * evaluation_bytes_per_token(shape))
+    if not runs_as_graphs(tokens, shape.linear_parameters):
+        between = max(0, between - backward)  # the one is over when the other begins
+    components = {
+        **held,
         "activations": int(kept * per_layer),
         "checkpoints": int(tokens * HALF * shape.hidden_size * checkpoints),
-        "loss": loss_bytes(shape, tokens),
+        "loss_or_evaluation": between,
         "backward_pass": backward,  # of one layer, with what it computes again
     }
     loading = weights + rest + loading_bytes(shape)
-    components["loading"] = max(0, loading - sum(components.values()))
+    making = sum(held.values()) + 2 * held["gradients"]  # weights and gradients are put by while the moments are made
+    components["loading"] = max(0, max(loading, making) - sum(components.values()))
     body = sum(components.values())
     slack = ALLOCATOR_BYTES + int(ALLOCATOR_SHARE * body)
+    if not spec.quantization.load_in_4bit:
+        slack += int(RELAID_SHARE * weights)
     return MemoryEstimate(components={**components, "context_and_allocator": CONTEXT_BYTES + slack})
+
+
+def runs_as_graphs(microbatch_tokens: int, weights_per_layer: int) -> bool:
+    """Whether launching a layer would take longer than computing it, so that microbatches are captured and replayed.
+
+    Graphs have memory of their own: what runs between or beside them (the loss, an evaluation) shares none with them.
+    """
+    return microbatch_tokens <= MOST_GRAPH_TOKENS and microbatch_tokens * weights_per_layer < HOST_BOUND
+
+
+def embeddings_on_host(shape: ModelShape, plan: TrainingPlan) -> int:
+    """Bytes of input embeddings that a plan leaves in the host's memory; a head that is tied to them needs them here."""
+    if plan.recompute is not Recompute.OFFLOAD or shape.tie_word_embeddings:
+        return 0
+    return HALF * shape.vocab_size * shape.hidden_size
 
 
 def size_for(tokens: int) -> int:
@@ -243,19 +276,30 @@ def activation_bytes_per_token(shape: ModelShape, targets: tuple[str, ...], r: i
     )
 
 
-def loss_chunk_tokens(vocab_size: int) -> int:
-    """Tokens whose logits are held at a time: whole tiles of a product, where that many fit."""
-    tokens = min(LOSS_CHUNK_TOKENS, LOSS_CHUNK_BYTES // (4 * vocab_size))
+def backward_bytes_per_token(shape: ModelShape, targets: tuple[str, ...]) -> float:
+    """Bytes per token that the backward pass of a layer needs beside what was kept for it."""
+    last = FAMILIES[shape.model_type].mlp[-1:]
+    tensors = FEED_FORWARD_TENSORS_ADAPTED if set(last) & set(targets) else FEED_FORWARD_TENSORS
+    return tensors * HALF * shape.intermediate_size
+
+
+def evaluation_bytes_per_token(shape: ModelShape) -> int:
+    """Bytes per token that a layer needs without gradients: gate and up, and four of what goes in and out."""
+    return HALF * shape.gate_size + 4 * HALF * shape.hidden_size
+
+
+def loss_chunk_tokens(vocab_size: int, tokens: int) -> int:
+    """Tokens of a microbatch of `tokens` whose logits are held at a time: whole tiles of a product, if that many fit.
+
+    Small microbatches are chosen where memory is short: their chunks are a quarter of them.
+    """
+    tokens = min(LOSS_CHUNK_TOKENS, LOSS_CHUNK_BYTES // (4 * vocab_size), -(-tokens // 4))
     return max(LOSS_TILE_TOKENS, tokens - tokens % LOSS_TILE_TOKENS)
 
 
 def loss_bytes(shape: ModelShape, tokens: int) -> int:
-    """Cross-entropy a chunk at a time: its logits and their gradient, and all hidden states and theirs, twice.
-
-    Where layers run as graphs, these have a place of their own outside, and the graphs keep their memory while the loss
-    runs between them: it shares none with a layer.
-    """
-    chunk = 2 * HALF * shape.vocab_size * min(tokens, loss_chunk_tokens(shape.vocab_size))
+    """Cross-entropy a chunk at a time: its logits and their gradient, and all hidden states and theirs, twice."""
+    chunk = 2 * HALF * shape.vocab_size * min(tokens, loss_chunk_tokens(shape.vocab_size, tokens))
     return chunk + 4 * HALF * tokens * shape.hidden_size
 
 

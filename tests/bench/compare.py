@@ -33,7 +33,7 @@ SETS: dict[str, list[Row]] = {
         ("Trainer, checkpointing", "reference", [*SLOW, "--gradient-checkpointing"]),
         ("Trainer", "reference", SLOW),
         ("TRL, packing", "reference", [*SLOW, "--trl"]),
-        ("Graft, bf16 base", "train_once", [*FAST, "--bf16-base", "--limit-gib", "32"]),
+        ("Graft, bf16 base", "train_once", [*FAST, "--bf16-base", "--limit-gib", "34"]),
         ("Graft, speed", "train_once", [*FAST, *A24]),
         ("Graft, memory", "train_once", [*FAST, "--mode", "memory"]),
     ],

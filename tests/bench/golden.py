@@ -281,7 +281,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     spec = JobSpec.model_validate(request.spec)
     return {
         "case": asdict(case),
-        "memory": run.footprint.peak(),
+        "memory": run.footprint.peak(run.optimizer.paged_bytes),
         "estimate": estimate(shape, spec, run.plan).to_dict(),
         "losses": [round(loss, 4) for loss, _ in figures],
         "seconds": round(time.monotonic() - began, 1),

@@ -11,7 +11,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 
 from graft_shared.memory import Recompute, TrainingPlan
-from graft_shared.specs import ComputeDtype, Lora, Optim, Quantization
+from graft_shared.specs import ComputeDtype, Lora, Optim, Quantization, Training
 from graft_worker.protocol import CheckpointEvent, ExitCode, ProgressEvent, TrainedEvent, WarningEvent
 from graft_worker.training.adapters import attach_adapter, trainable
 from graft_worker.training.attention import packed_attention
@@ -19,8 +19,10 @@ from graft_worker.training.base import choose_precision, load_base
 from graft_worker.training.batches import Split, microbatches
 from graft_worker.training.forward import Forward
 from graft_worker.training.graphs import Graphs
+from graft_worker.training.host_memory import keep_on_host
 from graft_worker.training.layers import arrange_layers, compiled_loss, require_input_gradients
 from graft_worker.training.linear import take_over
+from graft_worker.training.optimizer import FlatOptimizer
 from graft_worker.training.weights import dense, weight_parts
 from tests.factories import make_prepared_split, make_tiny_base
 from tests.training_runs import a_request, run_trainer
@@ -289,6 +291,39 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     assert [event.loss for event in resumed.of(ProgressEvent)] == losses[6:]
     name = "adapter/adapter_model.safetensors"
     assert (resumed.workdir / name).read_bytes() == (whole.workdir / name).read_bytes()
+
+
+def test_an_embedding_on_the_host_gives_the_same_rows_and_leaves_the_card() -> None:
+    embedding = torch.nn.Embedding(4096, 512, device=GPU, dtype=torch.bfloat16).requires_grad_(False)
+    ids = torch.randint(4096, (1, 300), device=GPU)
+    before, held = embedding(ids), torch.cuda.memory_allocated()
+    keep_on_host(embedding)
+    assert held - torch.cuda.memory_allocated() == embedding.weight.nbytes
+    assert embedding.weight.device == GPU
+    assert torch.equal(embedding(ids), before)
+    assert torch.equal(torch.compile(embedding)(ids), before)
+
+
+def test_a_run_whose_inputs_and_embeddings_are_on_the_host_trains_as_any(
+    base: Path, train_file: Path, tmp_path: Path
+) -> None:
+    losses = []
+    for recompute in (Recompute.NONE, Recompute.OFFLOAD):
+        plan = {"microbatch_tokens": 512, "recompute": recompute, "recompute_every_n": int(recompute != Recompute.NONE)}
+        request = a_request(base, train_file, spec={"training": {"max_steps": 8}}, target_modules=ALL, plan=plan)
+        ended = run_trainer(tmp_path / recompute, request)
+        assert ended.code == ExitCode.DONE, (ended.workdir / "log").read_text()[-3000:]
+        assert not ended.of(WarningEvent)
+        losses.append([event.loss for event in ended.of(ProgressEvent)])
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+
+
+def test_paged_state_is_counted_apart_since_the_driver_calls_it_nobodys() -> None:
+    for optim, per_weight in ((Optim.PAGED_ADAMW_8BIT, 2), (Optim.PAGED_ADAMW_32BIT, 8), (Optim.ADAMW_8BIT, 0)):
+        weights = [torch.nn.Parameter(torch.zeros(1024, 1024, device=GPU))]
+        optimizer = FlatOptimizer(weights, Training(optim=optim))
+        optimizer.rehearse()
+        assert optimizer.paged_bytes == per_weight * 1024**2
 
 
 def test_every_precision_trains(base: Path, train_file: Path, tmp_path: Path) -> None:

@@ -40,8 +40,11 @@ class Footprint:
         if torch.cuda.is_available():
             self.loaded_bytes = torch.cuda.max_memory_reserved()
 
-    def peak(self) -> dict[str, Any]:
+    def peak(self, managed_bytes: int = 0) -> dict[str, Any]:
         """The most memory that the run held, in bytes.
+
+        Args:
+            managed_bytes: What this process has in managed memory, which the driver does not call any process's.
 
         Returns:
             `measured_peak_bytes`, and on a GPU what it is made of: the allocator's peak (and until the base was
@@ -52,7 +55,7 @@ class Footprint:
             resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             return {"measured_peak_bytes": resident, "measured_on": "host"}
         reserved = torch.cuda.max_memory_reserved()
-        outside = self._outside()
+        outside = self._outside(managed_bytes)
         return {
             "measured_peak_bytes": reserved + outside,
             "reserved_peak_bytes": reserved,
@@ -62,11 +65,11 @@ class Footprint:
             "measured_on": "cuda",
         }
 
-    def _outside(self) -> int:
+    def _outside(self, managed_bytes: int) -> int:
         reserved = torch.cuda.memory_reserved()
         own = _held_by(os.getpid())
         if own is not None and own >= reserved:
-            return own - reserved
+            return own - reserved + managed_bytes
         if self.others is None:
             return 0
         free, total = torch.cuda.mem_get_info()

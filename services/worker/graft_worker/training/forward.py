@@ -11,7 +11,7 @@ from graft_worker.training.attention import ATTENTION, block_mask
 from graft_worker.training.base import Precision
 from graft_worker.training.batches import Microbatch
 from graft_worker.training.graphs import Graphs
-from graft_worker.training.loss import Chunk, Head, chunk_loss, head_of, summed_cross_entropy, summed_loss
+from graft_worker.training.loss import Chunk, Head, chunk_loss, head_of, summed_cross_entropy
 
 
 class Forward:
@@ -81,11 +81,14 @@ class Forward:
 
     @torch.no_grad()
     def mean_loss(self, batches: Iterable[Microbatch]) -> float:
-        """The held-out loss per learnt token, in nats, without dropout."""
+        """The held-out loss per learnt token, in nats, without dropout.
+
+        The gradient that is made beside it is one product of the head: less than logits in fp32 would cost in memory.
+        """
         self._model.eval()
         total, learnt = torch.zeros((), dtype=torch.float64, device=self._precision.device), 0
         for batch in batches:
-            total += summed_loss(self.hidden(batch), batch.predictors, batch.targets, self._head)
+            total += self._scaled_loss(self.hidden(batch), batch, scale=1.0)[0]
             learnt += len(batch.targets)
         self._model.train()
         return float(total) / max(1, learnt)

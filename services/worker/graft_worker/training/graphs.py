@@ -19,17 +19,6 @@ from graft_worker.training.layers import Layers
 
 Loss = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
-# Products of a layer's weights and a microbatch's tokens below which the device would wait for the host now and then. A
-# compiled layer takes 1 to 2 ms to launch, each way; on an H200 a layer of 202 million weights takes as long for some
-# 2,500 tokens, and at 3,500 of them the device was still idle for 15 % of the time.
-HOST_BOUND = 2e12
-MOST_TOKENS = 16_384  # beyond, no layer is so small that launching it would matter
-
-
-def is_host_bound(microbatch_tokens: int, weights_per_layer: int) -> bool:
-    """Whether launching would take longer than computing."""
-    return microbatch_tokens <= MOST_TOKENS and microbatch_tokens * weights_per_layer < HOST_BOUND
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Captured:

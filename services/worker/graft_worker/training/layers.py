@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from graft_shared.memory import Recompute
 from graft_shared.planner import TrainingPlan
+from graft_worker.training.host_memory import pinned
 from graft_worker.training.linear import leave_out_spared, let_go, spare_last_products, teach_inductor
 from graft_worker.training.loss import Chunk, chunk_loss
 
@@ -247,13 +248,6 @@ class _Recomputed(torch.autograd.Function):
         return hidden.grad, None, None, None
 
 
-def _pinned(numbers: int, dtype: torch.dtype) -> torch.Tensor:
-    try:
-        return torch.empty(numbers, dtype=dtype, pin_memory=True)
-    except RuntimeError as error:  # CUDA calls this, too, out of memory
-        raise MemoryError("the host has no more memory that it can pin") from error
-
-
 class Parking:
     """Layer inputs in the host's pinned memory while the GPU does not need them; two of them are on the GPU at most."""
 
@@ -270,7 +264,7 @@ class Parking:
         """Begin to copy a layer's input [1, tokens, width] out; its memory is free when the next but one comes."""
         if index not in self._buffers:
             numbers = self._tokens * hidden.shape[-1]
-            self._buffers[index] = _pinned(numbers, hidden.dtype)
+            self._buffers[index] = pinned(numbers, hidden.dtype)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             self._buffers[index][: hidden.numel()].copy_(hidden.detach().reshape(-1), non_blocking=True)

@@ -58,22 +58,15 @@ def summed_cross_entropy(
     """
     gradient = torch.zeros_like(hidden)
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    for at, wanted in _chunks(predictors, targets, head):
+    for at, wanted in _chunks(predictors, targets, loss_chunk_tokens(len(head.weight), len(hidden))):
         loss, gradient[at] = chunk(hidden[at], wanted, head.weight, head.bias, head.scale, head.cap)
         total += loss
     return total, gradient
 
 
-def summed_loss(hidden: torch.Tensor, predictors: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
-    """The loss of `summed_cross_entropy` alone."""
-    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    for at, wanted in _chunks(predictors, targets, head):
-        total += functional.cross_entropy(head.logits(hidden[at]), wanted, reduction="sum")
-    return total
-
-
-def _chunks(predictors: torch.Tensor, targets: torch.Tensor, head: Head) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    tokens = loss_chunk_tokens(len(head.weight))
+def _chunks(
+    predictors: torch.Tensor, targets: torch.Tensor, tokens: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     return zip(torch.split(predictors, tokens), torch.split(targets, tokens), strict=True)
 
 

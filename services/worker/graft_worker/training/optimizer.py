@@ -43,6 +43,12 @@ class FlatOptimizer:
         return self._weights.numel()
 
     @property
+    def paged_bytes(self) -> int:
+        """Bytes of state in managed memory, which moves between host and GPU by itself."""
+        state = self._optimizer.state.get(self._weights, {})
+        return sum(tensor.nbytes for tensor in state.values() if getattr(tensor, "is_paged", False))
+
+    @property
     def _gradients(self) -> torch.Tensor:
         assert self._weights.grad is not None  # noqa: S101 (made with the optimizer, and only ever written into)
         return self._weights.grad

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from graft_shared.jobs import Phase
-from graft_shared.memory import SIZE_STEP, size_for
+from graft_shared.memory import SIZE_STEP, Recompute, runs_as_graphs, size_for
 from graft_shared.planner import TrainingPlan
 from graft_shared.specs import JobSpec
 from graft_worker.protocol import (
@@ -50,8 +50,9 @@ from graft_worker.training.exactness import require_exactness, said_alone, sampl
 from graft_worker.training.figures import Figures, NotFinite
 from graft_worker.training.footprint import Footprint
 from graft_worker.training.forward import Forward
-from graft_worker.training.graphs import Graphs, is_host_bound
+from graft_worker.training.graphs import Graphs
 from graft_worker.training.guard import Guard, ToldToStop
+from graft_worker.training.host_memory import keep_on_host
 from graft_worker.training.layers import (
     CompilerGaveUp,
     Layers,
@@ -156,6 +157,8 @@ def load(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guard
     largest = size_for(max(largest, row.real_tokens))
     keys = torch.zeros(largest, dtype=torch.int32, device=precision.device)
     take_over(model, precision.compute, dropout=spec.lora.lora_dropout, keys=keys)
+    if plan.recompute is Recompute.OFFLOAD and precision.device.type == "cuda" and not _is_tied(model):
+        keep_on_host(model.get_input_embeddings())
     compiler = choose_compiler()
     longest = max(split.longest, validation.longest if validation is not None else 0, SIZE_STEP)
     forward = Forward(model, precision, keys, longest=longest, chunk=compiled_loss(compiler))
@@ -165,7 +168,7 @@ def load(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guard
     require_exactness(model, forward, row, alone, precision.compute)
     require_input_gradients(model)
     layers = arrange_layers(forward.backbone, plan, backend=compiler, largest_microbatch=largest)
-    if compiler is not None and precision.device.type == "cuda" and is_host_bound(largest, layers.weights):
+    if compiler is not None and precision.device.type == "cuda" and runs_as_graphs(largest, layers.weights):
         forward.graphs = Graphs(forward.hidden, layers, largest)
     model.train()
     optimizer = FlatOptimizer(trainable(model), spec.training)
@@ -193,6 +196,11 @@ def load(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guard
     )
 
 
+def _is_tied(model: Any) -> bool:
+    head = model.get_output_embeddings()
+    return head is None or head.weight is model.get_input_embeddings().weight
+
+
 def probe(run: Run) -> None:
     """Do once, before the first step, what a later one could fail by: what fails at hour three fails now.
 
@@ -200,6 +208,7 @@ def probe(run: Run) -> None:
     checkpoint, which the supervisor uploads. Nothing is learnt by it.
     """
     run.events.emit(PhaseEvent(phase=Phase.PROBING))
+    run.optimizer.rehearse()  # first: it needs room of its own, which graphs could not use after it
     rows = _fullest(run, run.train, run.spec.training.sequences_per_update)
     _gathered(run, rows)
     if not torch.isfinite(run.optimizer.gradient_norm()) and run.layers.make_every_product():
@@ -208,7 +217,6 @@ def probe(run: Run) -> None:
     if run.forward.graphs is not None:
         _gathered(run, rows)  # the first was launched, this one is captured
     run.optimizer.clear()
-    run.optimizer.rehearse()
     if run.validation is not None:
         run.forward.mean_loss(_batches(run, run.validation, _fullest(run, run.validation, len(run.validation))))
     if run.request.checkpoint_path is None:
@@ -430,7 +438,9 @@ def finish(run: Run) -> None:
     write_metrics(folder, progress.lines)
     rows = {"training rows": len(run.train), "held-out rows": len(run.validation or ())}
     write_card(run.request, folder, {**rows, **metrics}, used)
-    run.events.emit(TrainedEvent(proof=proof, metrics=metrics, memory=run.footprint.peak(), versions=used))
+    run.events.emit(
+        TrainedEvent(proof=proof, metrics=metrics, memory=run.footprint.peak(run.optimizer.paged_bytes), versions=used)
+    )
 
 
 def _fullest(run: Run, split: Split, at_most: int) -> np.ndarray:
