@@ -51,7 +51,7 @@ def test_the_table_of_a_7b_is_what_the_arithmetic_says() -> None:
         "optimizer": "optimizer",
         "activations": "activations",
         "scratch for a dequantised weight": "dequantisation_scratch",
-        "loss": "loss",
+        "loss, or a layer's evaluation": "loss_or_evaluation",
         "one layer's backward pass": "backward_pass",
         "context and allocator": "context_and_allocator",
     }.items():
