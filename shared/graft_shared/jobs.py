@@ -289,13 +289,7 @@ class Job:
     @property
     def status(self) -> JobStatus:
         """The word that the API shows."""
-        if self.state in TERMINAL_STATES:
-            return JobStatus(self.state.value)
-        if self.cancel_requested:
-            return JobStatus.CANCELLING
-        if self.stage is Stage.PREPARE:
-            return JobStatus.VALIDATING_FILES
-        return JobStatus(self.state.value)
+        return status_of(self.state, self.stage, cancel_requested=self.cancel_requested)
 
     @property
     def is_training(self) -> bool:
@@ -307,6 +301,17 @@ class Job:
         if not self.is_training or self.claimed_at is None:
             return self.gpu_seconds
         return self.gpu_seconds + max(0.0, (moment - self.claimed_at).total_seconds())
+
+
+def status_of(state: JobState, stage: Stage, *, cancel_requested: bool) -> JobStatus:
+    """The word for a job of this state, stage and flag."""
+    if state in TERMINAL_STATES:
+        return JobStatus(state.value)
+    if cancel_requested:
+        return JobStatus.CANCELLING
+    if stage is Stage.PREPARE:
+        return JobStatus.VALIDATING_FILES
+    return JobStatus(state.value)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,8 +34,8 @@ OPTIMIZER_BYTES = {
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 MOST_SHARED_RANK = 256  # of all that share
 COLUMN_STEP = 64  # these come in so many: what one step of a GPU's product sums over
-# As wide as the feed-forward part, while its backward pass runs: what it computes again, and gradients. An adapter on the
-# last product, which takes the widest input, needs that input and its gradient apart from the product's own.
+# As wide as the feed-forward part, while its backward pass runs: what it computes again, and gradients. An adapter on
+# the last product, which takes the widest input, needs that input and its gradient apart from the product's own.
 FEED_FORWARD_TENSORS, FEED_FORWARD_TENSORS_ADAPTED = 3.2, 6.2
 STREAM_BYTES_PER_HIDDEN = 4  # the layer's input, and the attention's after its last product
 LOSS_CHUNK_BYTES = 256 * 1024**2  # fp32 logits of one chunk, at most
@@ -181,7 +181,7 @@ def runs_as_graphs(microbatch_tokens: int, weights_per_layer: int) -> bool:
 
 
 def embeddings_on_host(shape: ModelShape, plan: TrainingPlan) -> int:
-    """Bytes of input embeddings that a plan leaves in the host's memory; a head that is tied to them needs them here."""
+    """Bytes of input embeddings that a plan leaves in the host's memory; a head that is tied to them keeps them."""
     if plan.recompute is not Recompute.OFFLOAD or shape.tie_word_embeddings:
         return 0
     return HALF * shape.vocab_size * shape.hidden_size

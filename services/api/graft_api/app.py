@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import Depends, FastAPI
 
-from graft_api import health, objects
+from graft_api import health, metrics, objects
 from graft_api.auth import read_keys, tenant
 from graft_api.capacity import endpoints as capacity_routes
 from graft_api.deps import Neighbours, known_query
@@ -27,7 +27,7 @@ from graft_shared.catalogue import Catalogue
 from graft_shared.defaults import load_capacity, load_catalogue
 from graft_shared.dispatch import CeleryDoorbell, Doorbell
 from graft_shared.specs import JobSpec
-from graft_shared.store import Database, Files, Jobs, Leases, Workers, open_database
+from graft_shared.store import Database, Files, Jobs, Leases, Totals, Workers, open_database
 
 DESCRIPTION = (
     "Fine-tunes LoRA adapters on 4-bit base models (QLoRA). Unknown keys and parameters are refused everywhere."
@@ -66,6 +66,7 @@ def neighbours_of(
         jobs=Jobs(database),
         files=Files(database),
         workers=Workers(database),
+        totals=Totals(database),
         bells=Bells(doorbell, Leases(database, settings.lease)),
         bucket=bucket,
         doorbell=doorbell,
@@ -99,7 +100,7 @@ def create_app(neighbours: Neighbours) -> FastAPI:
 
 
 def _add_routes(app: FastAPI, bucket: Bucket) -> None:
-    for routes in (job_routes, file_routes, model_routes, capacity_routes):
+    for routes in (job_routes, file_routes, model_routes, capacity_routes, metrics):
         app.include_router(routes.router, dependencies=[Depends(tenant)])
     app.include_router(health.router)
     if isinstance(bucket, DirectoryBucket):

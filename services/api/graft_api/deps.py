@@ -17,7 +17,7 @@ from graft_shared.buckets import Bucket
 from graft_shared.capacity import CapacityTable
 from graft_shared.dispatch import Doorbell
 from graft_shared.errors import BadRequest, MalformedBody, UnknownParameter
-from graft_shared.store import Database, Files, Jobs, Workers
+from graft_shared.store import Database, Files, Jobs, Totals, Workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,7 @@ class Neighbours:
     jobs: Jobs
     files: Files
     workers: Workers
+    totals: Totals
     bells: Bells
     bucket: Bucket
     doorbell: Doorbell

@@ -18,7 +18,7 @@ from graft_shared.logs import log_event
 
 REQUEST_ID_HEADER = "x-request-id"
 _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
-_QUIET = ("/healthz", "/readyz")  # asked every few seconds; worth a line only when they fail
+_QUIET = ("/healthz", "/readyz", "/metrics")  # asked every few seconds; worth a line only when they fail
 
 logger = logging.getLogger(__name__)
 

@@ -4,9 +4,11 @@ from graft_shared.store.engine import Database, open_database
 from graft_shared.store.files import Files, StoredFile
 from graft_shared.store.jobs import JobQuery, Jobs, NewJob
 from graft_shared.store.leases import Leases, Orders
+from graft_shared.store.totals import Backlog, Totals
 from graft_shared.store.workers import LiveWorker, Workers
 
 __all__ = [
+    "Backlog",
     "Database",
     "Files",
     "JobQuery",
@@ -16,6 +18,7 @@ __all__ = [
     "NewJob",
     "Orders",
     "StoredFile",
+    "Totals",
     "Workers",
     "open_database",
 ]

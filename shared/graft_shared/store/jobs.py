@@ -180,32 +180,6 @@ class Jobs:
             moment = connection.execute(query).scalar_one_or_none()
         return as_datetime(moment) if moment is not None else None
 
-    def queue_lengths(self) -> dict[str, int]:
-        """Jobs that wait to be trained, by GPU class, over all tenants: those that `queue_position` counts."""
-        query = (
-            select(jobs.c.gpu_class, func.count())
-            .where(jobs.c.state == JobState.QUEUED.value, jobs.c.stage == Stage.TRAIN.value)
-            .group_by(jobs.c.gpu_class)
-        )
-        with self._database.reading() as connection:
-            return {gpu_class: count for gpu_class, count in connection.execute(query)}  # noqa: C416 (rows, not pairs)
-
-    def peaks(self, gpu_class: str, *, limit: int) -> Sequence[tuple[int, int]]:
-        """Predicted and measured peak, in bytes, of this class's last jobs that were measured on a GPU."""
-        query = (
-            select(jobs.c.placement, jobs.c.memory)
-            .where(jobs.c.state == JobState.SUCCEEDED.value, jobs.c.gpu_class == gpu_class)
-            .order_by(jobs.c.finished_at.desc())
-            .limit(limit)
-        )
-        with self._database.reading() as connection:
-            rows = [(row.placement.get("estimate"), row.memory) for row in connection.execute(query)]
-        return [
-            (estimate["expected_bytes"], memory["measured_peak_bytes"])
-            for estimate, memory in rows
-            if estimate and memory.get("measured_on") == "cuda"
-        ]
-
 
 def _insert_job(connection: Connection, new: NewJob) -> None:
     connection.execute(

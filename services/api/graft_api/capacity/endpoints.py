@@ -22,7 +22,8 @@ router = APIRouter(tags=["capacity"])
 @router.get("/capacity", summary="The VRAM-capacity table and the live fleet")
 def get_capacity(here: Here) -> CapacityBody:
     """Return each GPU class, what it trains, who serves it and how long its queue is."""
-    workers, queues = here.workers.alive(), here.jobs.queue_lengths()
+    workers = here.workers.alive()
+    queues = {queue.gpu_class: queue.length for queue in here.totals.backlogs() if queue.stage is Stage.TRAIN}
     data = [
         GpuClassBody(
             name=gpu.name,
@@ -30,7 +31,7 @@ def get_capacity(here: Here) -> CapacityBody:
             usable_bytes=gpu.usable_bytes,
             price_per_hour=gpu.price_per_hour,
             live_workers=sum(worker.gpu_class == gpu.name and Stage.TRAIN in worker.stages for worker in workers),
-            forecast_error=forecast_error(here.jobs.peaks(gpu.name, limit=JOBS_COMPARED)),
+            forecast_error=forecast_error(here.totals.peaks(gpu.name, limit=JOBS_COMPARED)),
             queue_length=queues.get(gpu.name, 0),
             largest_base_model=here.largest_bases[gpu.name],
         )
@@ -55,7 +56,10 @@ def forecast_error(peaks: Sequence[tuple[int, int]]) -> ForecastError | None:
     if not ratios:
         return None
     return ForecastError(
-        jobs=len(ratios), median_ratio=round(statistics.median(ratios), 3), highest_ratio=round(max(ratios), 3)
+        jobs=len(ratios),
+        mean_ratio=round(statistics.fmean(ratios), 3),
+        median_ratio=round(statistics.median(ratios), 3),
+        highest_ratio=round(max(ratios), 3),
     )
 
 

@@ -13,7 +13,8 @@ class ForecastError(BaseModel):
     """How the table's forecasts compare with what the last jobs of a class really took."""
 
     jobs: int
-    median_ratio: float = Field(description="Measured by expected peak; 1 is perfect.")
+    mean_ratio: float = Field(description="Measured by expected peak; 1 is perfect.")
+    median_ratio: float
     highest_ratio: float = Field(description="Above 1: some job took more than was expected of it.")
 
 

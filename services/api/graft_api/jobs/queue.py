@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from enum import StrEnum
 
 from graft_api.jobs.schemas import Queue
 from graft_shared.capacity import CapacityTable
 from graft_shared.jobs import Job, JobState, Stage
-from graft_shared.store import Jobs, LiveWorker
+from graft_shared.store import Backlog, Jobs, LiveWorker
+
+
+class Wait(StrEnum):
+    """What a queued job waits for: the thing that would have to change first."""
+
+    NO_LIVE_WORKER = "no_live_worker"
+    RETRY_DELAY = "retry_delay"  # it goes on some seconds after a failed run
+    IN_LINE = "in_line"  # for a worker that is busy, or about to take it
 
 
 def queue_of(job: Job, jobs: Jobs, workers: Sequence[LiveWorker], table: CapacityTable) -> Queue | None:
@@ -30,10 +39,19 @@ def workers_for(stage: Stage, gpu_class: str, workers: Sequence[LiveWorker], tab
     return able if stage is Stage.PREPARE else [w for w in able if _takes(w.gpu_class, gpu_class, table)]
 
 
+def lengths_by_reason(backlog: Backlog, able_workers: int) -> dict[Wait, int]:
+    """How many jobs of a queue wait for what."""
+    lengths = dict.fromkeys(Wait, 0)
+    lengths[_wait(able_workers, delayed=True)] += backlog.delayed
+    lengths[_wait(able_workers, delayed=False)] += backlog.length - backlog.delayed
+    return lengths
+
+
 def reason_to_wait(job: Job, position: int, able_workers: int, waits_until: datetime | None) -> str:
-    """Say what the job waits for: the thing that would have to change first."""
+    """Say what the job waits for, as a sentence."""
     preparing = job.stage is Stage.PREPARE
-    if able_workers == 0:
+    wait = _wait(able_workers, delayed=waits_until is not None)
+    if wait is Wait.NO_LIVE_WORKER:
         return "No live worker prepares data." if preparing else f"No live worker of class {job.gpu_class}."
     if waits_until is not None:
         return f"The last run failed; the next one starts after {waits_until:%H:%M:%S} UTC."
@@ -41,6 +59,12 @@ def reason_to_wait(job: Job, position: int, able_workers: int, waits_until: date
     if preparing:
         return f"Waiting for data preparation{f', {ahead}' if ahead else ''}."
     return f"{ahead or 'Next in line'} for a worker of class {job.gpu_class}."
+
+
+def _wait(able_workers: int, *, delayed: bool) -> Wait:
+    if able_workers == 0:
+        return Wait.NO_LIVE_WORKER
+    return Wait.RETRY_DELAY if delayed else Wait.IN_LINE
 
 
 def _takes(worker_class: str, job_class: str, table: CapacityTable) -> bool:
