@@ -6,8 +6,8 @@
 Bases are made on the card, layer by layer and already quantised: a 70B fits no disk that a test has. Each run does what
 a job's does (load, probe, three updates of the fullest microbatches, an evaluation, a checkpoint), fresh or resumed.
 Measured is the allocator's peak and what the process holds outside it; the context and managed memory are in that.
-Every third run is held out: `memory.py` was not fitted to it. Runs share the card as long as it has room for what they
-are expected to hold and a bit more; each is measured by what the driver says of its process.
+`HELD_OUT` are runs that `memory.py` was not fitted to: none had been made when it was. Runs share the card as long as
+it has room for what they are expected to hold and a bit more; each is measured by what the driver says of its process.
 """
 
 from __future__ import annotations
@@ -86,24 +86,27 @@ class Case:
         return "-".join(words)
 
 
-CASES = [
+FITTED = [
     Case("1b", "none", 512), Case("1b", "none", 8192, all_linear=True), Case("1b", "none", 32_768),
     Case("1b", "full", 16_384, optim="adamw_torch"), Case("1b", "offload", 32_768, all_linear=True),
     Case("3b", "none", 4096, optim="paged_adamw_32bit"), Case("3b", "every_n_layers", 8192, all_linear=True),
-    Case("3b", "full", 16_384, resumed=True),
-    Case("7b", "none", 1024), Case("7b", "none", 4096, resumed=True), Case("7b", "none", 6144, all_linear=True),
-    Case("7b", "every_n_layers", 8192), Case("7b", "full", 2048, optim="adamw_torch", all_linear=True),
-    Case("7b", "offload", 1024), Case("7b", "offload", 8192, all_linear=True, r=64),
+    Case("7b", "none", 1024), Case("7b", "every_n_layers", 8192), Case("7b", "offload", 1024),
+    Case("7b", "full", 2048, optim="adamw_torch", all_linear=True),
     Case("7b", "none", 4096, load_in_4bit=False, all_linear=True),
     Case("8b", "none", 16_384, all_linear=True), Case("8b", "full", 4096, all_linear=True),
-    Case("8b", "offload", 8192, all_linear=True), Case("8b", "offload", 16_384, all_linear=True, resumed=True),
+    Case("8b", "offload", 16_384, all_linear=True, resumed=True),
     Case("8b", "every_n_layers", 4096, optim="paged_adamw_32bit"), Case("8b", "none", 2048, r=128),
-    Case("13b", "none", 2048, all_linear=True), Case("13b", "none", 8192), Case("13b", "full", 8192, resumed=True),
-    Case("13b", "offload", 512), Case("13b", "offload", 4096, optim="adamw_torch", all_linear=True),
+    Case("13b", "none", 8192), Case("13b", "full", 8192, resumed=True),
+    Case("13b", "offload", 4096, optim="adamw_torch", all_linear=True),
     Case("34b", "none", 1024), Case("34b", "none", 4096, all_linear=True), Case("34b", "full", 4096, all_linear=True),
-    Case("34b", "offload", 8192, resumed=True),
-    Case("70b", "none", 512), Case("70b", "none", 2048, all_linear=True), Case("70b", "every_n_layers", 2048),
-    Case("70b", "full", 4096, all_linear=True, optim="paged_adamw_32bit"), Case("70b", "offload", 1024),
+    Case("70b", "none", 2048, all_linear=True), Case("70b", "every_n_layers", 2048), Case("70b", "offload", 1024),
+]  # fmt: skip
+HELD_OUT = [
+    Case("3b", "full", 16_384, resumed=True), Case("7b", "none", 4096, resumed=True),
+    Case("7b", "none", 6144, all_linear=True), Case("7b", "offload", 8192, all_linear=True, r=64),
+    Case("8b", "offload", 8192, all_linear=True), Case("13b", "none", 2048, all_linear=True),
+    Case("13b", "offload", 512), Case("34b", "offload", 8192, resumed=True), Case("70b", "none", 512),
+    Case("70b", "full", 4096, all_linear=True, optim="paged_adamw_32bit"),
 ]  # fmt: skip
 
 
@@ -133,10 +136,12 @@ def main() -> None:
         report(json.loads(arguments.report.read_text()), arguments.plot)
         return
     arguments.out_dir.mkdir(parents=True, exist_ok=True)
-    numbered = enumerate([Case("tiny", "none", 64)] if arguments.smoke else CASES)
-    waiting = [(case, number % 3 == 2) for number, case in numbered if arguments.only in case.name]
-    if arguments.held_out is not None:
-        waiting = [(case, is_held_out) for case, is_held_out in waiting if is_held_out == arguments.held_out]
+    every = [(case, False) for case in FITTED] + [(case, True) for case in HELD_OUT]
+    waiting = [
+        (case, is_held_out)
+        for case, is_held_out in ([(Case("tiny", "none", 64), False)] if arguments.smoke else every)
+        if arguments.only in case.name and arguments.held_out in (None, is_held_out)
+    ]
     found = run_all(sorted(waiting, key=lambda pair: expected(pair[0]).expected_bytes, reverse=True), arguments.out_dir)
     report(found, arguments.plot)
 
