@@ -243,7 +243,12 @@ def test_capacity_tells_how_far_its_forecasts_were_off(api: ApiService) -> None:
     for ratio in (0.9, 1.1, 1.0):
         api.succeed(job["id"], measured_peak_bytes=int(expected * ratio))
         job = api.new_job()
-    assert shown(job["gpu_class"]) == {"jobs": 3, "median_ratio": 1.0, "highest_ratio": 1.1}
+    assert shown(job["gpu_class"]) == {
+        "jobs": 3,
+        "mean_ratio": 1.0,
+        "median_ratio": 1.0,
+        "highest_ratio": 1.1,
+    }
 
 
 def test_capacity_shows_the_table_and_who_is_alive(api: ApiService) -> None:

@@ -1,0 +1,80 @@
+"""Figures over all tenants: how many jobs there are, what waits, and what forecasts were worth. No job is named."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import case, false, func, select
+
+from graft_shared.jobs import TERMINAL_STATES, JobState, JobStatus, Stage, status_of
+from graft_shared.store.engine import Database, now
+from graft_shared.store.tables import jobs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backlog:
+    """What waits in one queue: that of a GPU class, or of all preparing, which needs no GPU."""
+
+    stage: Stage
+    gpu_class: str | None
+    length: int
+    delayed: int  # of these: failed, and to be tried again later
+    oldest_seconds: float  # since the oldest of them was submitted
+
+
+class Totals:
+    """Jobs as the operator counts them."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def jobs(self) -> Mapping[tuple[JobStatus, str], int]:
+        """How many jobs there are by status and GPU class, those that have ended included."""
+        kind = (jobs.c.state, jobs.c.stage, jobs.c.gpu_class)
+        ended = jobs.c.state.in_([state.value for state in TERMINAL_STATES])
+        alive = jobs.c.state.in_([JobState.QUEUED.value, JobState.RUNNING.value])
+        # Two queries: an index alone answers the first, which counts all that ever ran; rows are wide.
+        of_ended = select(*kind, false(), func.count()).where(ended).group_by(*kind)
+        flagged = (*kind, jobs.c.cancel_requested)
+        of_alive = select(*flagged, func.count()).where(alive).group_by(*flagged)
+        counts: Counter[tuple[JobStatus, str]] = Counter()
+        with self._database.reading() as connection:
+            for query in (of_ended, of_alive):
+                for state, stage, gpu_class, cancel_requested, count in connection.execute(query):
+                    status = status_of(JobState(state), Stage(stage), cancel_requested=cancel_requested)
+                    counts[status, gpu_class] += count
+        return counts
+
+    def backlogs(self) -> list[Backlog]:
+        """What waits in each queue that is not empty."""
+        gpu_class = case((jobs.c.stage == Stage.TRAIN.value, jobs.c.gpu_class)).label("gpu_class")
+        queued = jobs.c.state == JobState.QUEUED.value
+        waiting = select(jobs.c.stage, gpu_class, jobs.c.not_before, jobs.c.created_at).where(queued).subquery()
+        query = select(
+            waiting.c.stage,
+            waiting.c.gpu_class,
+            func.count().label("length"),
+            func.sum(case((waiting.c.not_before > now(), 1), else_=0)).label("delayed"),
+            (now() - func.min(waiting.c.created_at)).label("oldest_seconds"),
+        ).group_by(waiting.c.stage, waiting.c.gpu_class)
+        with self._database.reading() as connection:
+            rows = connection.execute(query).mappings().all()
+        return [Backlog(**{**row, "stage": Stage(row["stage"])}) for row in rows]
+
+    def peaks(self, gpu_class: str, *, limit: int) -> Sequence[tuple[int, int]]:
+        """Predicted and measured peak, in bytes, of this class's last jobs that were measured on a GPU."""
+        query = (
+            select(jobs.c.placement, jobs.c.memory)
+            .where(jobs.c.state == JobState.SUCCEEDED.value, jobs.c.gpu_class == gpu_class)
+            .order_by(jobs.c.finished_at.desc())
+            .limit(limit)
+        )
+        with self._database.reading() as connection:
+            rows = [(row.placement.get("estimate"), row.memory) for row in connection.execute(query)]
+        return [
+            (estimate["expected_bytes"], memory["measured_peak_bytes"])
+            for estimate, memory in rows
+            if estimate and memory.get("measured_on") == "cuda"
+        ]

@@ -1,0 +1,99 @@
+"""`GET /metrics` says what the store says, in the words that Prometheus reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.api_service import ApiService, make_service, migrated_database
+from tests.store_factories import a_beat
+
+DEPLOY = Path(__file__).parents[2] / "deploy" / "README.md"
+
+Figures = dict[tuple[str, frozenset[str]], float]
+
+
+def scrape(api: ApiService) -> Figures:
+    """Every sample by its name and label values; those of 0 are left out."""
+    answer = api.http.get("/metrics")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    return {
+        (sample.name, frozenset(value for value in sample.labels.values() if value)): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+        if sample.value
+    }
+
+
+def of(figures: Figures, name: str) -> dict[frozenset[str], float]:
+    return {labels: value for (found, labels), value in figures.items() if found == name}
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return migrated_database(tmp_path_factory.mktemp("template"))
+
+
+@pytest.fixture
+def api(tmp_path: Path, template: Path) -> Iterator[ApiService]:
+    service = make_service(tmp_path, template)
+    yield service
+    service.database.close()
+
+
+def test_a_service_without_jobs_and_workers_counts_none(api: ApiService) -> None:
+    assert scrape(api) == {}
+
+
+def test_jobs_are_counted_by_status_and_class(api: ApiService) -> None:
+    first = api.new_job()
+    gpu_class = first["gpu_class"]
+    api.succeed(first["id"])
+    api.train(api.new_job()["id"])
+    cancelling = api.new_job()["id"]
+    api.claim(cancelling)
+    api.http.post(f"/jobs/{cancelling}/cancel")
+    api.new_job()
+    assert of(scrape(api), "graft_jobs") == {
+        frozenset({status, gpu_class}): 1 for status in ("succeeded", "running", "cancelling", "validating_files")
+    }
+
+
+def test_what_waits_is_counted_by_what_it_waits_for(api: ApiService) -> None:
+    handed = api.new_job()
+    gpu_class = handed["gpu_class"]
+    api.leases.hand_to_training(handed["id"], api.claim(handed["id"]).epoch, {"report": {}})
+    api.new_job()
+    figures = scrape(api)
+    assert of(figures, "graft_queued_jobs") == {
+        frozenset({"train", gpu_class, "no_live_worker"}): 1,
+        frozenset({"prepare", "no_live_worker"}): 1,
+    }
+    ages = of(figures, "graft_oldest_queued_job_age_seconds")
+    assert set(ages) == {frozenset({"train", gpu_class}), frozenset({"prepare"})}
+    assert all(0 < age < 600 for age in ages.values())
+    api.workers.beat(**a_beat("g", gpu_class=gpu_class, device="T4"))
+    figures = scrape(api)
+    assert of(figures, "graft_live_workers") == {frozenset({"train", gpu_class}): 1}
+    assert of(figures, "graft_queued_jobs")[frozenset({"train", gpu_class, "in_line"})] == 1
+
+
+def test_forecasts_are_held_against_what_was_measured(api: ApiService) -> None:
+    for ratio in (0.9, 1.2):
+        job = api.new_job()
+        expected = job["memory"]["predicted_peak_bytes"]
+        api.succeed(job["id"], measured_peak_bytes=int(expected * ratio))
+    figures, here = scrape(api), frozenset({job["gpu_class"]})
+    assert of(figures, "graft_memory_forecast_jobs") == {here: 2}
+    assert of(figures, "graft_memory_forecast_mean_ratio") == {here: 1.05}
+    assert of(figures, "graft_memory_forecast_highest_ratio") == {here: 1.2}
+
+
+def test_every_family_is_in_the_operators_table(api: ApiService) -> None:
+    names = {family.name for family in text_string_to_metric_families(api.http.get("/metrics").text)}
+    listed = {line.split("`")[1] for line in DEPLOY.read_text().splitlines() if line.startswith("| `graft_")}
+    assert names == listed
