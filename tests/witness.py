@@ -37,6 +37,24 @@ def trainers_below(folder: Path) -> list[Trainer]:
     ]
 
 
+@dataclass(frozen=True)
+class Step:
+    """An optimizer step that a toy trainer made; `at` is CLOCK_BOOTTIME in seconds."""
+
+    job_id: str
+    epoch: int
+    number: int
+    at: float
+
+
+def steps_made(folder: Path) -> list[Step]:
+    """Those of all toy trainers (`tests.fakes.child`) that testify in this folder, in the order they were made."""
+    log = folder / "steps.log"
+    lines = log.read_text().splitlines() if log.exists() else []
+    fields = [line.split() for line in lines]
+    return [Step(job_id, int(epoch), int(number), float(at)) for job_id, epoch, number, at in fields]
+
+
 @dataclass
 class Witness:
     """Sees the trainers that work below a folder. The store cannot tell of them: what it keeps is fenced."""

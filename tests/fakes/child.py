@@ -1,12 +1,14 @@
 """`python -m tests.fakes.child WORKDIR`: keeps the protocol of preparing and training, without torch.
 
-What it does is asked for in the job's metadata: `behaviour`, and `steps` to train. A real trainer's promises are kept:
-it resumes from its checkpoint, leaves with 75 when told to stop or when the lease's deadline has passed, and counts
-every step it makes in `steps.log` of the folder named by `witness`.
+What it does is asked for in the job's metadata: `behaviour`, `steps` to train, `step_seconds` that each takes, and
+after how many a checkpoint is saved (`save_steps`). A real trainer's promises are kept: it resumes from its checkpoint,
+leaves with 75 when told to stop or when the lease's deadline has passed, and its adapter is the same however often it
+was interrupted. Its steps stand in `steps.log` of the folder named by `witness` (see `tests.witness`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -33,7 +35,15 @@ from graft_worker.protocol import (
     wait_for_workdir,
 )
 
-STEP_SECONDS = 0.02
+STEP_SECONDS = "0.02"
+
+
+def weights_after(steps: int) -> str:
+    """The weights that this trainer has after so many steps, made without a break."""
+    weights = ""
+    for step in range(1, steps + 1):
+        weights = _trained(weights, step)
+    return weights
 
 
 def main() -> None:
@@ -82,23 +92,24 @@ def _train(workdir: Path, request: dict[str, Any], writer: EventWriter) -> int:
     else:
         signal.signal(signal.SIGTERM, lambda *_: told_to_stop.set())
     assert Path(request["train_file"]).read_bytes() == b"tokens"
-    steps = int(request["spec"]["metadata"].get("steps", "5"))
-    first = _resumed_step(request["checkpoint_path"])
-    witness = Path(request["spec"]["metadata"]["witness"])
+    asked = request["spec"]["metadata"]
+    steps, save_steps = int(asked.get("steps", "5")), int(asked.get("save_steps", "2"))
+    seconds = float(asked.get("step_seconds", STEP_SECONDS))
+    first, weights = _resumed(request["checkpoint_path"])
     writer.emit(WarningEvent(code="fake", message="This is no real trainer."))
     writer.emit(PhaseEvent(phase=Phase.TRAINING))
     for step in range(first + 1, steps + 1):
-        if told_to_stop.wait(STEP_SECONDS) or boottime() > read_deadline(workdir):
-            _save(workdir, writer, step - 1)
+        if told_to_stop.wait(seconds) or boottime() > read_deadline(workdir):
+            _save(workdir, writer, step - 1, weights)
             return ExitCode.STOPPED
-        with (witness / "steps.log").open("a") as log:
-            log.write(f"{request['epoch']} {step}\n")
+        weights = _trained(weights, step)
+        _testify(Path(asked["witness"]), request, step)
         _misbehave(behaviour, step, request["epoch"], writer)
         writer.emit(_progress(step, steps))
-        if step % 2 == 0:
-            _save(workdir, writer, step)
+        if step % save_steps == 0:
+            _save(workdir, writer, step, weights)
     (workdir / "adapter").mkdir()
-    (workdir / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
+    (workdir / "adapter" / "adapter_model.safetensors").write_text(weights)
     facts: dict[str, Any] = {
         "proof": {"finite": True},
         "metrics": {"train_loss": 0.5},
@@ -135,19 +146,29 @@ def _progress(step: int, steps: int) -> ProgressEvent:
     )
 
 
-def _save(workdir: Path, writer: EventWriter, step: int) -> None:
+def _trained(weights: str, step: int) -> str:
+    return hashlib.sha256(f"{weights} {step}".encode()).hexdigest()
+
+
+def _testify(folder: Path, request: dict[str, Any], step: int) -> None:
+    with (folder / "steps.log").open("a") as log:
+        log.write(f"{request['job_id']} {request['epoch']} {step} {boottime():.6f}\n")
+
+
+def _save(workdir: Path, writer: EventWriter, step: int, weights: str) -> None:
     folder = workdir / "checkpoints" / f"step-{step}"
     if folder.exists() or step == 0:
         return
     folder.mkdir(parents=True)
-    (folder / "state.json").write_text(json.dumps({"step": step}))
+    (folder / "state.json").write_text(json.dumps({"step": step, "weights": weights}))
     writer.emit(CheckpointEvent(step=step, path=str(folder)))
 
 
-def _resumed_step(checkpoint_path: str | None) -> int:
+def _resumed(checkpoint_path: str | None) -> tuple[int, str]:
     if checkpoint_path is None:
-        return 0
-    return int(json.loads((Path(checkpoint_path) / "state.json").read_text())["step"])
+        return 0, ""
+    state = json.loads((Path(checkpoint_path) / "state.json").read_text())
+    return int(state["step"]), str(state["weights"])
 
 
 if __name__ == "__main__":

@@ -38,10 +38,12 @@ from graft_worker.supervisor.neighbours import Neighbours
 from graft_worker.supervisor.slot import Slot, taken_if_free
 from graft_worker.supervisor.spare import SpareTrainer
 from graft_worker.tasks import answer_bell, look_for_work, slot_of
+from tests.fakes.child import weights_after
 from tests.fakes.doorbell import FakeDoorbell
 from tests.fakes.forked import forked_process
 from tests.store_factories import a_beat, a_new_job
 from tests.waiting import wait_until
+from tests.witness import steps_made
 
 SHAPE_FACTS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -117,9 +119,7 @@ class Worker:
 
     def steps(self) -> list[tuple[int, int]]:
         """Every (epoch, step) that a trainer really made."""
-        log = self.folder / "steps.log"
-        lines = log.read_text().splitlines() if log.exists() else []
-        return [(int(epoch), int(step)) for epoch, step in (line.split() for line in lines)]
+        return [(step.epoch, step.number) for step in steps_made(self.folder)]
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ def test_a_job_is_prepared_trained_and_published_with_its_proof(make_worker: Cal
     manifest = AdapterManifest.model_validate_json(worker.bucket.open(ended.adapter["manifest"]["key"]).read())
     assert [file.name for file in manifest.files] == ["adapter_model.safetensors"]
     assert manifest.base_revision.startswith("sha256-")
-    assert worker.bucket.open(ended.adapter["prefix"] + "adapter_model.safetensors").read() == b"weights"
+    assert worker.bucket.open(ended.adapter["prefix"] + "adapter_model.safetensors").read() == weights_after(5).encode()
     assert ended.adapter["prefix"] == f"tenants/default/jobs/{job.id}/e2/adapter/"
     assert (ended.metrics["train_loss"], ended.memory["measured_peak_bytes"]) == (0.5, 1)
     assert (ended.progress["step"], ended.progress["percent"]) == (5, 100.0)

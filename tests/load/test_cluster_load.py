@@ -16,6 +16,7 @@ from tests.factories import make_tiny_base
 from tests.fleet import JSONL, Cluster, cluster
 from tests.invariants import Run, assert_history_holds, waits_beside_an_idle_worker
 from tests.waiting import wait_until
+from tests.witness import steps_made
 
 ROOT = Path(__file__).parents[2]
 WORKERS, PREPARERS = 4, 2
@@ -112,8 +113,8 @@ def test_a_hundred_jobs_at_once_are_each_trained_once_and_no_worker_idles_beside
     assert Counter(run.job_id for run in trained) == dict.fromkeys(ids, 1)
     assert len({run.worker for run in trained}) == WORKERS
     assert len({run.worker for run in prepared}) == PREPARERS
-    steps = Counter((fleet.state_dir / "steps.log").read_text().splitlines())
-    assert set(steps.values()) == {100}, "each of a hundred jobs made each step once"
+    steps = Counter((step.job_id, step.number) for step in steps_made(fleet.state_dir))
+    assert steps == {(job_id, number): 1 for job_id in ids for number in range(1, 101)}, "each made each step once"
     for runs in (prepared, trained):
         assert waits_beside_an_idle_worker(runs, longer_than=1.0) == []
 
