@@ -103,6 +103,16 @@ def trainings_go_on_from_the_last_checkpoint(events: Sequence[Event]) -> None:
         assert steps[:1] == [max(stored, default=0) + 1], (claim, stored, steps[:1])
 
 
+@dataclass(frozen=True)
+class Step:
+    """An optimizer step as a toy trainer told it; `at` is CLOCK_BOOTTIME in seconds."""
+
+    job_id: str
+    epoch: int
+    number: int
+    at: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sighting:
     """One trainer's process, as somebody who looked at the machine again and again saw it. Seconds of one clock."""
@@ -131,3 +141,51 @@ def trainers_came_in_turn(sightings: Sequence[Sighting]) -> None:
         begun = [sighting.epoch for sighting in sorted(own, key=lambda sighting: sighting.first_at)]
         ended = [sighting.epoch for sighting in sorted(own, key=lambda sighting: sighting.last_at)]
         assert begun == ended == sorted(set(begun)), (job_id, begun, ended)
+
+
+def nobody_steps_after_a_newer_epoch(steps: Sequence[Step]) -> list[str]:
+    """The zombie steps: those of an epoch that were made after the first of a newer one of the same job."""
+    found = []
+    newest: dict[str, int] = {}
+    for step in sorted(steps, key=lambda step: step.at):
+        epoch = newest.get(step.job_id, 0)
+        if step.epoch < epoch:
+            found.append(f"{step.job_id}: step {step.number} of epoch {step.epoch} after the first of epoch {epoch}")
+        newest[step.job_id] = max(epoch, step.epoch)
+    return found
+
+
+def runs_begin_behind_their_checkpoint(events: Sequence[Event], steps: Sequence[Step]) -> list[str]:
+    """The runs whose first step is not the one after the last checkpoint that was committed before their claim."""
+    found = []
+    first: dict[int, int] = {}
+    for step in sorted(steps, key=lambda step: step.at):
+        first.setdefault(step.epoch, step.number)
+    stored = 0
+    for event in events:
+        if event["type"] == "checkpoint":
+            stored = event["data"]["step"]
+        elif event["type"] == "claimed" and first.get(event["epoch"], stored + 1) != stored + 1:
+            found.append(f"epoch {event['epoch']} began with step {first[event['epoch']]}, {stored} were stored")
+    return found
+
+
+def lost_by_interruption(steps: Sequence[Step]) -> list[int]:
+    """How many steps of each run of a job its next run made again, in the order of the runs."""
+    return [max(0, before[-1] - after[0] + 1) for before, after in itertools.pairwise(_runs(steps))]
+
+
+def accounting_closes(steps: Sequence[Step], needed: int) -> bool:
+    """Whether every step was made, none twice in one run, and interruptions explain what was made again."""
+    runs = _runs(steps)
+    without_gaps = all(run == list(range(run[0], run[-1] + 1)) for run in runs)
+    all_made = {step.number for step in steps} == set(range(1, needed + 1))
+    return without_gaps and all_made and len(steps) - needed == sum(lost_by_interruption(steps))
+
+
+def _runs(steps: Sequence[Step]) -> list[list[int]]:
+    """The numbers of the steps of each run of a job, in the order in which they were made."""
+    by_epoch: dict[int, list[int]] = {}
+    for step in sorted(steps, key=lambda step: (step.epoch, step.at)):
+        by_epoch.setdefault(step.epoch, []).append(step.number)
+    return list(by_epoch.values())

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.invariants import Sighting
+from tests.invariants import Sighting, Step
 
 LOOK_SECONDS = 0.05
 # A trainer stands in its job's folder, `…/work/<worker>/train/<job>-e<epoch>`; one that waits for a job does not.
-_WORKDIR = re.compile(r"/work/[^/]+/train/(?P<job>ftjob-\w+)-e(?P<epoch>\d+)( \(deleted\))?$")
+_WORKDIR = re.compile(r"/work/(?P<worker>[^/]+)/train/(?P<job>ftjob-\w+)-e(?P<epoch>\d+)( \(deleted\))?$")
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Trainer:
     job_id: str
     epoch: int
     pid: int
+    worker: str
 
 
 def trainers_below(folder: Path) -> list[Trainer]:
@@ -31,20 +32,10 @@ def trainers_below(folder: Path) -> list[Trainer]:
     folders = {pid: stands for pid in pids() if (stands := folder_of(pid)).startswith(f"{folder}/")}
     matches = {pid: match for pid, stands in folders.items() if (match := _WORKDIR.search(stands))}
     return [
-        Trainer(job_id=match["job"], epoch=int(match["epoch"]), pid=pid)
+        Trainer(job_id=match["job"], epoch=int(match["epoch"]), pid=pid, worker=match["worker"])
         for pid, match in matches.items()
         if _parent(pid) not in matches
     ]
-
-
-@dataclass(frozen=True)
-class Step:
-    """An optimizer step that a toy trainer made; `at` is CLOCK_BOOTTIME in seconds."""
-
-    job_id: str
-    epoch: int
-    number: int
-    at: float
 
 
 def steps_made(folder: Path) -> list[Step]:

@@ -1,0 +1,108 @@
+"""`make chaos [DB=…] [JOBS=…] [FAULTS=…] [SEED=…]`: random faults, then judgement. Exit code 1 if a promise broke."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from graft_shared.store import open_database
+from tests.chaos.clients import Clients
+from tests.chaos.faults import Faults
+from tests.chaos.judge import figures, gather, judge, unfinished
+from tests.chaos.service import service_in_trouble
+from tests.waiting import wait_until
+
+REST_LEASES = 60.0  # how long the last jobs may take once nothing goes wrong any more, in leases
+SAY_EVERY = 100
+
+
+def main() -> None:
+    """Run, judge, report."""
+    arguments = _arguments()
+    folder = Path(tempfile.mkdtemp(prefix="graft-chaos-"))
+    report = run(folder, arguments)
+    print(json.dumps(report, indent=2))
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+    if report["violations"]:
+        sys.exit(f"a promise was broken; the service's logs and database are in {folder}")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def run(folder: Path, wanted: argparse.Namespace) -> dict[str, Any]:
+    """One run in this folder; returns its report."""
+    began = time.monotonic()
+    in_trouble = service_in_trouble(
+        folder, database=wanted.db, lease_seconds=wanted.lease_seconds, trainers=wanted.trainers
+    )
+    with in_trouble as service:
+        faults = Faults(service, wanted.seed, wanted.gap_seconds, wanted.faults)
+        clients = Clients(
+            service,
+            wanted.seed,
+            backlog=wanted.trainers + 4,
+            wanted=wanted.jobs,
+            go_on=lambda: sum(faults.sent.values()) < wanted.faults,
+        )
+        clients.start()
+        faults.run(lambda: _say(faults, clients))
+        clients.join()
+        database = open_database(service.database_url)
+        rest = REST_LEASES * wanted.lease_seconds
+        try:
+            wait_until(lambda: unfinished(database) == 0, seconds=rest, what="the last jobs", every=0.5)
+        except TimeoutError as error:
+            print(error, file=sys.stderr)  # the judge says which
+        finally:
+            database.close()
+        restarts = service.restarts
+    evidence = gather(service, clients.submitted, faults.hits)
+    verdict = judge(evidence)
+    return {
+        "command": f"python -m tests.chaos {' '.join(sys.argv[1:])}",
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": f"{os.cpu_count()} cores, {platform.platform()}",
+        "database": wanted.db,
+        "lease_seconds": wanted.lease_seconds,
+        "trainers": wanted.trainers,
+        "seconds": round(time.monotonic() - began),
+        "faults": {"kill_9": faults.kills, "processes_started_again": restarts, **dict(sorted(faults.sent.items()))},
+        "posts_repeated": clients.posts_repeated,
+        "longest_post_seconds": round(clients.longest_post_seconds, 2),
+        **figures(evidence),
+        "promises": {promise: len(found) for promise, found in verdict.violations.items()},
+        "violations": {promise: found[:20] for promise, found in verdict.violations.items() if found},
+    }
+
+
+def _say(faults: Faults, clients: Clients) -> None:
+    done = sum(faults.sent.values())
+    if done % SAY_EVERY == 0:
+        print(f"{done} faults, {faults.kills} of them kill -9; {len(clients.submitted)} jobs", file=sys.stderr)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--db", choices=("sqlite", "postgres"), default="sqlite")
+    parser.add_argument("--jobs", type=int, default=50, help="at least so many")
+    parser.add_argument("--faults", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--lease-seconds", type=float, default=4.0, help="60 in production; all times are scaled alike")
+    parser.add_argument("--trainers", type=int, default=8)
+    parser.add_argument("--gap-seconds", type=float, default=0.7, help="between two faults, in the mean")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
