@@ -231,6 +231,11 @@ def card_gib() -> float:
 
 def arguments_of(description: str) -> argparse.Namespace:
     """What to measure."""
+    return parser_of(description).parse_args()
+
+
+def parser_of(description: str) -> argparse.ArgumentParser:
+    """The options that say what is trained, on what, by which plan."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dims", choices=sorted(DIMS), default="llama-2-7b")
     parser.add_argument("--workload", choices=sorted(WORKLOADS), default="a")
@@ -245,7 +250,7 @@ def arguments_of(description: str) -> argparse.Namespace:
     parser.add_argument("--bf16-base", action="store_true")
     parser.add_argument("--workspace", type=Path, default=Path("/tmp/graft-bench"))
     parser.add_argument("--out", type=Path, required=True)
-    return parser.parse_args()
+    return parser
 
 
 if __name__ == "__main__":

@@ -65,8 +65,8 @@ def run(folder: Path, wanted: argparse.Namespace) -> dict[str, Any]:
             print(error, file=sys.stderr)  # the judge says which
         finally:
             database.close()
-        restarts = service.restarts
-    evidence = gather(service, clients.submitted, faults.hits)
+        service.stop()
+        evidence = gather(service, clients.submitted, faults.hits)
     verdict = judge(evidence)
     return {
         "command": f"python -m tests.chaos {' '.join(sys.argv[1:])}",
@@ -76,7 +76,11 @@ def run(folder: Path, wanted: argparse.Namespace) -> dict[str, Any]:
         "lease_seconds": wanted.lease_seconds,
         "trainers": wanted.trainers,
         "seconds": round(time.monotonic() - began),
-        "faults": {"kill_9": faults.kills, "processes_started_again": restarts, **dict(sorted(faults.sent.items()))},
+        "faults": {
+            "kill_9": faults.kills,
+            "processes_started_again": service.restarts,
+            **dict(sorted(faults.sent.items())),
+        },
         "posts_repeated": clients.posts_repeated,
         "longest_post_seconds": round(clients.longest_post_seconds, 2),
         **figures(evidence),
