@@ -21,6 +21,7 @@ GraftError
 │   └── ObjectNotFound
 ├── Conflict                       right in itself, too late or too early
 │   ├── JobFinished
+│   ├── JobCancelling
 │   ├── AdapterNotReady
 │   └── WorkerNameTaken
 ├── LeaseLost                      another epoch owns the job now
@@ -133,6 +134,10 @@ class Conflict(GraftError):
 
 class JobFinished(Conflict):
     """The job '{job_id}' has already ended as '{status}'."""
+
+
+class JobCancelling(Conflict):
+    """The job '{job_id}' is being cancelled: it can be neither paused nor resumed."""
 
 
 class AdapterNotReady(Conflict):

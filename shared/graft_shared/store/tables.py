@@ -72,6 +72,8 @@ jobs = Table(
     Column("started_at", Double),
     Column("finished_at", Double),
     Column("gpu_seconds", Double, nullable=False, server_default=text("0")),
+    Column("paused_since", Double),  # the flag of a pause: since it is in the queue with it, or runs and was asked
+    Column("paused_seconds", Double, nullable=False, server_default=text("0")),
     UniqueConstraint("tenant", "idempotency_key"),
     Index(None, "state", "stage", "gpu_class"),
     Index(None, "tenant", "created_at"),
