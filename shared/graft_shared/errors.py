@@ -23,6 +23,7 @@ GraftError
 │   ├── JobFinished
 │   ├── JobCancelling
 │   ├── AdapterNotReady
+│   ├── UploadExpired
 │   └── WorkerNameTaken
 ├── LeaseLost                      another epoch owns the job now
 ├── ArtifactCorrupt                bytes read back differ from bytes written
@@ -142,6 +143,10 @@ class JobCancelling(Conflict):
 
 class AdapterNotReady(Conflict):
     """The job '{job_id}' is '{status}': its adapter exists once it has succeeded."""
+
+
+class UploadExpired(Conflict):
+    """The upload took longer than a day and was given up. Send the file again."""
 
 
 class WorkerNameTaken(Conflict):

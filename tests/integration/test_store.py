@@ -704,6 +704,7 @@ def test_files_belong_to_their_tenant_and_are_paged(database: Database) -> None:
     files = Files(database)
     for number in range(5):
         stored = StoredObject(key=f"k{number}", size=number, sha256="0" * 64)
+        files.announce(stored.key)
         files.add(id=f"file-{number}", tenant="a", filename="rows.jsonl", object=stored, report={"rows": number})
     assert files.get("a", "file-3").object.size == 3
     with pytest.raises(FileNotFound):

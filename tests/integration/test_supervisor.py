@@ -9,7 +9,9 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,9 +27,10 @@ from graft_shared.jobs import Job, JobState, JobStatus, Phase, Stage, StoredObje
 from graft_shared.memory import TrainingPlan, estimate
 from graft_shared.planner import plans
 from graft_shared.specs import JobSpec
-from graft_shared.store import Files, Jobs, Leases, Workers, open_database
+from graft_shared.store import Files, Jobs, Leases, Sweeps, Workers, open_database
 from graft_shared.store.migrate import migrate
 from graft_shared.store.tables import jobs as jobs_table
+from graft_shared.sweeper import Sweeper
 from graft_worker.device import Device
 from graft_worker.settings import WorkerSettings
 from graft_worker.supervisor import preparation, training_run
@@ -135,6 +138,7 @@ def make_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
 
     def make(bucket: Bucket | None = None, **settings: Any) -> Worker:
         worker = Worker(tmp_path, bucket or DirectoryBucket(tmp_path / "bucket"), **settings)
+        worker.neighbours.files.announce("tenants/default/files/file-rows")
         stored = worker.bucket.put_bytes("tenants/default/files/file-rows", b'{"text": "a"}\n')
         known = StoredObject(key=stored.key, size=stored.size, sha256=stored.sha256)
         worker.neighbours.files.add(id="file-rows", tenant="default", filename="r.jsonl", object=known, report={})
@@ -523,6 +527,50 @@ def test_the_next_job_is_trained_by_the_process_that_waits_for_it(make_worker: C
     }
     assert str(waiting) not in log_of(worker, first)
     assert spare.waiting_pid not in (None, waiting)
+
+
+def test_a_job_that_is_interrupted_again_and_again_beside_a_sweeper_has_all_it_needs(
+    make_worker: Callable[..., Worker],
+) -> None:
+    worker, done = make_worker(), threading.Event()
+    sweeper = Sweeper(
+        sweeps=Sweeps(worker.database),
+        leases=worker.leases,
+        files=worker.neighbours.files,
+        bucket=worker.bucket,
+        grace=timedelta(0),
+    )
+
+    def sweep() -> None:
+        with worker.database.writing() as connection:
+            connection.execute(update(jobs_table).values(sweep_at=0.0))
+        sweeper.sweep(threading.Event())
+
+    def sweep_on() -> None:
+        while not done.wait(0.01):
+            sweep()
+
+    with ThreadPoolExecutor(1) as beside:
+        sweeping = beside.submit(sweep_on)
+        job = worker.submit(steps="60", save_steps="1")
+        for wanted in (10, 20, 30, 40):
+            working = worker.start()
+            wait_until(lambda wanted=wanted: len(worker.steps()) > wanted, what="some steps")  # type: ignore[misc]
+            worker.jobs.pause("default", job.id)
+            working.join(timeout=20)
+            worker.jobs.resume("default", job.id)
+        worker.work()
+        done.set()
+        sweeping.result(timeout=20)
+    ended = worker.get(job)
+    assert (ended.state, ended.epoch) == (JobState.SUCCEEDED, 6)
+    assert ended.adapter is not None and ended.checkpoint is not None
+    trained = worker.bucket.open(ended.adapter["prefix"] + "adapter_model.safetensors").read()
+    assert trained == weights_after(60).encode()
+    assert [step for _, step in worker.steps()] == list(range(1, 61))
+    sweep()
+    checkpoints = [key for key in worker.bucket.list(f"tenants/default/jobs/{job.id}/") if "/checkpoints/" in key]
+    assert checkpoints == [ended.checkpoint.object.key]
 
 
 def lose(worker: Worker) -> None:

@@ -26,6 +26,7 @@ from graft_shared.jobs import (
 )
 from graft_shared.store.engine import Database, now
 from graft_shared.store.rows import add_event, checkpoint_values, compare_and_set, job_from
+from graft_shared.store.sweeps import SWEEP_EVERY
 from graft_shared.store.tables import jobs, workers
 from graft_shared.store.workers import LiveWorker, name_of
 
@@ -81,6 +82,7 @@ class Leases:
                 claimed_at=now(),
                 started_at=best["started_at"] or now(),
                 lease_expires_at=now() + self._lease,
+                sweep_at=now() + SWEEP_EVERY.total_seconds(),
             )
             message = "Preparing the data began." if stage is Stage.PREPARE else "Training was taken up."
             facts = {"worker": worker, "stage": stage.value, "attempt": row["attempt"]}
