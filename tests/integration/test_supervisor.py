@@ -10,8 +10,10 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -529,6 +531,11 @@ def test_the_next_job_is_trained_by_the_process_that_waits_for_it(make_worker: C
     assert spare.waiting_pid not in (None, waiting)
 
 
+def has_trained(worker: Worker, epoch: int) -> bool:
+    """Whether the run of this epoch has made some steps."""
+    return [of_run for of_run, _ in worker.steps()].count(epoch) > 5
+
+
 def test_a_job_that_is_interrupted_again_and_again_beside_a_sweeper_has_all_it_needs(
     make_worker: Callable[..., Worker],
 ) -> None:
@@ -547,27 +554,27 @@ def test_a_job_that_is_interrupted_again_and_again_beside_a_sweeper_has_all_it_n
         sweeper.sweep(threading.Event())
 
     def sweep_on() -> None:
-        while not done.wait(0.01):
+        while not done.wait(0.1):
             sweep()
 
-    with ThreadPoolExecutor(1) as beside:
+    with ThreadPoolExecutor(1) as beside, ExitStack() as ended_first:
         sweeping = beside.submit(sweep_on)
-        job = worker.submit(steps="60", save_steps="1")
-        for wanted in (10, 20, 30, 40):
+        ended_first.callback(done.set)
+        job = worker.submit(steps="150", save_steps="1")
+        for epoch in (2, 3, 4, 5):
             working = worker.start()
-            wait_until(lambda wanted=wanted: len(worker.steps()) > wanted, what="some steps")  # type: ignore[misc]
+            wait_until(partial(has_trained, worker, epoch), what="steps of this run")
             worker.jobs.pause("default", job.id)
             working.join(timeout=20)
             worker.jobs.resume("default", job.id)
         worker.work()
-        done.set()
-        sweeping.result(timeout=20)
+    sweeping.result()
     ended = worker.get(job)
     assert (ended.state, ended.epoch) == (JobState.SUCCEEDED, 6)
     assert ended.adapter is not None and ended.checkpoint is not None
     trained = worker.bucket.open(ended.adapter["prefix"] + "adapter_model.safetensors").read()
-    assert trained == weights_after(60).encode()
-    assert [step for _, step in worker.steps()] == list(range(1, 61))
+    assert trained == weights_after(150).encode()
+    assert [step for _, step in worker.steps()] == list(range(1, 151))
     sweep()
     checkpoints = [key for key in worker.bucket.list(f"tenants/default/jobs/{job.id}/") if "/checkpoints/" in key]
     assert checkpoints == [ended.checkpoint.object.key]
