@@ -123,7 +123,7 @@ def list_jobs(
 
 @app.command()
 def watch(job: JobId, as_json: AsJson = False) -> None:
-    """Follow a job to its end: exit code 0 succeeded, 1 failed, 3 cancelled."""
+    """Follow a job to its end: exit code 0 succeeded, 1 failed, 3 cancelled. A paused job is waited for."""
     with _client() as client:
         _follow(client, job, as_json=as_json)
 
@@ -133,6 +133,22 @@ def cancel(job: JobId, as_json: AsJson = False) -> None:
     """End a job before its time."""
     with _client() as client:
         found = client.cancel(job)
+        _answer(found, tables.job_table(found), as_json=as_json)
+
+
+@app.command()
+def pause(job: JobId, as_json: AsJson = False) -> None:
+    """Stop a job for a while: it saves what it has learnt, leaves its worker and keeps its place."""
+    with _client() as client:
+        found = client.pause(job)
+        _answer(found, tables.job_table(found), as_json=as_json)
+
+
+@app.command()
+def resume(job: JobId, as_json: AsJson = False) -> None:
+    """Let a paused job go on."""
+    with _client() as client:
+        found = client.resume(job)
         _answer(found, tables.job_table(found), as_json=as_json)
 
 

@@ -117,6 +117,19 @@ class GraftClient:
         answer: Document = self._transport.json("POST", f"/jobs/{_part(job_id)}/cancel")
         return answer
 
+    def pause(self, job_id: str) -> Document:
+        """Stop a job for a while and return it: a running one is `pausing` until it is saved, then `paused`.
+
+        GraftAPIError `job_finished` or `job_cancelling` when it is too late.
+        """
+        answer: Document = self._transport.json("POST", f"/jobs/{_part(job_id)}/pause")
+        return answer
+
+    def resume(self, job_id: str) -> Document:
+        """Let a paused job go on, in its old place, and return it; GraftAPIError as of `pause`."""
+        answer: Document = self._transport.json("POST", f"/jobs/{_part(job_id)}/resume")
+        return answer
+
     def events(self, job_id: str, *, after: int | str | None = None, page_size: int = 200) -> Iterator[Document]:
         """Go through a job's events, oldest first, starting behind the event `after`."""
         filters: dict[str, str | int] = {"limit": page_size}
@@ -176,7 +189,7 @@ class GraftClient:
         return self._get(f"/files/{_part(file_id)}")
 
     def updates(self, job_id: str, *, poll_seconds: float = 1.0) -> Iterator[Update]:
-        """Follow a job to its end, one Update a look; survives a restart of the service."""
+        """Follow a job to its end, one Update a look; outlives a restart of the service, and any pause."""
         cursor: int | str | None = None
         patience: float | None = None
         while True:
@@ -191,7 +204,7 @@ class GraftClient:
             self._transport.sleep(poll_seconds)
 
     def wait(self, job_id: str, *, timeout_seconds: float | None = None, poll_seconds: float = 1.0) -> Document:
-        """Return the job once it has ended.
+        """Return the job once it has ended; a paused one is waited for.
 
         Raises:
             WaitedTooLong: It has not ended within `timeout_seconds`.

@@ -16,7 +16,8 @@ from graft_client.errors import GraftAPIError
 
 GIB = 1024**3
 
-_STATUS_COLOURS = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "running": "cyan"}
+_STATUS_COLOURS = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "running": "cyan", "paused": "magenta"}
+_BUSY = frozenset({"validating_files", "running", "pausing"})
 
 
 def gib(size: float | None) -> str:
@@ -72,7 +73,7 @@ def _job_facts(job: dict[str, Any]) -> Iterable[tuple[str, Any]]:
 def status_words(job: dict[str, Any]) -> str:
     """The status, and what a running job is busy with."""
     phase = job.get("phase")
-    return f"{job['status']} ({phase})" if phase and job["status"] in {"running", "validating_files"} else job["status"]
+    return f"{job['status']} ({phase})" if phase and job["status"] in _BUSY else job["status"]
 
 
 def jobs_table(jobs: Iterable[dict[str, Any]]) -> Table:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -73,6 +75,31 @@ def adapter_prefix(tenant: str, job_id: str, epoch: int) -> str:
 def log_key(tenant: str, job_id: str, epoch: int) -> str:
     """Where the trainer's log of this epoch lies."""
     return f"{epoch_prefix(tenant, job_id, epoch)}trainer.log"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobObject:
+    """One object of a job, as its key tells: the epoch that wrote it, and what it is."""
+
+    key: str
+    epoch: int
+    is_log: bool
+    checkpoint_step: int | None
+
+
+def read_job_key(tenant: str, job_id: str, key: str) -> JobObject | None:
+    """Read a key that an epoch of this job has written; None for any other."""
+    found = re.fullmatch(re.escape(job_prefix(tenant, job_id)) + r"e(\d+)/.+", key)
+    if found is None:
+        return None
+    epoch = int(found[1])
+    step = re.search(r"/checkpoints/step-(\d+)\.tar$", key)
+    return JobObject(
+        key=key,
+        epoch=epoch,
+        is_log=key == log_key(tenant, job_id, epoch),
+        checkpoint_step=int(step[1]) if step is not None else None,
+    )
 
 
 def sha256_of(data: bytes) -> str:

@@ -21,7 +21,9 @@ GraftError
 │   └── ObjectNotFound
 ├── Conflict                       right in itself, too late or too early
 │   ├── JobFinished
+│   ├── JobCancelling
 │   ├── AdapterNotReady
+│   ├── UploadExpired
 │   └── WorkerNameTaken
 ├── LeaseLost                      another epoch owns the job now
 ├── ArtifactCorrupt                bytes read back differ from bytes written
@@ -135,8 +137,16 @@ class JobFinished(Conflict):
     """The job '{job_id}' has already ended as '{status}'."""
 
 
+class JobCancelling(Conflict):
+    """The job '{job_id}' is being cancelled: it can be neither paused nor resumed."""
+
+
 class AdapterNotReady(Conflict):
     """The job '{job_id}' is '{status}': its adapter exists once it has succeeded."""
+
+
+class UploadExpired(Conflict):
+    """The upload took longer than a day and was given up. Send the file again."""
 
 
 class WorkerNameTaken(Conflict):

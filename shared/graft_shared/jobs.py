@@ -7,6 +7,10 @@
 
 `running` means that an epoch holds a lease, whatever the stage: data is prepared first (`Stage.PREPARE`), then the
 adapter is trained (`Stage.TRAIN`). What the API shows (`JobStatus`) is derived here from state, stage and flags.
+
+A pause is a flag: a queued job that has it is not claimed and keeps its place; a running one is released as for a
+drain. Of a resume and that release the first commit wins: a job that is resumed while its worker leaves goes back to
+the queue without the flag, and is taken up again.
 """
 
 from __future__ import annotations
@@ -42,11 +46,13 @@ class Stage(StrEnum):
 
 
 class JobStatus(StrEnum):
-    """The words that users see: OpenAI's, and `cancelling`."""
+    """The words that users see: OpenAI's, and `pausing`, `paused`, `cancelling`."""
 
     VALIDATING_FILES = "validating_files"
     QUEUED = "queued"
     RUNNING = "running"
+    PAUSING = "pausing"
+    PAUSED = "paused"
     CANCELLING = "cancelling"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
@@ -86,6 +92,7 @@ class FailureReason(StrEnum):
     CRASH = "crash"
     WORKER_LOST = "worker_lost"
     DRAINED = "drained"
+    PAUSED = "paused"
 
 
 class Fault(StrEnum):
@@ -101,6 +108,7 @@ class Retry(StrEnum):
     NEVER = "never"
     CHARGED = "charged"  # again, up to max_attempts
     FREE = "free"  # again, as long as checkpoints advance
+    UNCOUNTED = "uncounted"  # again, however often: the user wanted it so
     REPLANNED = "replanned"  # again with another plan, if there is one; never with the same
 
 
@@ -179,6 +187,7 @@ REMEDIES: dict[FailureReason, Remedy] = {
         fault=Fault.SERVER,
         advice="Workers were stopped again and again before a new checkpoint was reached.",
     ),
+    FailureReason.PAUSED: Remedy(retry=Retry.UNCOUNTED, fault=Fault.USER, advice="Resume the job."),
 }
 
 
@@ -230,7 +239,8 @@ def after_failure(
     if retry is Retry.CHARGED:
         state = JobState.QUEUED if attempt < max_attempts else JobState.FAILED
         return Aftermath(state=state, attempt=attempt, runs_without_progress=runs_without_progress)
-    fruitless = 0 if made_progress else runs_without_progress + 1
+    counted = 0 if retry is Retry.UNCOUNTED else 1
+    fruitless = 0 if made_progress else runs_without_progress + counted
     state = JobState.QUEUED if fruitless < MAX_RUNS_WITHOUT_PROGRESS else JobState.FAILED
     return Aftermath(state=state, attempt=attempt - 1, runs_without_progress=fruitless)
 
@@ -270,6 +280,8 @@ class Job:
     gpu_class: str
     phase: Phase | None
     cancel_requested: bool
+    pause_requested: bool
+    paused_seconds: float  # in the queue since its first run began, over all pauses that have ended
     progress: dict[str, Any]
     metrics: dict[str, Any]
     memory: dict[str, Any]
@@ -289,7 +301,14 @@ class Job:
     @property
     def status(self) -> JobStatus:
         """The word that the API shows."""
-        return status_of(self.state, self.stage, cancel_requested=self.cancel_requested)
+        return status_of(
+            self.state, self.stage, cancel_requested=self.cancel_requested, pause_requested=self.pause_requested
+        )
+
+    @property
+    def may_be_claimed(self) -> bool:
+        """Whether it waits in the queue for a worker."""
+        return self.state is JobState.QUEUED and not self.pause_requested
 
     @property
     def is_training(self) -> bool:
@@ -303,12 +322,14 @@ class Job:
         return self.gpu_seconds + max(0.0, (moment - self.claimed_at).total_seconds())
 
 
-def status_of(state: JobState, stage: Stage, *, cancel_requested: bool) -> JobStatus:
-    """The word for a job of this state, stage and flag."""
+def status_of(state: JobState, stage: Stage, *, cancel_requested: bool, pause_requested: bool) -> JobStatus:
+    """The word for a job of this state, stage and flags."""
     if state in TERMINAL_STATES:
         return JobStatus(state.value)
     if cancel_requested:
         return JobStatus.CANCELLING
+    if pause_requested:
+        return JobStatus.PAUSED if state is JobState.QUEUED else JobStatus.PAUSING
     if stage is Stage.PREPARE:
         return JobStatus.VALIDATING_FILES
     return JobStatus(state.value)

@@ -1,19 +1,23 @@
-"""`python -m graft_shared.reconciler`: expired leases back to the queue, lost bells rung again. Any number may run."""
+"""`python -m graft_shared.reconciler`: expired leases back, lost bells rung, the bucket swept. Any number may run."""
 
 from __future__ import annotations
 
 import logging
 import signal
 import threading
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+from graft_shared.buckets import open_bucket
 from graft_shared.dispatch import CeleryDoorbell, Doorbell, queue_for
 from graft_shared.errors import StoreUnavailable
 from graft_shared.logs import configure_logging, log_event
 from graft_shared.settings import SharedSettings
-from graft_shared.store import Leases, Workers, open_database
+from graft_shared.store import Files, Leases, Sweeps, Workers, open_database
+from graft_shared.sweeper import Sweeper
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +62,19 @@ class Reconciler:
                 log_event(logger, "reconcile_postponed", level=logging.WARNING, reason=error.message)
 
 
+def run_beside(stop: threading.Event, *loops: Callable[[], None]) -> None:
+    """Run loops beside each other until `stop`: a bucket that answers slowly must not keep a lease from expiring.
+
+    What one of them raises ends all of them, and this process with them.
+    """
+    with ThreadPoolExecutor(max_workers=len(loops)) as threads:
+        running = [threads.submit(loop) for loop in loops]
+        wait(running, return_when=FIRST_EXCEPTION)
+        stop.set()
+    for loop in running:
+        loop.result()
+
+
 def main() -> None:
     """Run with the configured neighbours until SIGTERM or SIGINT."""
     settings = SharedSettings()
@@ -66,14 +83,26 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     database = open_database(settings.database)
+    leases = Leases(database, settings.lease)
     reconciler = Reconciler(
-        leases=Leases(database, settings.lease),
+        leases=leases,
         workers=Workers(database),
         doorbell=CeleryDoorbell(settings.broker_url),
         bell_again=timedelta(seconds=settings.bell_again_seconds),
     )
+    sweeper = Sweeper(
+        sweeps=Sweeps(database),
+        leases=leases,
+        files=Files(database),
+        bucket=open_bucket(settings),
+        grace=settings.sweep_grace,
+    )
     log_event(logger, "reconciler_started")
-    reconciler.run(timedelta(seconds=settings.reconcile_seconds), stop, settings.reconciler_passed_path)
+    run_beside(
+        stop,
+        lambda: reconciler.run(timedelta(seconds=settings.reconcile_seconds), stop, settings.reconciler_passed_path),
+        lambda: sweeper.run(timedelta(seconds=settings.sweep_seconds), stop),
+    )
     database.close()
     log_event(logger, "reconciler_stopped")
 

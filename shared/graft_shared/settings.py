@@ -59,6 +59,10 @@ class SharedSettings(BaseSettings):
     bell_again_seconds: float = Field(default=30.0, gt=0)
     """A queued job whose bell is older than this gets another."""
     reconcile_seconds: float = Field(default=5.0, gt=0)
+    sweep_seconds: float = Field(default=15.0, gt=0)
+    """How often a reconciler removes from the bucket a slice of what no row needs."""
+    sweep_grace_seconds: float = Field(default=3600.0, gt=0)
+    """How long after a job's end the last look for what it left is; at least two leases."""
     reconciler_passed_path: Path | None = None  # touched after each pass of the reconciler, for a health check
 
     @property
@@ -80,3 +84,8 @@ class SharedSettings(BaseSettings):
     def lease(self) -> timedelta:
         """How long a claim or a renewal holds."""
         return timedelta(seconds=self.lease_seconds)
+
+    @property
+    def sweep_grace(self) -> timedelta:
+        """The grace in force."""
+        return max(timedelta(seconds=self.sweep_grace_seconds), 2 * self.lease)

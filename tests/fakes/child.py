@@ -78,6 +78,8 @@ def _prepare(workdir: Path, writer: EventWriter, behaviour: str) -> int:
         failure = FailureReason.INVALID_TRAINING_FILE
         writer.emit(FailureEvent(reason=failure, message="Line 2: broken", param="dataset", facts={"line": 2}))
         return ExitCode.USER_ERROR
+    if behaviour == "prepares for long":
+        threading.Event().wait()
     (workdir / "prepared").mkdir()
     (workdir / "prepared" / "train.safetensors").write_bytes(b"tokens")
     writer.emit(PreparedEvent(report={"rows": 1}))

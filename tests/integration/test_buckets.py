@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import boto3
 import httpx
@@ -23,7 +24,7 @@ from graft_shared.errors import ArtifactCorrupt, BucketUnavailable, ObjectNotFou
 from graft_shared.jobs import StoredObject
 from tests.fakes.s3 import FakeS3, fake_s3
 from tests.servers import SWIFT_KEY, SWIFT_USER
-from tests.waiting import free_port
+from tests.waiting import free_port, wait_until
 
 _numbers = itertools.count()
 
@@ -51,9 +52,15 @@ class S3Server:
         """Remove a bucket behind its back, as an operator might."""
         for key in bucket.list(""):
             bucket.delete(key)
+        self.client().delete_bucket(Bucket=self.name_of(bucket))
+
+    def client(self) -> Any:
         keys = {"aws_access_key_id": self.access_key, "aws_secret_access_key": self.secret_key}
-        client = boto3.client("s3", endpoint_url=self.endpoint_url, region_name=self.region, config=_CONFIG, **keys)
-        client.delete_bucket(Bucket=bucket.uri("").removeprefix("s3://").rstrip("/"))
+        return boto3.client("s3", endpoint_url=self.endpoint_url, region_name=self.region, config=_CONFIG, **keys)
+
+    @staticmethod
+    def name_of(bucket: Bucket) -> str:
+        return bucket.uri("").removeprefix("s3://").rstrip("/")
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +115,27 @@ def test_keys_are_listed_by_prefix_in_order(bucket: Bucket) -> None:
     assert list(bucket.list("jobs/")) == ["jobs/a", "jobs/a2/x", "jobs/b"]
     bucket.delete("jobs/a")
     assert list(bucket.list("jobs/a")) == ["jobs/a2/x"]
+    assert list(bucket.list("jobs/a2/")) == ["jobs/a2/x"]
+    assert list(bucket.list("no/such/")) == []
+
+
+def test_what_a_dead_writer_left_is_removed_once_it_is_old_and_objects_are_not(bucket: Bucket, s3: S3Server) -> None:
+    bucket.put_bytes("whole", b"object")
+    leave_unfinished(bucket, s3)
+    assert bucket.remove_unfinished(older_than=timedelta(days=1)) == 0
+    wait_until(lambda: bucket.remove_unfinished(older_than=timedelta(0)) == 1, what="its age of some moments")
+    assert bucket.remove_unfinished(older_than=timedelta(0)) == 0
+    assert list(bucket.list("")) == ["whole"]
+
+
+def leave_unfinished(bucket: Bucket, s3: S3Server) -> None:
+    """Die in the middle of writing an object."""
+    if isinstance(bucket, DirectoryBucket):
+        with pytest.raises(ZeroDivisionError), pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Path, "unlink", lambda *_, **__: None)  # a killed process tidies nothing up
+            bucket._put("half", (bytes([1 // left]) for left in (1, 0)))
+    else:
+        s3.client().create_multipart_upload(Bucket=s3.name_of(bucket), Key="half")
 
 
 def test_a_corrupt_object_is_noticed_and_not_kept(bucket: Bucket, tmp_path: Path) -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 from sqlalchemy import select, update
 
+from graft_shared.artifacts import prepared_key
+from graft_shared.buckets.directory import DirectoryBucket
 from graft_shared.jobs import JobState, Stage
-from graft_shared.reconciler import Reconciler
+from graft_shared.reconciler import Reconciler, run_beside
 from graft_shared.store import Database, Jobs, Leases, Workers, open_database
 from graft_shared.store.engine import now
 from graft_shared.store.migrate import migrate
@@ -131,4 +138,41 @@ def test_a_database_that_is_away_is_waited_for(tmp_path: Path) -> None:
     stop.set()
     running.join(timeout=10)
     assert not running.is_alive()
+    database.close()
+
+
+def test_what_ends_one_loop_of_a_reconciler_ends_it_whole() -> None:
+    stop = threading.Event()
+
+    def breaks() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_beside(stop, stop.wait, breaks)
+    assert stop.is_set()
+
+
+def test_a_reconciler_sweeps_the_bucket_that_it_is_told_of_and_leaves_when_it_is_told_to(
+    sqlite_url: str, tmp_path: Path
+) -> None:
+    database = open_database(sqlite_url)
+    migrate(database)
+    bucket = DirectoryBucket(tmp_path / "state" / "bucket")
+    Jobs(database).submit(a_new_job())
+    job = Leases(database, timedelta(seconds=60)).claim("w", stage=Stage.PREPARE, gpu_classes=[])
+    assert job is not None
+    bucket.put_bytes(prepared_key(job.tenant, job.id, job.epoch, "train.safetensors"), b"tokens")
+    Jobs(database).cancel(job.tenant, job.id)
+    Leases(database, timedelta(seconds=60)).settle_cancelled(job.id, job.epoch)
+    with database.writing() as connection:
+        connection.execute(update(jobs_table).values(sweep_at=now()))
+    settings = {"STATE_DIR": str(tmp_path / "state"), "DATABASE_URL": sqlite_url, "SWEEP_SECONDS": "0.1"}
+    environment = os.environ | {f"GRAFT_{name}": value for name, value in settings.items()}
+    with subprocess.Popen([sys.executable, "-m", "graft_shared.reconciler"], env=environment) as process:
+        try:
+            wait_until(lambda: list(bucket.list("")) == [], what="the sweep")
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=20) == 0
+        finally:
+            process.kill()
     database.close()

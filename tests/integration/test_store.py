@@ -11,7 +11,15 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import update
 
-from graft_shared.errors import FileNotFound, IdempotencyConflict, JobFinished, JobNotFound, LeaseLost, WorkerNameTaken
+from graft_shared.errors import (
+    FileNotFound,
+    IdempotencyConflict,
+    JobCancelling,
+    JobFinished,
+    JobNotFound,
+    LeaseLost,
+    WorkerNameTaken,
+)
 from graft_shared.jobs import (
     MAX_RUNS_WITHOUT_PROGRESS,
     Checkpoint,
@@ -34,6 +42,7 @@ from graft_shared.store.workers import ALIVE_FOR
 from tests.store_factories import a_beat, a_new_job, a_placement
 
 CRASH = Failure(reason=FailureReason.CRASH, message="It broke")
+PAUSED = Failure(reason=FailureReason.PAUSED, message="The job was paused")
 LOST = Failure(reason=FailureReason.WORKER_LOST, message="It was lost")
 TRAIN = {"stage": Stage.TRAIN, "gpu_classes": ["cpu"]}
 
@@ -149,7 +158,7 @@ def test_many_at_once_with_one_key_make_one_job(jobs: Jobs) -> None:
 
 def test_another_tenants_job_is_as_unknown_as_none(jobs: Jobs) -> None:
     mine, _ = jobs.submit(a_new_job(tenant="mine"))
-    for read in (jobs.get, jobs.events, jobs.cancel):
+    for read in (jobs.get, jobs.events, jobs.cancel, jobs.pause, jobs.resume):
         with pytest.raises(JobNotFound) as foreign:
             read("theirs", mine.id)
         with pytest.raises(JobNotFound) as unknown:
@@ -347,6 +356,156 @@ def test_a_cancel_during_preparation_ends_the_job_when_it_is_handed_over(jobs: J
     assert leases.hand_to_training(job.id, job.epoch, {"report": {}}).state is JobState.CANCELLED
 
 
+def test_a_paused_job_is_not_claimed_and_keeps_its_place(jobs: Jobs, leases: Leases) -> None:
+    first, second = prepared(jobs, leases), prepared(jobs, leases)
+    assert jobs.pause("default", first.id).status is JobStatus.PAUSED
+    assert jobs.pause("default", first.id).status is JobStatus.PAUSED
+    assert [jobs.queue_position(jobs.get("default", job.id)) for job in (first, second)] == [None, 1]
+    assert jobs.resume("default", first.id).status is JobStatus.QUEUED
+    assert jobs.resume("default", first.id).status is JobStatus.QUEUED
+    assert [jobs.queue_position(job) for job in (first, second)] == [1, 2]
+    jobs.pause("default", first.id)
+    claimed = leases.claim("w", **TRAIN)
+    assert claimed is not None
+    assert (claimed.id, leases.claim("w", **TRAIN)) == (second.id, None)
+    assert event_types(jobs, first)[3:] == ["paused", "resumed", "paused"]
+
+
+def test_a_running_job_is_paused_once_its_worker_has_left_and_goes_on_when_resumed(jobs: Jobs, leases: Leases) -> None:
+    job = running(jobs, leases)
+    for _ in range(2):
+        assert jobs.pause("default", job.id).status is JobStatus.PAUSING
+    assert leases.renew(job.id, job.epoch).pause
+    assert leases.orders(job.id, job.epoch).pause
+    leases.commit_checkpoint(job.id, job.epoch, checkpoint(job, 7))
+    paused = leases.settle_failure(job.id, job.epoch, PAUSED)
+    assert (paused.status, paused.attempt, paused.runs_without_progress) == (JobStatus.PAUSED, 0, 0)
+    assert (leases.claim("w", **TRAIN), paused.worker) == (None, None)
+    assert jobs.resume("default", job.id).status is JobStatus.QUEUED
+    again = leases.claim("w", **TRAIN)
+    assert again is not None
+    assert (again.id, again.checkpoint, again.attempt) == (job.id, checkpoint(job, 7), 1)
+    assert event_types(jobs, job)[4:] == ["pause_requested", "checkpoint", "paused", "resumed", "claimed"]
+
+
+def test_a_job_can_be_paused_any_number_of_times_without_progress(jobs: Jobs, leases: Leases) -> None:
+    prepared(jobs, leases)
+    for _ in range(MAX_RUNS_WITHOUT_PROGRESS + 1):
+        job = leases.claim("w", **TRAIN)
+        assert job is not None
+        jobs.pause("default", job.id)
+        assert leases.settle_failure(job.id, job.epoch, PAUSED).status is JobStatus.PAUSED
+        jobs.resume("default", job.id)
+
+
+def test_of_resume_and_the_workers_leaving_the_first_commit_wins(jobs: Jobs, leases: Leases) -> None:
+    job = running(jobs, leases)
+    jobs.pause("default", job.id)
+    assert jobs.resume("default", job.id).status is JobStatus.RUNNING
+    orders = leases.orders(job.id, job.epoch)
+    assert (orders.pause, orders.cancel) == (False, False)
+    left = leases.settle_failure(job.id, job.epoch, PAUSED)
+    assert (left.status, left.attempt, left.runs_without_progress) == (JobStatus.QUEUED, 0, 0)
+    assert leases.claim("w", **TRAIN) is not None, "it is taken up again at once"
+    assert event_types(jobs, job)[4:] == ["pause_requested", "resumed", "requeued", "claimed"]
+
+
+def test_a_job_whose_worker_is_lost_or_fails_while_it_pauses_is_paused(
+    database: Database, jobs: Jobs, leases: Leases
+) -> None:
+    lost, crashed = running(jobs, leases), running(jobs, leases)
+    for job in (lost, crashed):
+        jobs.pause("default", job.id)
+    expire(database, lost)
+    (released,) = leases.release_expired()
+    assert (released.status, released.runs_without_progress) == (JobStatus.PAUSED, 1)
+    after = leases.settle_failure(crashed.id, crashed.epoch, CRASH)
+    assert (after.status, after.attempt) == (JobStatus.PAUSED, 1)
+    for job in (lost, crashed):
+        assert event_types(jobs, job)[-2:] == ["requeued", "paused"]
+
+
+def test_a_pause_while_data_is_prepared_holds_before_training_or_before_preparing_again(
+    jobs: Jobs, leases: Leases
+) -> None:
+    handed, stopped = (jobs.submit(a_new_job())[0] for _ in range(2))
+    for job in (handed, stopped):
+        assert leases.claim("p", stage=Stage.PREPARE, gpu_classes=[]) is not None
+        assert jobs.pause("default", job.id).status is JobStatus.PAUSING
+    assert leases.hand_to_training(handed.id, 1, {"report": {}}).status is JobStatus.PAUSED
+    assert leases.settle_failure(stopped.id, 1, PAUSED).status is JobStatus.PAUSED
+    assert leases.claim("w", **TRAIN) is None
+    assert leases.claim("p", stage=Stage.PREPARE, gpu_classes=[]) is None
+    assert jobs.resume("default", handed.id).status is JobStatus.QUEUED
+    assert jobs.resume("default", stopped.id).status is JobStatus.VALIDATING_FILES
+
+
+def test_a_paused_job_is_cancelled_at_once_and_a_pausing_one_is_cancelled_rather_than_paused(
+    jobs: Jobs, leases: Leases
+) -> None:
+    pausing = running(jobs, leases)
+    paused = prepared(jobs, leases)
+    for job in (paused, pausing):
+        jobs.pause("default", job.id)
+    assert jobs.cancel("default", paused.id).status is JobStatus.CANCELLED
+    assert jobs.cancel("default", pausing.id).status is JobStatus.CANCELLING
+    for verb in (jobs.pause, jobs.resume):
+        with pytest.raises(JobFinished):
+            verb("default", paused.id)
+        with pytest.raises(JobCancelling):
+            verb("default", pausing.id)
+    assert leases.settle_failure(pausing.id, pausing.epoch, PAUSED).status is JobStatus.CANCELLED
+
+
+def test_a_job_that_succeeds_while_it_is_asked_to_pause_has_succeeded(jobs: Jobs, leases: Leases) -> None:
+    job = running(jobs, leases)
+    jobs.pause("default", job.id)
+    _succeeds(leases, job)
+    assert jobs.get("default", job.id).status is JobStatus.SUCCEEDED
+    with pytest.raises(LeaseLost):
+        leases.settle_failure(job.id, job.epoch, PAUSED)
+
+
+def test_paused_time_is_counted_from_the_first_run_on_and_only_while_nobody_works(
+    database: Database, jobs: Jobs, leases: Leases
+) -> None:
+    def pause_for(seconds: float) -> None:
+        jobs.pause("default", job.id)
+        long_ago = {"paused_since": jobs_table.c.paused_since - seconds}
+        with database.writing() as connection:
+            connection.execute(update(jobs_table).values(**long_ago))
+
+    job, _ = jobs.submit(a_new_job())
+    pause_for(1000)
+    assert jobs.resume("default", job.id).paused_seconds == 0.0, "it has not begun"
+    preparing = leases.claim("p", stage=Stage.PREPARE, gpu_classes=[])
+    assert preparing is not None
+    pause_for(1000)
+    leases.hand_to_training(job.id, preparing.epoch, {"report": {}})
+    assert jobs.resume("default", job.id).paused_seconds == seconds(0), "its worker was at it until just now"
+    pause_for(1000)
+    assert jobs.resume("default", job.id).paused_seconds == seconds(1000)
+    pause_for(500)
+    assert jobs.resume("default", job.id).paused_seconds == seconds(1500)
+    assert leases.claim("w", **TRAIN) is not None
+    pause_for(700)
+    assert jobs.resume("default", job.id).paused_seconds == seconds(1500), "the pause was taken back"
+
+
+def test_nobody_rings_for_a_paused_job_and_it_waits_for_no_worker(
+    database: Database, jobs: Jobs, leases: Leases
+) -> None:
+    job, _ = jobs.submit(a_new_job())
+    Workers(database).beat(**a_beat("p", stages=(Stage.PREPARE,)))
+    jobs.pause("default", job.id)
+    idle, totals = Workers(database).idle(), Totals(database)
+    assert leases.take_lost_bells(timedelta(0), idle) == []
+    assert totals.backlogs() == []
+    assert totals.jobs() == {(JobStatus.PAUSED, "cpu"): 1}
+    jobs.resume("default", job.id)
+    assert [bell.job_id for bell in leases.take_lost_bells(timedelta(seconds=30), idle)] == [job.id]
+
+
 def _succeeds(leases: Leases, job: Job) -> None:
     leases.settle_success(job.id, job.epoch, adapter={"epoch": job.epoch}, metrics={}, memory={})
 
@@ -363,6 +522,10 @@ def _is_refused(leases: Leases, job: Job) -> None:
     leases.settle_failure(job.id, job.epoch, Failure(reason=FailureReason.LOSS_NOT_FINITE, message="No number"))
 
 
+def _is_paused(leases: Leases, job: Job) -> None:
+    leases.settle_failure(job.id, job.epoch, PAUSED)
+
+
 def _is_replanned(leases: Leases, job: Job) -> None:
     failure = Failure(reason=FailureReason.CUDA_OUT_OF_MEMORY, message="It was too much")
     leases.settle_failure(job.id, job.epoch, failure, replanned=a_placement())
@@ -376,7 +539,7 @@ def _is_released(leases: Leases, job: Job) -> None:
     assert [released.id for released in leases.release_of("trainer", "here")] == [job.id]
 
 
-ENDS = [_succeeds, _is_cancelled, _crashes, _is_refused, _is_replanned, _expires, _is_released]
+ENDS = [_succeeds, _is_cancelled, _crashes, _is_refused, _is_paused, _is_replanned, _expires, _is_released]
 
 
 @pytest.mark.parametrize("cancelled", [False, True])
@@ -486,7 +649,13 @@ def test_pages_of_jobs_hold_every_job_once_newest_first(jobs: Jobs) -> None:
 def test_jobs_are_filtered_by_status_base_model_and_metadata(jobs: Jobs, leases: Leases) -> None:
     done = running(jobs, leases)
     leases.settle_success(done.id, done.epoch, adapter={"epoch": 1}, metrics={}, memory={})
+    pausing = running(jobs, leases)
     tagged, _ = jobs.submit(a_new_job(base_model="org/other", metadata={"team": "search"}))
+    paused, _ = jobs.submit(a_new_job())
+    for job in (pausing, paused):
+        jobs.pause("default", job.id)
+    assert [job.id for job in jobs.list("default", JobQuery(status=JobStatus.PAUSING))[0]] == [pausing.id]
+    assert [job.id for job in jobs.list("default", JobQuery(status=JobStatus.PAUSED))[0]] == [paused.id]
     for status in JobStatus:
         page, _ = jobs.list("default", JobQuery(status=status))
         assert all(job.status is status for job in page)
@@ -535,6 +704,7 @@ def test_files_belong_to_their_tenant_and_are_paged(database: Database) -> None:
     files = Files(database)
     for number in range(5):
         stored = StoredObject(key=f"k{number}", size=number, sha256="0" * 64)
+        files.announce(stored.key)
         files.add(id=f"file-{number}", tenant="a", filename="rows.jsonl", object=stored, report={"rows": number})
     assert files.get("a", "file-3").object.size == 3
     with pytest.raises(FileNotFound):

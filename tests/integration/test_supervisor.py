@@ -9,7 +9,9 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,13 +23,14 @@ from graft_shared.buckets import Bucket
 from graft_shared.buckets.directory import DirectoryBucket
 from graft_shared.defaults import load_capacity, load_catalogue
 from graft_shared.errors import BucketUnavailable, StoreUnavailable
-from graft_shared.jobs import Job, JobState, Stage, StoredObject
+from graft_shared.jobs import Job, JobState, JobStatus, Phase, Stage, StoredObject
 from graft_shared.memory import TrainingPlan, estimate
 from graft_shared.planner import plans
 from graft_shared.specs import JobSpec
-from graft_shared.store import Files, Jobs, Leases, Workers, open_database
+from graft_shared.store import Files, Jobs, Leases, Sweeps, Workers, open_database
 from graft_shared.store.migrate import migrate
 from graft_shared.store.tables import jobs as jobs_table
+from graft_shared.sweeper import Sweeper
 from graft_worker.device import Device
 from graft_worker.settings import WorkerSettings
 from graft_worker.supervisor import preparation, training_run
@@ -135,6 +138,7 @@ def make_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
 
     def make(bucket: Bucket | None = None, **settings: Any) -> Worker:
         worker = Worker(tmp_path, bucket or DirectoryBucket(tmp_path / "bucket"), **settings)
+        worker.neighbours.files.announce("tenants/default/files/file-rows")
         stored = worker.bucket.put_bytes("tenants/default/files/file-rows", b'{"text": "a"}\n')
         known = StoredObject(key=stored.key, size=stored.size, sha256=stored.sha256)
         worker.neighbours.files.add(id="file-rows", tenant="default", filename="r.jsonl", object=known, report={})
@@ -298,6 +302,60 @@ def test_a_drained_worker_saves_a_checkpoint_and_gives_the_job_back_uncharged(
     assert worker.doorbell.rung[-1] == (job.id, "cpu")
 
 
+def test_a_paused_job_leaves_its_worker_with_a_checkpoint_and_goes_on_from_it_when_resumed(
+    make_worker: Callable[..., Worker],
+) -> None:
+    worker = make_worker()
+    job = worker.submit(steps="60", save_steps="1000")
+    working = worker.start()
+    wait_until(lambda: len(worker.steps()) > 3, what="the first steps")
+    assert worker.jobs.pause("default", job.id).status is JobStatus.PAUSING
+    working.join(timeout=20)
+    paused, done = worker.get(job), worker.steps()
+    assert (paused.status, paused.attempt, paused.runs_without_progress) == (JobStatus.PAUSED, 0, 0)
+    assert paused.checkpoint is not None
+    assert (paused.checkpoint.step, no_child_is_left(worker)) == (done[-1][1], True)
+    assert worker.doorbell.rung == [(job.id, "cpu")], "for its training; nobody is to take a paused job"
+    worker.work()
+    assert worker.get(job).status is JobStatus.PAUSED
+    worker.jobs.resume("default", job.id)
+    worker.work()
+    assert worker.get(job).status is JobStatus.SUCCEEDED
+    assert [step for _, step in worker.steps()] == list(range(1, 61)), "no step was made twice"
+    assert "paused" in [type for type, _ in worker.events(job)]
+
+
+def test_a_pause_while_data_is_prepared_stops_it_and_it_begins_anew(make_worker: Callable[..., Worker]) -> None:
+    worker = make_worker()
+    job = worker.submit(behaviour="prepares for long")
+    working = worker.start()
+    wait_until(lambda: worker.get(job).phase is Phase.PREPARING, what="the preparation")
+    worker.jobs.pause("default", job.id)
+    working.join(timeout=20)
+    assert (worker.get(job).status, worker.get(job).attempt) == (JobStatus.PAUSED, 0)
+    assert no_child_is_left(worker)
+    assert worker.jobs.resume("default", job.id).status is JobStatus.VALIDATING_FILES
+
+
+def test_a_pause_that_is_taken_back_too_late_costs_a_run_and_nothing_else(
+    make_worker: Callable[..., Worker], caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = make_worker(stop_grace_seconds=5.0)
+    job = worker.submit(behaviour="stubborn", steps="100000")
+    worker.start()
+    wait_until(lambda: len(worker.steps()) > 3, what="the first steps")
+    worker.jobs.pause("default", job.id)
+    with caplog.at_level("INFO"):
+        wait_until(lambda: "child_told_to_stop" in caplog.messages, what="the order to its trainer")
+    worker.jobs.resume("default", job.id)
+    wait_until(lambda: worker.get(job).epoch == 3, what="the next run")
+    edges = ("pause_requested", "paused", "resumed", "requeued", "claimed")
+    told = [type for type, _ in worker.events(job) if type in edges]
+    assert told == ["claimed", "claimed", "pause_requested", "resumed", "requeued", "claimed"]
+    worker.jobs.cancel("default", job.id)
+    wait_until(lambda: worker.get(job).state is JobState.CANCELLED, what="the cancel")
+
+
 def test_a_trainer_whose_lease_was_given_away_is_killed_and_writes_nothing(make_worker: Callable[..., Worker]) -> None:
     worker = make_worker()
     job = worker.submit(steps="100000")
@@ -321,6 +379,20 @@ def test_a_job_that_runs_too_long_is_stopped_and_says_so(make_worker: Callable[.
     error = worker.get(job).error
     assert error is not None
     assert (error["code"], error["param"]) == ("max_duration_exceeded", "max_duration_seconds")
+
+
+def test_paused_time_does_not_count_as_duration(make_worker: Callable[..., Worker]) -> None:
+    worker = make_worker()
+    new = a_new_job(metadata={"witness": str(worker.folder)}, max_duration_seconds=300)
+    job, _ = worker.jobs.submit(new)
+    look_for_work(worker.preparing)
+    worker.jobs.pause("default", job.id)
+    long_ago = {"started_at": jobs_table.c.started_at - 1000, "paused_since": jobs_table.c.paused_since - 900}
+    with worker.database.writing() as connection:
+        connection.execute(update(jobs_table).values(**long_ago))
+    worker.jobs.resume("default", job.id)
+    look_for_work(worker.neighbours)
+    assert worker.get(job).state is JobState.SUCCEEDED
 
 
 class LeakyBucket(DirectoryBucket):
@@ -455,6 +527,50 @@ def test_the_next_job_is_trained_by_the_process_that_waits_for_it(make_worker: C
     }
     assert str(waiting) not in log_of(worker, first)
     assert spare.waiting_pid not in (None, waiting)
+
+
+def test_a_job_that_is_interrupted_again_and_again_beside_a_sweeper_has_all_it_needs(
+    make_worker: Callable[..., Worker],
+) -> None:
+    worker, done = make_worker(), threading.Event()
+    sweeper = Sweeper(
+        sweeps=Sweeps(worker.database),
+        leases=worker.leases,
+        files=worker.neighbours.files,
+        bucket=worker.bucket,
+        grace=timedelta(0),
+    )
+
+    def sweep() -> None:
+        with worker.database.writing() as connection:
+            connection.execute(update(jobs_table).values(sweep_at=0.0))
+        sweeper.sweep(threading.Event())
+
+    def sweep_on() -> None:
+        while not done.wait(0.01):
+            sweep()
+
+    with ThreadPoolExecutor(1) as beside:
+        sweeping = beside.submit(sweep_on)
+        job = worker.submit(steps="60", save_steps="1")
+        for wanted in (10, 20, 30, 40):
+            working = worker.start()
+            wait_until(lambda wanted=wanted: len(worker.steps()) > wanted, what="some steps")  # type: ignore[misc]
+            worker.jobs.pause("default", job.id)
+            working.join(timeout=20)
+            worker.jobs.resume("default", job.id)
+        worker.work()
+        done.set()
+        sweeping.result(timeout=20)
+    ended = worker.get(job)
+    assert (ended.state, ended.epoch) == (JobState.SUCCEEDED, 6)
+    assert ended.adapter is not None and ended.checkpoint is not None
+    trained = worker.bucket.open(ended.adapter["prefix"] + "adapter_model.safetensors").read()
+    assert trained == weights_after(60).encode()
+    assert [step for _, step in worker.steps()] == list(range(1, 61))
+    sweep()
+    checkpoints = [key for key in worker.bucket.list(f"tenants/default/jobs/{job.id}/") if "/checkpoints/" in key]
+    assert checkpoints == [ended.checkpoint.object.key]
 
 
 def lose(worker: Worker) -> None:

@@ -399,6 +399,50 @@ def test_a_finished_job_cannot_be_cancelled(api: ApiService) -> None:
     assert answer.headers["x-should-retry"] == "false"
 
 
+def test_a_paused_job_says_so_and_is_rung_for_when_it_is_resumed(api: ApiService) -> None:
+    first, second = api.new_job()["id"], api.new_job()["id"]
+    wait_until(lambda: len(api.doorbell.rung) == 2, what="the bells of both")
+    for _ in range(2):
+        paused = api.http.post(f"/jobs/{first}/pause")
+        assert (paused.status_code, paused.json()["status"]) == (200, "paused")
+    assert paused.json()["queue"] == {
+        "position": None,
+        "reason": "Paused: once it is resumed it goes on, in its old place.",
+    }
+    assert api.http.get(f"/jobs/{second}").json()["queue"]["position"] == 1
+    assert [job["id"] for job in api.http.get("/jobs", params={"status": "paused"}).json()["data"]] == [first]
+    assert first not in _lost_bells(api)
+    resumed = api.http.post(f"/jobs/{first}/resume")
+    assert (resumed.status_code, resumed.json()["status"]) == (200, "validating_files")
+    assert resumed.json()["queue"]["position"] == 1
+    wait_until(lambda: api.doorbell.rung[2:] == [(first, "prepare")], what="the bell of the resumed job")
+
+
+def test_a_running_job_is_asked_to_pause_and_resume_takes_that_back(api: ApiService) -> None:
+    job_id = api.new_job()["id"]
+    claimed = api.train(job_id)
+    assert api.http.post(f"/jobs/{job_id}/pause").json()["status"] == "pausing"
+    assert [job["id"] for job in api.http.get("/jobs", params={"status": "pausing"}).json()["data"]] == [job_id]
+    assert api.leases.renew(job_id, claimed.epoch).pause
+    rung = list(api.doorbell.rung)
+    assert api.http.post(f"/jobs/{job_id}/resume").json()["status"] == "running"
+    assert not api.leases.renew(job_id, claimed.epoch).pause
+    assert api.doorbell.rung == rung, "its worker is at it"
+
+
+@pytest.mark.parametrize("verb", ["pause", "resume"])
+def test_what_has_ended_or_is_being_cancelled_is_neither_paused_nor_resumed(api: ApiService, verb: str) -> None:
+    ended = api.new_job()["id"]
+    api.succeed(ended)
+    cancelling = api.new_job()["id"]
+    api.claim(cancelling)
+    api.http.post(f"/jobs/{cancelling}/cancel")
+    for job_id, code in ((ended, "job_finished"), (cancelling, "job_cancelling")):
+        answer = api.http.post(f"/jobs/{job_id}/{verb}")
+        assert error_of(answer, 409)["code"] == code
+        assert answer.headers["x-should-retry"] == "false"
+
+
 def test_a_running_job_shows_its_progress_and_a_finished_one_its_end(api: ApiService) -> None:
     job_id = api.new_job()["id"]
     api.train(job_id)
@@ -490,7 +534,8 @@ def test_a_foreign_job_is_answered_exactly_as_an_unknown_one(api: ApiService, ro
     expected = json.loads(json.dumps(answer(unknown)).replace(unknown, foreign))
     assert answer(foreign) == expected
     assert expected["code"] == "job_not_found"
-    assert error_of(api.http.post(f"/jobs/{foreign}/cancel"), 404)["code"] == "job_not_found"
+    for verb in ("cancel", "pause", "resume"):
+        assert error_of(api.http.post(f"/jobs/{foreign}/{verb}"), 404)["code"] == "job_not_found"
 
 
 def test_a_queued_job_says_what_it_waits_for(api: ApiService) -> None:

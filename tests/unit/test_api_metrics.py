@@ -57,10 +57,15 @@ def test_jobs_are_counted_by_status_and_class(api: ApiService) -> None:
     cancelling = api.new_job()["id"]
     api.claim(cancelling)
     api.http.post(f"/jobs/{cancelling}/cancel")
+    pausing = api.new_job()["id"]
+    api.claim(pausing)
+    for job_id in (pausing, api.new_job()["id"]):
+        api.http.post(f"/jobs/{job_id}/pause")
     api.new_job()
-    assert of(scrape(api), "graft_jobs") == {
-        frozenset({status, gpu_class}): 1 for status in ("succeeded", "running", "cancelling", "validating_files")
-    }
+    figures = scrape(api)
+    words = ("succeeded", "running", "cancelling", "pausing", "paused", "validating_files")
+    assert of(figures, "graft_jobs") == {frozenset({status, gpu_class}): 1 for status in words}
+    assert of(figures, "graft_queued_jobs") == {frozenset({"prepare", "no_live_worker"}): 1}, "a paused one is none"
 
 
 def test_what_waits_is_counted_by_what_it_waits_for(api: ApiService) -> None:

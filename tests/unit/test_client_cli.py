@@ -120,6 +120,31 @@ def test_watch_leaves_with_the_jobs_fate(
     assert status in out
 
 
+@pytest.mark.parametrize("verb", ["cancel", "pause", "resume"])
+def test_a_job_is_cancelled_paused_and_resumed_by_its_verb(
+    service: FakeService, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    service.answers[f"POST /jobs/ftjob-1/{verb}"] = [
+        httpx.Response(200, json=RUNNING | {"status": "pausing"}),
+        error(409, "job_finished", "The job 'ftjob-1' has already ended as 'failed'."),
+    ]
+    code, out, _ = graft(verb, "ftjob-1", monkeypatch=monkeypatch)
+    assert (code, "pausing (training)" in out) == (0, True)
+    code, _, err = graft(verb, "ftjob-1", monkeypatch=monkeypatch)
+    assert (code, "has already ended" in err) == (2, True)
+
+
+def test_watch_waits_for_a_paused_job_and_says_that_it_does(
+    service: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = "Paused: once it is resumed it goes on, in its old place."
+    service.jobs = [RUNNING | {"status": "paused", "phase": None, "queue": {"position": None, "reason": reason}}]
+    service.jobs[0]["next"] = "succeeded"
+    code, out, _ = graft("watch", "ftjob-1", monkeypatch=monkeypatch)
+    (line,) = (line for line in out.splitlines() if line.startswith("paused"))
+    assert (code, reason in line, "ETA" in line) == (0, True, False)
+
+
 def test_a_refusal_shows_bytes_by_component_and_the_changes_that_would_fit(
     service: FakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:

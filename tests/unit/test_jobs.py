@@ -62,6 +62,13 @@ def test_progress_takes_a_job_off_the_way_to_poison() -> None:
     assert decide(FailureReason.DRAINED, runs_without_progress=last, made_progress=True).runs_without_progress == 0
 
 
+def test_a_pause_costs_no_attempt_and_is_no_step_towards_poison() -> None:
+    last = MAX_RUNS_WITHOUT_PROGRESS - 1
+    again = Aftermath(state=JobState.QUEUED, attempt=2, runs_without_progress=last)
+    assert decide(FailureReason.PAUSED, attempt=3, runs_without_progress=last) == again
+    assert decide(FailureReason.PAUSED, runs_without_progress=last, made_progress=True).runs_without_progress == 0
+
+
 @given(
     reason=st.sampled_from(FailureReason),
     attempt=st.integers(1, 20),

@@ -28,7 +28,7 @@ class WorkerSettings(SharedSettings):
     look_seconds: float = Field(default=10.0, gt=0)
     """An idle worker looks for work this often without a bell, so that a dead broker costs latency, not progress."""
     orders_seconds: float = Field(default=1.0, gt=0)
-    """How often a running job is asked whether it is to be cancelled."""
+    """How often a running job is asked whether it is to be cancelled or paused."""
     stop_grace_seconds: float = Field(default=30.0, gt=0)
     """How long a trainer may take to save a checkpoint and leave, before it is killed."""
     upload_patience_seconds: float = Field(default=300.0, gt=0)

@@ -35,6 +35,13 @@ class Bucket(Protocol):
     def delete(self, key: str) -> None:
         """Remove an object; harmless when there is none."""
 
+    def remove_unfinished(self, *, older_than: timedelta) -> int:
+        """Remove what writers that died left of objects that never came to be; returns of how many.
+
+        Args:
+            older_than: Since their writing began; whoever writes for longer is taken for dead.
+        """
+
     def presign(self, key: str, *, expires: timedelta, base_url: str) -> str:
         """A link by which anyone can read this one object for a while.
 

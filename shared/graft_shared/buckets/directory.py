@@ -9,7 +9,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import BinaryIO
@@ -54,14 +54,28 @@ class DirectoryBucket:
     def list(self, prefix: str) -> Iterator[str]:
         """All keys that begin with `prefix`, in order."""
         objects = self._root / "objects"
-        if not objects.is_dir():
+        parents = prefix.split("/")[:-1]
+        if any(part in ("", ".", "..") for part in parents):
             return
-        paths = (path for path in objects.rglob("*") if path.is_file())
+        with _translated():
+            paths = [path for path in objects.joinpath(*parents).rglob("*") if path.is_file()]
         yield from sorted(key for path in paths if (key := path.relative_to(objects).as_posix()).startswith(prefix))
 
     def delete(self, key: str) -> None:
-        """Remove an object."""
-        self._path(key).unlink(missing_ok=True)
+        """Remove an object; its folder stays, for somebody may be about to write there."""
+        with _translated():
+            self._path(key).unlink(missing_ok=True)
+
+    def remove_unfinished(self, *, older_than: timedelta) -> int:
+        """Remove files that were being written when their writer died."""
+        began_before, removed = time.time() - older_than.total_seconds(), 0
+        with _translated():
+            for partial in (self._root / "staging").glob("*"):
+                with suppress(FileNotFoundError):  # another sweeper's, or finished in this moment
+                    if partial.stat().st_mtime < began_before:
+                        partial.unlink()
+                        removed += 1
+        return removed
 
     def presign(self, key: str, *, expires: timedelta, base_url: str) -> str:
         """A link to the API that carries its own permission."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -27,6 +27,7 @@ _CONFIG = Config(
     read_timeout=60,
     retries={"max_attempts": 4, "mode": "standard"},
 )
+_MOST_UNFINISHED = 1000  # uploads that are looked at in one go
 _HOME_REGION = "us-east-1"  # the one region of AWS where a bucket is made by leaving its region out
 # What servers that know no regions say to a bucket's region.
 _REGION_REFUSED = (
@@ -105,6 +106,21 @@ class S3Bucket:
         """Remove an object."""
         with _translated(key):
             self._client.delete_object(Bucket=self._name, Key=key)
+
+    def remove_unfinished(self, *, older_than: timedelta) -> int:
+        """Abort uploads in parts that nobody completed; their parts are listed nowhere, and paid for."""
+        began_before, removed = datetime.now(UTC) - older_than, 0
+        with _translated(self._name):
+            pages = self._client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self._name, PaginationConfig={"MaxItems": _MOST_UNFINISHED}
+            )
+            for upload in [upload for page in pages for upload in page.get("Uploads", [])]:
+                if upload["Initiated"] < began_before:
+                    ids = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
+                    with suppress(self._client.exceptions.NoSuchUpload):  # another sweeper was first
+                        self._client.abort_multipart_upload(Bucket=self._name, **ids)
+                        removed += 1
+        return removed
 
     def presign(self, key: str, *, expires: timedelta, base_url: str) -> str:
         """A presigned link on the public endpoint; the API's own address is not needed."""

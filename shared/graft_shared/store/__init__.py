@@ -1,15 +1,18 @@
 """The truth about every job: tables, and each edge of a job's life as one compare-and-set transaction."""
 
 from graft_shared.store.engine import Database, open_database
-from graft_shared.store.files import Files, StoredFile
+from graft_shared.store.files import UPLOAD_LIFE, Files, StoredFile
 from graft_shared.store.jobs import JobQuery, Jobs, NewJob
 from graft_shared.store.leases import Leases, Orders
+from graft_shared.store.sweeps import DueSweep, Sweeps
 from graft_shared.store.totals import Backlog, Totals
 from graft_shared.store.workers import LiveWorker, Workers
 
 __all__ = [
+    "UPLOAD_LIFE",
     "Backlog",
     "Database",
+    "DueSweep",
     "Files",
     "JobQuery",
     "Jobs",
@@ -18,6 +21,7 @@ __all__ = [
     "NewJob",
     "Orders",
     "StoredFile",
+    "Sweeps",
     "Totals",
     "Workers",
     "open_database",

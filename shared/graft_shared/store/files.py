@@ -1,18 +1,23 @@
-"""Uploaded files: what is known of them; their bytes lie in the bucket."""
+"""Uploaded files: what is known of them; their bytes lie in the bucket.
+
+Bytes are announced before they are written, so that those that never got a row are known and can be removed.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import and_, insert, or_, select
+from sqlalchemy import ColumnElement, and_, delete, insert, or_, select
 from sqlalchemy.engine import RowMapping
 
-from graft_shared.errors import FileNotFound
+from graft_shared.errors import FileNotFound, UploadExpired
 from graft_shared.jobs import StoredObject
 from graft_shared.store.engine import Database, as_datetime, now
-from graft_shared.store.tables import files
+from graft_shared.store.tables import files, uploads
+
+UPLOAD_LIFE = timedelta(days=1)  # an upload that is older is given up, and what it wrote removed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +38,21 @@ class Files:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def add(self, *, id: str, tenant: str, filename: str, object: StoredObject, report: dict[str, Any]) -> StoredFile:
-        """Record a file whose bytes are in the bucket."""
+    def announce(self, key: str) -> None:
+        """Say that bytes are about to be written under this key."""
         with self._database.writing() as connection:
+            connection.execute(insert(uploads).values(key=key, started_at=now()))
+
+    def add(self, *, id: str, tenant: str, filename: str, object: StoredObject, report: dict[str, Any]) -> StoredFile:
+        """Record a file whose bytes were announced and are in the bucket now.
+
+        Raises:
+            UploadExpired: They were announced longer than `UPLOAD_LIFE` ago, or not at all, and may be gone.
+        """
+        with self._database.writing() as connection:
+            announced = delete(uploads).where(uploads.c.key == object.key, ~_is_lost())
+            if not connection.execute(announced).rowcount:
+                raise UploadExpired(file_id=id)
             added = (
                 insert(files)
                 .values(
@@ -51,6 +68,16 @@ class Files:
                 .returning(files)
             )
             return _file_from(connection.execute(added).mappings().one())
+
+    def lost_uploads(self, *, limit: int) -> list[str]:
+        """Keys that were announced longer than `UPLOAD_LIFE` ago and never got their row; none can get one now."""
+        with self._database.reading() as connection:
+            return list(connection.execute(select(uploads.c.key).where(_is_lost()).limit(limit)).scalars())
+
+    def forget_upload(self, key: str) -> None:
+        """Say that nothing lies under a lost upload's key any more."""
+        with self._database.writing() as connection:
+            connection.execute(delete(uploads).where(uploads.c.key == key))
 
     def get(self, tenant: str, file_id: str) -> StoredFile:
         """Return one file.
@@ -83,6 +110,10 @@ class Files:
         with self._database.reading() as connection:
             page = connection.execute(query).mappings().all()
         return [_file_from(row) for row in page[:limit]], len(page) > limit
+
+
+def _is_lost() -> ColumnElement[bool]:
+    return uploads.c.started_at < now() - UPLOAD_LIFE.total_seconds()
 
 
 def _file_from(row: RowMapping) -> StoredFile:

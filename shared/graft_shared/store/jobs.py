@@ -1,4 +1,4 @@
-"""The tenants' door to jobs: submit, read, list, cancel. Every query takes the tenant."""
+"""The tenants' door to jobs: submit, read, list, cancel, pause, resume. Every query takes the tenant."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, func, insert, or_, select, true
+from sqlalchemy import ColumnElement, and_, case, func, insert, literal, or_, select, true
 from sqlalchemy.engine import Connection, RowMapping
 from sqlalchemy.exc import IntegrityError
 
-from graft_shared.errors import IdempotencyConflict, JobFinished, JobNotFound
+from graft_shared.errors import IdempotencyConflict, JobCancelling, JobFinished, JobNotFound
 from graft_shared.jobs import TERMINAL_STATES, Job, JobEvent, JobState, JobStatus, Stage
 from graft_shared.store.engine import Database, as_datetime, now
 from graft_shared.store.rows import add_event, compare_and_set, event_from, job_from
@@ -156,18 +156,61 @@ class Jobs:
                 add_event(connection, job_id, row["epoch"], "cancel_requested", "The worker was asked to stop.")
             return job_from(_row(connection, tenant, job_id))
 
+    def pause(self, tenant: str, job_id: str) -> Job:
+        """Pause a queued job at once; ask the worker of a running one to save and leave. Asking twice is asking once.
+
+        Raises:
+            JobNotFound: No such job, or another tenant's.
+            JobFinished, JobCancelling: It is too late.
+        """
+        with self._database.writing() as connection:
+            row = _row(connection, tenant, job_id, lock=True)
+            _require_future(row)
+            if row["paused_since"] is not None:
+                return job_from(row)
+            state = JobState(row["state"])
+            row = compare_and_set(connection, job_id, row["epoch"], state, paused_since=now())
+            if state is JobState.QUEUED:
+                add_event(connection, job_id, row["epoch"], "paused", "The job was paused; it keeps its place.")
+            else:
+                add_event(
+                    connection, job_id, row["epoch"], "pause_requested", "The worker was asked to save and leave."
+                )
+            return job_from(row)
+
+    def resume(self, tenant: str, job_id: str) -> Job:
+        """Let a paused job go on, in its old place; take back the pause of one whose worker has not left yet.
+
+        The worker may be leaving all the same: then the job goes back to the queue, where it is not paused. A job that
+        was never paused is left as it is.
+
+        Raises:
+            JobNotFound: No such job, or another tenant's.
+            JobFinished, JobCancelling: It is too late.
+        """
+        with self._database.writing() as connection:
+            row = _row(connection, tenant, job_id, lock=True)
+            _require_future(row)
+            if row["paused_since"] is None:
+                return job_from(row)
+            state = JobState(row["state"])
+            go_on = {"paused_since": None, "paused_seconds": _paused_seconds(), "bell_rung_at": None}
+            row = compare_and_set(connection, job_id, row["epoch"], state, **go_on)
+            message = "The job goes on." if state is JobState.QUEUED else "The pause was taken back."
+            add_event(connection, job_id, row["epoch"], "resumed", message)
+            return job_from(row)
+
     def queue_position(self, job: Job) -> int | None:
-        """This job's place among the queued jobs of its stage and class, from 1; None if it is not queued."""
-        if job.state is not JobState.QUEUED:
+        """This job's place among those of its stage and class that wait for a worker, from 1; None if it does not."""
+        if not job.may_be_claimed:
             return None
         rank = PRIORITY_RANKS[job.spec["priority"]]
         this = jobs.alias()
         moment = select(this.c.created_at).where(this.c.id == job.id).scalar_subquery()
         ahead = or_(jobs.c.priority > rank, and_(jobs.c.priority == rank, jobs.c.created_at < moment))
         same_queue = jobs.c.gpu_class == job.gpu_class if job.stage is Stage.TRAIN else true()
-        query = select(func.count()).where(
-            jobs.c.state == JobState.QUEUED.value, jobs.c.stage == job.stage.value, same_queue, ahead
-        )
+        waits = and_(jobs.c.state == JobState.QUEUED.value, jobs.c.paused_since.is_(None))
+        query = select(func.count()).where(waits, jobs.c.stage == job.stage.value, same_queue, ahead)
         with self._database.reading() as connection:
             return int(connection.execute(query).scalar_one()) + 1
 
@@ -221,6 +264,21 @@ def _row(connection: Connection, tenant: str, job_id: str, *, lock: bool = False
     return row
 
 
+def _require_future(row: RowMapping) -> None:
+    """Refuse to pause or resume what has ended or is about to."""
+    state = JobState(row["state"])
+    if state in TERMINAL_STATES:
+        raise JobFinished(job_id=row["id"], status=state.value)
+    if row["cancel_requested"]:
+        raise JobCancelling(job_id=row["id"])
+
+
+def _paused_seconds() -> ColumnElement[float]:
+    """The column with the pause that ends here added; a job that has never run has lost nothing by it."""
+    was_paused = and_(jobs.c.state == JobState.QUEUED.value, jobs.c.started_at.is_not(None))
+    return jobs.c.paused_seconds + case((was_paused, now() - jobs.c.paused_since), else_=literal(0.0))
+
+
 def _conditions(query: JobQuery) -> list[ColumnElement[bool]]:
     conditions: list[ColumnElement[bool]] = []
     if query.status is not None:
@@ -240,8 +298,13 @@ def _has_status(status: JobStatus) -> ColumnElement[bool]:
     alive = jobs.c.state.in_([JobState.QUEUED.value, JobState.RUNNING.value])
     if status is JobStatus.CANCELLING:
         return and_(alive, jobs.c.cancel_requested)
+    paused_as = {JobStatus.PAUSING: JobState.RUNNING, JobStatus.PAUSED: JobState.QUEUED}
+    if status in paused_as:
+        flagged = jobs.c.paused_since.is_not(None)
+        return and_(jobs.c.state == paused_as[status].value, ~jobs.c.cancel_requested, flagged)
+    unflagged = and_(~jobs.c.cancel_requested, jobs.c.paused_since.is_(None))
     if status is JobStatus.VALIDATING_FILES:
-        return and_(alive, ~jobs.c.cancel_requested, jobs.c.stage == Stage.PREPARE.value)
+        return and_(alive, unflagged, jobs.c.stage == Stage.PREPARE.value)
     if status in (JobStatus.QUEUED, JobStatus.RUNNING):
-        return and_(jobs.c.state == status.value, ~jobs.c.cancel_requested, jobs.c.stage == Stage.TRAIN.value)
+        return and_(jobs.c.state == status.value, unflagged, jobs.c.stage == Stage.TRAIN.value)
     return jobs.c.state == status.value

@@ -26,6 +26,7 @@ from graft_shared.jobs import (
 )
 from graft_shared.store.engine import Database, now
 from graft_shared.store.rows import add_event, checkpoint_values, compare_and_set, job_from
+from graft_shared.store.sweeps import SWEEP_EVERY
 from graft_shared.store.tables import jobs, workers
 from graft_shared.store.workers import LiveWorker, name_of
 
@@ -37,6 +38,7 @@ class Orders:
     """What the heartbeat's answer tells the worker to do."""
 
     cancel: bool
+    pause: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,7 @@ class Leases:
 
         Best means: the worker's own class before smaller ones (`gpu_classes` in that order), higher priority, the
         tenant with fewer running jobs, then the one served longest ago, then the oldest job (an interrupted one keeps
-        its place). Preparing data needs no GPU, so there classes do not count.
+        its place). Preparing data needs no GPU, so there classes do not count. A paused job is not eligible.
         """
         with self._database.writing() as connection:
             best = connection.execute(_best_queued(stage, gpu_classes)).mappings().one_or_none()
@@ -80,6 +82,7 @@ class Leases:
                 claimed_at=now(),
                 started_at=best["started_at"] or now(),
                 lease_expires_at=now() + self._lease,
+                sweep_at=now() + SWEEP_EVERY.total_seconds(),
             )
             message = "Preparing the data began." if stage is Stage.PREPARE else "Training was taken up."
             facts = {"worker": worker, "stage": stage.value, "attempt": row["attempt"]}
@@ -94,22 +97,22 @@ class Leases:
         """
         with self._database.writing() as connection:
             row = compare_and_set(connection, job_id, epoch, JobState.RUNNING, lease_expires_at=now() + self._lease)
-        return Orders(cancel=row["cancel_requested"])
+        return _orders(row)
 
     def orders(self, job_id: str, epoch: int) -> Orders:
-        """Look, without renewing, whether the job is to be cancelled.
+        """Look, without renewing, whether the job is to be cancelled or paused.
 
         Raises:
             LeaseLost: Another epoch owns the job, or it has ended.
         """
-        query = select(jobs.c.cancel_requested).where(
+        query = select(jobs.c.cancel_requested, jobs.c.paused_since).where(
             jobs.c.id == job_id, jobs.c.epoch == epoch, jobs.c.state == JobState.RUNNING.value
         )
         with self._database.reading() as connection:
-            cancel = connection.execute(query).scalar_one_or_none()
-        if cancel is None:
+            row = connection.execute(query).mappings().one_or_none()
+        if row is None:
             raise LeaseLost(job_id=job_id, epoch=epoch)
-        return Orders(cancel=cancel)
+        return _orders(row)
 
     def record_phase(self, job_id: str, epoch: int, phase: Phase) -> None:
         """Say what the epoch is busy with."""
@@ -179,6 +182,8 @@ class Leases:
             add_event(connection, job_id, epoch, "prepared", "The data is ready for training.", data=prepared["report"])
             if row["cancel_requested"]:
                 row = _end(connection, row, JobState.CANCELLED, "The job was cancelled.")
+            elif row["paused_since"] is not None:
+                add_event(connection, job_id, epoch, "paused", "The job was paused before its training.")
             return job_from(row)
 
     def settle_success(
@@ -300,10 +305,8 @@ def _kinds_taken(idle: Sequence[LiveWorker]) -> list[_Kind]:
 def _due(kind: _Kind, older_than: timedelta, limit: int) -> Any:
     stage, gpu_class = kind
     due = select(jobs.c.id, jobs.c.stage, jobs.c.gpu_class, jobs.c.priority, jobs.c.created_at).where(
-        jobs.c.state == JobState.QUEUED.value,
-        jobs.c.stage == stage.value,
+        _may_be_claimed(stage),
         jobs.c.gpu_class == gpu_class if gpu_class is not None else true(),
-        jobs.c.not_before <= now(),
         or_(jobs.c.bell_rung_at.is_(None), jobs.c.bell_rung_at < now() - older_than.total_seconds()),
     )
     due = due.order_by(jobs.c.priority.desc(), jobs.c.created_at).limit(limit)
@@ -336,7 +339,7 @@ def _best_queued(stage: Stage, gpu_classes: Collection[str]) -> Any:
         .where(served.c.tenant == jobs.c.tenant)
         .scalar_subquery()
     )
-    eligible = and_(jobs.c.state == JobState.QUEUED.value, jobs.c.stage == stage.value, jobs.c.not_before <= now())
+    eligible = _may_be_claimed(stage)
     order = [jobs.c.priority.desc(), running, last_served, jobs.c.created_at, jobs.c.id]
     if stage is Stage.TRAIN:
         eligible = and_(eligible, jobs.c.gpu_class.in_(gpu_classes))
@@ -345,12 +348,26 @@ def _best_queued(stage: Stage, gpu_classes: Collection[str]) -> Any:
     return select(jobs).where(eligible).order_by(*order).limit(1).with_for_update(skip_locked=True, of=jobs)
 
 
+def _may_be_claimed(stage: Stage) -> ColumnElement[bool]:
+    return and_(
+        jobs.c.state == JobState.QUEUED.value,
+        jobs.c.stage == stage.value,
+        jobs.c.not_before <= now(),
+        jobs.c.paused_since.is_(None),
+    )
+
+
 def _given_back() -> dict[str, Any]:
-    return {"state": JobState.QUEUED.value, "bell_rung_at": None, **_no_lease()}
+    paused_since = case((jobs.c.paused_since.is_not(None), now()))  # what it ran until now was no pause
+    return {"state": JobState.QUEUED.value, "bell_rung_at": None, "paused_since": paused_since, **_no_lease()}
 
 
 def _no_lease() -> dict[str, Any]:
     return {"worker": None, "lease_expires_at": None, "phase": None}
+
+
+def _orders(row: RowMapping) -> Orders:
+    return Orders(cancel=row["cancel_requested"], pause=row["paused_since"] is not None)
 
 
 def _gpu_seconds() -> ColumnElement[float]:
@@ -381,7 +398,7 @@ def _after(
         if replanned is not None:
             values |= _replanned(row, replanned)
         before, row = row, compare_and_set(connection, row["id"], row["epoch"], JobState.RUNNING, **values)
-        add_event(connection, row["id"], failed_epoch, "requeued", failure.message, level="warning", data=facts)
+        _tell_of_return(connection, row, failure, failed_epoch, facts)
         if replanned is not None:
             changed = {"from": _plan_of(before), "to": _plan_of(row)}
             add_event(
@@ -392,6 +409,19 @@ def _after(
     if decided.state is JobState.CANCELLED:
         return _end(connection, row, JobState.CANCELLED, "The job was cancelled.", data=facts)
     return _end(connection, row, JobState.FAILED, failure.message, error=_error(failure), data=facts)
+
+
+def _tell_of_return(
+    connection: Connection, row: RowMapping, failure: Failure, failed_epoch: int, facts: dict[str, Any]
+) -> None:
+    """Say why a job is in the queue again; a pause that its worker obeyed is told as such and as nothing else."""
+    is_paused, by_pause = row["paused_since"] is not None, failure.reason is FailureReason.PAUSED
+    if not (is_paused and by_pause):
+        message = "It was resumed while its worker was leaving." if by_pause else failure.message
+        level = "info" if by_pause else "warning"
+        add_event(connection, row["id"], failed_epoch, "requeued", message, level=level, data=facts)
+    if is_paused:
+        add_event(connection, row["id"], failed_epoch, "paused", "The job was paused; no worker is at it.", data=facts)
 
 
 def _made_progress(row: RowMapping, failed_epoch: int) -> bool:

@@ -30,6 +30,8 @@ def job_from(row: RowMapping) -> Job:
         gpu_class=row["gpu_class"],
         phase=Phase(row["phase"]) if row["phase"] else None,
         cancel_requested=row["cancel_requested"],
+        pause_requested=row["paused_since"] is not None,
+        paused_seconds=row["paused_seconds"],
         progress=row["progress"],
         metrics=row["metrics"],
         memory=row["memory"],

@@ -72,8 +72,12 @@ jobs = Table(
     Column("started_at", Double),
     Column("finished_at", Double),
     Column("gpu_seconds", Double, nullable=False, server_default=text("0")),
+    Column("paused_since", Double),  # the flag of a pause: since it is in the queue with it, or runs and was asked
+    Column("paused_seconds", Double, nullable=False, server_default=text("0")),
+    Column("sweep_at", Double),  # when to look for what its runs left in the bucket; null: there is nothing
     UniqueConstraint("tenant", "idempotency_key"),
     Index(None, "state", "stage", "gpu_class"),
+    Index(None, "sweep_at"),
     Index(None, "tenant", "created_at"),
 )
 
@@ -102,6 +106,14 @@ files = Table(
     Column("report", JSON, nullable=False),
     Column("created_at", Double, nullable=False),
     Index(None, "tenant", "created_at"),
+)
+
+uploads = Table(
+    "uploads",
+    metadata,
+    Column("key", String(512), primary_key=True),  # of an object that is being written and has no row yet
+    Column("started_at", Double, nullable=False),
+    Index(None, "started_at"),
 )
 
 workers = Table(

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import case, false, func, select
+from sqlalchemy import and_, case, false, func, select
 
 from graft_shared.jobs import TERMINAL_STATES, JobState, JobStatus, Stage, status_of
 from graft_shared.store.engine import Database, now
@@ -36,22 +36,22 @@ class Totals:
         ended = jobs.c.state.in_([state.value for state in TERMINAL_STATES])
         alive = jobs.c.state.in_([JobState.QUEUED.value, JobState.RUNNING.value])
         # Two queries: an index alone answers the first, which counts all that ever ran; rows are wide.
-        of_ended = select(*kind, false(), func.count()).where(ended).group_by(*kind)
-        flagged = (*kind, jobs.c.cancel_requested)
+        of_ended = select(*kind, false(), false(), func.count()).where(ended).group_by(*kind)
+        flagged = (*kind, jobs.c.cancel_requested, jobs.c.paused_since.is_not(None))
         of_alive = select(*flagged, func.count()).where(alive).group_by(*flagged)
         counts: Counter[tuple[JobStatus, str]] = Counter()
         with self._database.reading() as connection:
             for query in (of_ended, of_alive):
-                for state, stage, gpu_class, cancel_requested, count in connection.execute(query):
-                    status = status_of(JobState(state), Stage(stage), cancel_requested=cancel_requested)
-                    counts[status, gpu_class] += count
+                for state, stage, gpu_class, cancel, pause, count in connection.execute(query):
+                    flags = {"cancel_requested": cancel, "pause_requested": pause}
+                    counts[status_of(JobState(state), Stage(stage), **flags), gpu_class] += count
         return counts
 
     def backlogs(self) -> list[Backlog]:
-        """What waits in each queue that is not empty."""
+        """What waits for a worker in each queue that is not empty; paused jobs do not."""
         gpu_class = case((jobs.c.stage == Stage.TRAIN.value, jobs.c.gpu_class)).label("gpu_class")
-        queued = jobs.c.state == JobState.QUEUED.value
-        waiting = select(jobs.c.stage, gpu_class, jobs.c.not_before, jobs.c.created_at).where(queued).subquery()
+        waits = and_(jobs.c.state == JobState.QUEUED.value, jobs.c.paused_since.is_(None))
+        waiting = select(jobs.c.stage, gpu_class, jobs.c.not_before, jobs.c.created_at).where(waits).subquery()
         query = select(
             waiting.c.stage,
             waiting.c.gpu_class,

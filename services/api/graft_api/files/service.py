@@ -60,7 +60,9 @@ def _store(scratch: BinaryIO, filename: str, tenant: str, here: Neighbours) -> S
     report = check_lines(_lines(scratch))
     file_id = new_file_id()
     path = Path(f"/proc/self/fd/{scratch.fileno()}")  # a name for the nameless, as open() takes it
-    stored = here.bucket.put_file(file_key(tenant, file_id), path)
+    key = file_key(tenant, file_id)
+    here.files.announce(key)
+    stored = here.bucket.put_file(key, path)
     name = _safe_name(filename)
     file = here.files.add(id=file_id, tenant=tenant, filename=name, object=stored, report=report.to_dict())
     log_event(logger, "file_stored", file_id=file.id, tenant=tenant, rows=report.rows, bytes=stored.size)

@@ -130,6 +130,18 @@ def cancel_job(job_id: str, tenant: Tenant, here: Here) -> JobBody:
     return job_body(here.jobs.cancel(tenant, job_id), here)
 
 
+@router.post("/{job_id}/pause", summary="Stop a job for a while")
+def pause_job(job_id: str, tenant: Tenant, here: Here) -> JobBody:
+    """Pause a queued job at once and a running one once it is saved; 409 when it has ended or is being cancelled."""
+    return job_body(here.jobs.pause(tenant, job_id), here)
+
+
+@router.post("/{job_id}/resume", summary="Let a paused job go on")
+def resume_job(job_id: str, tenant: Tenant, here: Here) -> JobBody:
+    """Go on from the last checkpoint, in the old place; 409 when the job has ended or is being cancelled."""
+    return job_body(service.resume(tenant, job_id, here), here)
+
+
 @router.get(
     "/{job_id}/events",
     summary="A job's history, as a page or live",

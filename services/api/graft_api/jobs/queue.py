@@ -8,8 +8,10 @@ from enum import StrEnum
 
 from graft_api.jobs.schemas import Queue
 from graft_shared.capacity import CapacityTable
-from graft_shared.jobs import Job, JobState, Stage
+from graft_shared.jobs import Job, JobState, JobStatus, Stage
 from graft_shared.store import Backlog, Jobs, LiveWorker
+
+PAUSED = "Paused: once it is resumed it goes on, in its old place."
 
 
 class Wait(StrEnum):
@@ -21,7 +23,12 @@ class Wait(StrEnum):
 
 
 def queue_of(job: Job, jobs: Jobs, workers: Sequence[LiveWorker], table: CapacityTable) -> Queue | None:
-    """The place and the reason of a job that waits, or that nobody alive will train; None for any other."""
+    """The place and the reason of a job that waits, or that nobody alive will train; None for any other.
+
+    A paused job has no place: it waits for its user.
+    """
+    if job.status is JobStatus.PAUSED:
+        return Queue(position=None, reason=PAUSED)
     trainers = workers_for(Stage.TRAIN, job.gpu_class, workers, table)
     untrained = job.stage is Stage.PREPARE and not trainers
     later = f"Once prepared, it waits for a worker of class {job.gpu_class}: none is alive."

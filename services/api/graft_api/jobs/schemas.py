@@ -26,7 +26,7 @@ class Progress(BaseModel):
 class Queue(BaseModel):
     """Where a queued job stands, and what it waits for or will wait for."""
 
-    position: int | None = Field(description="From 1; null while its data is being prepared.")
+    position: int | None = Field(description="From 1; null while its data is being prepared, and while it is paused.")
     reason: str
 
 

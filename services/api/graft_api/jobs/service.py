@@ -1,4 +1,4 @@
-"""Admission: from a spec to a committed job or a refusal. What fits where is decided in `graft_shared`."""
+"""Admission: from a spec to a committed job or a refusal (what fits where is decided in `graft_shared`); resuming."""
 
 from __future__ import annotations
 
@@ -47,6 +47,18 @@ def submit(tenant: str, body: Any, idempotency_key: str | None, here: Neighbours
         log_event(
             logger, "job_submitted", job_id=job.id, tenant=tenant, base_model=spec.base_model, gpu_class=job.gpu_class
         )
+    return job
+
+
+def resume(tenant: str, job_id: str, here: Neighbours) -> Job:
+    """Let a paused job go on, and ring for it.
+
+    Raises:
+        JobNotFound, JobFinished, JobCancelling: As `Jobs.resume`.
+    """
+    job = here.jobs.resume(tenant, job_id)
+    if job.may_be_claimed:
+        here.bells.ring(job)
     return job
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from graft_shared.jobs import Failure, FailureReason
 from graft_worker.protocol import ExitCode, FailureEvent
-from graft_worker.supervisor.watch import StopReason
+from graft_worker.supervisor.watch import SAVING_STOPS, StopReason
 
 _CGROUP_EVENTS = Path("/sys/fs/cgroup/memory.events")
 
@@ -30,7 +30,9 @@ def failure_of(
     if last_words is not None:
         words = last_words
         return Failure(reason=words.reason, message=words.message, param=words.param, facts=words.facts)
-    if code == ExitCode.STOPPED or stop_reason is StopReason.DRAIN:
+    if stop_reason in SAVING_STOPS:
+        return stopped(stop_reason)
+    if code == ExitCode.STOPPED:
         return stopped(StopReason.DRAIN)
     if code == ExitCode.CUDA_OUT_OF_MEMORY:
         return Failure(reason=FailureReason.CUDA_OUT_OF_MEMORY, message="The GPU ran out of memory")
@@ -49,6 +51,8 @@ def stopped(reason: StopReason) -> Failure:
     if reason is StopReason.MAX_DURATION:
         message = "The job ran longer than its 'max_duration_seconds'"
         return Failure(reason=FailureReason.MAX_DURATION_EXCEEDED, message=message, param="max_duration_seconds")
+    if reason is StopReason.PAUSE:
+        return Failure(reason=FailureReason.PAUSED, message="The job was paused")
     return Failure(reason=FailureReason.DRAINED, message="The worker was stopped")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from graft_shared.artifacts import prepared_key
 from graft_shared.dispatch import queue_for
 from graft_shared.errors import FileNotFound, InvalidParameter
-from graft_shared.jobs import Job, JobState
+from graft_shared.jobs import Job
 from graft_shared.specs import DatasetSource, JobSpec
 from graft_worker.protocol import PreparedEvent, PrepareRequest
 from graft_worker.supervisor.neighbours import Neighbours
@@ -59,7 +59,7 @@ def finish_preparation(
             put = partial(neighbours.bucket.put_file, key, path)
             stored[path.stem] = asdict(patience.wait_for(put))
     handed = patience.wait_for(lambda: neighbours.leases.hand_to_training(job.id, job.epoch, stored))
-    if handed.state is JobState.QUEUED and neighbours.doorbell.ring(job.id, queue_for(handed.stage, handed.gpu_class)):
+    if handed.may_be_claimed and neighbours.doorbell.ring(job.id, queue_for(handed.stage, handed.gpu_class)):
         neighbours.leases.mark_rung(job.id)
 
 

@@ -25,7 +25,7 @@ from graft_shared.errors import (
     UnknownBaseModel,
     UnsupportedBaseModel,
 )
-from graft_shared.jobs import REMEDIES, Failure, FailureReason, Job, JobState, Phase, Retry, Stage
+from graft_shared.jobs import REMEDIES, Failure, FailureReason, Job, Phase, Retry, Stage
 from graft_shared.logs import log_event
 from graft_worker.protocol import (
     LOG_NAME,
@@ -218,8 +218,9 @@ class Run:
             replanned = training_run.replan(job, self._request, self._neighbours.capacity)
         after = patience.wait_for(lambda: leases.settle_failure(job.id, job.epoch, failure, replanned=replanned))
         facts = {"reason": failure.reason.value, "state": after.state.value, "message": failure.message}
-        log_event(logger, "attempt_settled", level=logging.WARNING, job_id=job.id, attempt=job.attempt, **facts)
-        if after.state is JobState.QUEUED and REMEDIES[failure.reason].retry is not Retry.CHARGED:
+        level = logging.INFO if failure.reason is FailureReason.PAUSED else logging.WARNING
+        log_event(logger, "attempt_settled", level=level, job_id=job.id, attempt=job.attempt, **facts)
+        if after.may_be_claimed and REMEDIES[failure.reason].retry is not Retry.CHARGED:
             self._neighbours.doorbell.ring(job.id, queue_for(after.stage, after.gpu_class))
 
     def _upload_log(self) -> None:
@@ -238,7 +239,7 @@ class Run:
         if limit is None or self._job.started_at is None:
             return None
         spent = (self._neighbours.database.now() - self._job.started_at).total_seconds()
-        return boottime() + limit - spent
+        return boottime() + limit - (spent - self._job.paused_seconds)
 
 
 def _watch_times(neighbours: Neighbours) -> WatchTimes:

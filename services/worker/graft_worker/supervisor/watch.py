@@ -12,7 +12,7 @@ from pathlib import Path
 from graft_shared.clock import boottime
 from graft_shared.errors import LeaseLost
 from graft_shared.logs import log_event
-from graft_shared.store import Leases
+from graft_shared.store import Leases, Orders
 from graft_worker.protocol import write_deadline
 from graft_worker.supervisor.child import Child
 
@@ -25,9 +25,13 @@ class StopReason(StrEnum):
     """Why a child is told to leave."""
 
     CANCEL = "cancel"
+    PAUSE = "pause"
     DRAIN = "drain"
     LEASE_LOST = "lease_lost"
     MAX_DURATION = "max_duration"
+
+
+SAVING_STOPS = frozenset({StopReason.PAUSE, StopReason.DRAIN})  # the run goes on later: a graver reason may follow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,33 +96,35 @@ class Watch:
     def _run(self) -> None:
         while not self._done.wait(self._times.orders):
             reason = self._reason_to_stop()
-            if reason is not None and self._stop_reason in (None, StopReason.DRAIN):
+            if reason is not None and self._stop_reason in (None, *SAVING_STOPS):
                 self._order_stop(reason)
             self._kill_a_straggler()
 
     def _reason_to_stop(self) -> StopReason | None:
         try:
             due = boottime() >= self._renewed_at + self._times.heartbeat
-            cancel = self._renew() if due else self._leases.orders(self._job_id, self._epoch).cancel
+            orders = self._renew() if due else self._leases.orders(self._job_id, self._epoch)
         except LeaseLost:
             return StopReason.LEASE_LOST
         except Exception as error:  # noqa: BLE001 (a watch that died would leave a child without lease and without orders)
             log_event(logger, "renewal_failed", level=logging.WARNING, job_id=self._job_id, reason=str(error))
             return StopReason.LEASE_LOST if boottime() > self._deadline else None
-        if cancel:
+        if orders.cancel:
             return StopReason.CANCEL
+        if orders.pause:
+            return StopReason.PAUSE
         if self._ends_at is not None and boottime() > self._ends_at:
             return StopReason.MAX_DURATION
         return StopReason.DRAIN if self._draining() else None
 
-    def _renew(self) -> bool:
-        """Renew the lease and tell the child its new deadline; return whether the job is to be cancelled."""
+    def _renew(self) -> Orders:
+        """Renew the lease and tell the child its new deadline."""
         before = boottime()  # taken before the request, so that a slow answer shortens the deadline, never the safety
         orders = self._leases.renew(self._job_id, self._epoch)
         self._renewed_at = before
         self._deadline = before + DEADLINE_SHARE * self._times.lease
         write_deadline(self._workdir, self._deadline)
-        return orders.cancel
+        return orders
 
     def _order_stop(self, reason: StopReason) -> None:
         if self._stop_reason is reason:

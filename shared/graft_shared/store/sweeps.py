@@ -1,0 +1,65 @@
+"""Which jobs may have left something in the bucket that no row needs, and when to look for it next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+from sqlalchemy import case, null, select, update
+
+from graft_shared.jobs import TERMINAL_STATES, JobState
+from graft_shared.store.engine import Database, now
+from graft_shared.store.tables import jobs
+
+SWEEP_EVERY = timedelta(seconds=60)  # while a job runs, and after a claim: checkpoints come no faster by themselves
+SWEEP_AGAIN = timedelta(minutes=5)  # after a sweep that was begun and not finished
+
+
+@dataclass(frozen=True, kw_only=True)
+class DueSweep:
+    """One job to look at, taken by one sweeper for a while."""
+
+    job_id: str
+    tenant: str
+    mark: float  # what its `sweep_at` says while it is taken
+
+
+class Sweeps:
+    """Jobs as sweepers see them: every claim makes one due, and it stays so until long after the job's end."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def take(self, *, limit: int) -> list[DueSweep]:
+        """Take the jobs that have been due for longest; whoever dies over one loses it to others after a while."""
+        due = select(jobs.c.id).where(jobs.c.sweep_at <= now()).order_by(jobs.c.sweep_at).limit(limit)
+        with self._database.writing() as connection:
+            ids = connection.execute(due.with_for_update(skip_locked=True)).scalars().all()
+            if not ids:
+                return []
+            taken = (
+                update(jobs)
+                .where(jobs.c.id.in_(ids))
+                .values(sweep_at=now() + SWEEP_AGAIN.total_seconds())
+                .returning(jobs.c.id, jobs.c.tenant, jobs.c.sweep_at)
+            )
+            rows = connection.execute(taken).all()
+        return [DueSweep(job_id=row.id, tenant=row.tenant, mark=row.sweep_at) for row in rows]
+
+    def finish(self, sweep: DueSweep, *, grace: timedelta) -> None:
+        """Say that a job was swept: a running one is due again soon, one that waits or has just ended after `grace`.
+
+        One that had ended for so long when its sweep began is never due again. A job that was claimed meanwhile is due
+        when its claim says.
+        """
+        ended = jobs.c.state.in_([state.value for state in TERMINAL_STATES])
+        last_look_at = jobs.c.finished_at + grace.total_seconds()
+        began_at = sweep.mark - SWEEP_AGAIN.total_seconds()
+        again_at = case(
+            (jobs.c.state == JobState.RUNNING.value, now() + SWEEP_EVERY.total_seconds()),
+            (ended, case((last_look_at > began_at, last_look_at), else_=null())),
+            else_=now() + grace.total_seconds(),
+        )
+        swept = update(jobs).where(jobs.c.id == sweep.job_id, jobs.c.sweep_at == sweep.mark).values(sweep_at=again_at)
+        with self._database.writing() as connection:
+            connection.execute(swept)
