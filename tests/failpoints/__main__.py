@@ -12,61 +12,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-import psycopg
-
-from graft_shared.store import open_database
-from graft_shared.store.migrate import migrate
-from tests.failpoints.actors import Site, the_app
+from tests.failpoints.actors import Site, warm_api
+from tests.failpoints.databases import Databases, databases, warm_up
 from tests.failpoints.forked import fork, fork_children
 from tests.failpoints.points import POINTS, Fault
 from tests.failpoints.report import Report, table
 from tests.failpoints.scale import scale_constants
 from tests.failpoints.trial import Aftermath, Case, Verdict, try_case
-from tests.servers import PostgresServer
 
-TRIALS_AT_ONCE = 8  # most of a trial is waiting
+TRIALS_AT_ONCE = 6  # most of a trial is waiting
 IN_MEMORY = Path("/dev/shm")  # what is killed here is processes, not machines: no disk has to keep anything
-
-
-@dataclass(frozen=True)
-class SqliteFiles:
-    """A file for each trial, copied from a migrated one."""
-
-    template: Path
-
-    def site(self, folder: Path) -> Site:
-        shutil.copy(self.template, folder / "graft.db")
-        return Site(folder=folder, database_url=f"sqlite:///{folder / 'graft.db'}")
-
-    def drop(self, site: Site) -> None:
-        """The folder goes, and the file with it."""
-
-
-@dataclass(frozen=True)
-class PostgresDatabases:
-    """A database of one server for each trial, copied from a migrated one."""
-
-    template_url: str
-
-    def site(self, folder: Path) -> Site:
-        self._execute(f'create database "{folder.name}" template "{self._template}"')
-        return Site(folder=folder, database_url=self.template_url.replace(self._template, folder.name))
-
-    def drop(self, site: Site) -> None:
-        self._execute(f'drop database "{site.folder.name}" with (force)')
-
-    @property
-    def _template(self) -> str:
-        return self.template_url.rpartition("/")[2]
-
-    def _execute(self, statement: str) -> None:
-        server = self.template_url.replace("+psycopg", "").replace(self._template, "postgres")
-        with psycopg.connect(server, autocommit=True) as connection:
-            connection.execute(statement.encode())
 
 
 def main() -> None:
@@ -109,13 +67,12 @@ def cases_of(times: int, points: Sequence[str] | None, faults: Sequence[Fault] |
     ]
 
 
-def try_all(
-    cases: Sequence[Case], databases: SqliteFiles | PostgresDatabases, folder: Path, *, at_once: int
-) -> Iterator[Verdict]:
+def try_all(cases: Sequence[Case], databases: Databases, folder: Path, *, at_once: int) -> Iterator[Verdict]:
     """Run the cases, each in a process of its own, and yield what they showed as they end."""
     scale_constants()
     fork_children()
-    the_app()
+    warm_up(databases, folder / "warm")
+    warm_api()
     gc.freeze()  # what lies there now is shared with all trials; collecting would copy it
     waiting, running = list(reversed(cases)), dict[int, Case]()
     while waiting or running:
@@ -130,27 +87,9 @@ def try_all(
         yield _read(folder / f"{case.name}.json", case, os.waitstatus_to_exitcode(status))
 
 
-@contextmanager
-def databases(kind: str, folder: Path) -> Iterator[SqliteFiles | PostgresDatabases]:
-    """Where the trials' databases come from."""
-    if kind == "sqlite":
-        made = folder / "template.db"
-        _migrate(f"sqlite:///{made}")
-        yield SqliteFiles(made)
-        return
-    server = PostgresServer(folder / "postgres").start()
-    try:
-        url = server.new_database("graft_template")
-        _migrate(url)
-        yield PostgresDatabases(url)
-    finally:
-        server.stop()
-
-
-def _try(case: Case, databases: SqliteFiles | PostgresDatabases, place: Path, verdict_path: Path) -> None:
-    site = databases.site(place)
-    verdict = try_case(case, site)
-    databases.drop(site)
+def _try(case: Case, databases: Databases, place: Path, verdict_path: Path) -> None:
+    verdict = try_case(case, Site(folder=place, database_url=databases.create(place)))
+    databases.drop(place)
     verdict_path.write_text(json.dumps(asdict(verdict)))
     if not verdict.violations:
         shutil.rmtree(place)
@@ -164,12 +103,6 @@ def _read(path: Path, case: Case, code: int) -> Verdict:
     verdict = Verdict(case=case.name, point=case.point.name, fault=case.fault.value, aftermath=case.aftermath.value)
     verdict.violations.append(f"the_trial_itself_works: it left with {code}")
     return verdict
-
-
-def _migrate(url: str) -> None:
-    database = open_database(url)
-    migrate(database)
-    database.close()
 
 
 if __name__ == "__main__":

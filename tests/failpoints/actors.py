@@ -28,7 +28,7 @@ from graft_shared.errors import StoreUnavailable
 from graft_shared.jobs import Stage
 from graft_shared.logs import configure_logging
 from graft_shared.reconciler import Reconciler
-from graft_shared.store import Database, Files, Leases, Workers, open_database
+from graft_shared.store import Database, Files, Leases, Workers
 from graft_worker.device import Device
 from graft_worker.place import hold_name, place_of, register
 from graft_worker.settings import WorkerSettings
@@ -39,6 +39,7 @@ from graft_worker.supervisor.spare import SpareTrainer
 from graft_worker.tasks import answer_bell, look_for_work
 from tests.failpoints.arm import PRESENCE, arm
 from tests.failpoints.bells import FolderBell
+from tests.failpoints.databases import open_warm
 from tests.failpoints.points import Fault, Point
 from tests.failpoints.scale import BEAT_SECONDS, SETTINGS, WORKER_SETTINGS
 from tests.fakes.doorbell import FakeDoorbell
@@ -69,7 +70,7 @@ class Site:
         return DirectoryBucket(self.folder / "bucket")
 
     def open_database(self) -> Database:
-        return open_database(self.database_url)
+        return open_warm(self.database_url)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +135,12 @@ def run_api(site: Site, request: dict[str, Any], answer: Path, *, arms: Arms | N
     partial.write_text(json.dumps({"status": answered.status_code, "body": answered.json()}))
     partial.rename(answer)
     app.state.neighbours.bells._ringer.shutdown(wait=True)  # a real API lives on and rings meanwhile
+
+
+def warm_api() -> None:
+    """Have the app look at its own document, which takes a second and is then shared with all that are forked."""
+    the_app().openapi()
+    TestClient(the_app()).get("/healthz")
 
 
 @functools.cache

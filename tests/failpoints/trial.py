@@ -29,7 +29,7 @@ from tests.witness import steps_made
 
 TENANT = "default"
 FROZEN_SECONDS = 2 * LEASE_SECONDS
-LOOK_SECONDS = 0.03
+LOOK_SECONDS = 0.05
 TRIAL_SECONDS = 45.0  # until a trial counts as one whose job never ended
 STRIKE_SECONDS = 3.0  # after the job's end, for points that lie behind it
 LATE_SECONDS = 0.3  # that processes are given, after all is over, to do what they should not
@@ -85,17 +85,6 @@ class Case:
     def steps_under_way(self) -> int:
         """Steps that may come late: one whose deadline was checked before trainer and worker were suspended."""
         return int(self.fault is Fault.SUSPEND and self.point.lies_within_a_step)
-
-    @property
-    def most_redone(self) -> int:
-        """Steps that an interruption may cost: those since the last checkpoint, and those of one that was on its way.
-
-        A trainer whose supervisor is frozen goes on until its deadline, and nothing of that is kept.
-        """
-        scenario = self.point.scenario
-        if self.fault in (Fault.FREEZE, Fault.SUSPEND):
-            return min(scenario.steps, 2 * scenario.save_steps + int(LEASE_SECONDS / scenario.step_seconds))
-        return 2 * scenario.save_steps
 
 
 @dataclass(kw_only=True)
@@ -359,7 +348,8 @@ class _Trial:
             steps=[replace(step, at=step.at + since_boot) for step in made if step.job_id == job_id],
             objects=_objects(self._site, job),
             steps_wanted=self._scenario.steps,
-            most_redone=self._case.most_redone,
+            save_steps=self._scenario.save_steps,
+            kept_within_seconds=LEASE_SECONDS,
             steps_under_way=self._case.steps_under_way,
         )
         strike = self._strike
