@@ -21,7 +21,7 @@ from tests.failpoints.forked import fork, fork_children
 from tests.failpoints.points import POINTS, Fault
 from tests.failpoints.report import Report, table
 from tests.failpoints.scale import scale_constants
-from tests.failpoints.trial import Aftermath, Case, Verdict, try_case
+from tests.failpoints.trial import Aftermath, Case, Verdict, try_case, verdict_on
 
 TRIALS_AT_ONCE = 6  # most of a trial is waiting
 IN_MEMORY = Path("/dev/shm")  # what is killed here is processes, not machines: no disk has to keep anything
@@ -38,7 +38,8 @@ def main() -> None:
     asked = parser.parse_args()
     cases = cases_of(asked.times, asked.point, asked.fault)
     command = shlex.join(["python", "-m", "tests.failpoints", *sys.argv[1:]])
-    report = Report(command=command, database=asked.db, at_once=asked.at_once)
+    points = list(dict.fromkeys(case.point.name for case in cases))
+    report = Report(command=command, database=asked.db, at_once=asked.at_once, points=points)
     folder = Path(tempfile.mkdtemp(prefix="graft-failpoints-", dir=IN_MEMORY if IN_MEMORY.is_dir() else None))
     began = time.monotonic()
     with databases(asked.db, folder) as made:
@@ -100,7 +101,7 @@ def _read(path: Path, case: Case, code: int) -> Verdict:
         verdict = Verdict(**json.loads(path.read_text()))
         path.unlink()
         return verdict
-    verdict = Verdict(case=case.name, point=case.point.name, fault=case.fault.value, aftermath=case.aftermath.value)
+    verdict = verdict_on(case)
     verdict.violations.append(f"the_trial_itself_works: it left with {code}")
     return verdict
 

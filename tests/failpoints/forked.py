@@ -76,6 +76,10 @@ class ForkedChild:
         if self.returncode is None:
             os.kill(self.pid, number)
 
+    def kill(self) -> None:
+        """End it."""
+        self.send_signal(signal.SIGKILL)
+
     def wait(self) -> int:
         """Its exit code, or the negative number of the signal that ended it."""
         if self.returncode is None:

@@ -71,8 +71,8 @@ CRASHES = Scenario(behaviour="crash once", save_steps=2)
 KILLED = Scenario(behaviour="killed once", save_steps=2)
 BELLS = Scenario(looks=False)
 CANCELLED = Scenario(steps=40, step_seconds=0.05, interruption=Interruption.CANCEL)
-DRAINED = Scenario(steps=20, step_seconds=0.05, interruption=Interruption.DRAIN)
-LOST = Scenario(steps=20, step_seconds=0.05, interruption=Interruption.KILL)
+DRAINED = Scenario(steps=40, step_seconds=0.05, interruption=Interruption.DRAIN)
+LOST = Scenario(steps=40, step_seconds=0.05, interruption=Interruption.KILL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,7 +266,7 @@ _TRAINER: tuple[Point, ...] = (
     ),
     _training("trainer_before_trained_event", _BEFORE, f"{_TOY}:EventWriter.emit", matters=_emits("TrainedEvent")),
     _training("trainer_after_trained_event", _AFTER, f"{_TOY}:EventWriter.emit", matters=_emits("TrainedEvent")),
-    _training("drained_trainer_saves", _BEFORE, f"{_TOY}:_leave", scenario=DRAINED),
+    _training("drained_trainer_saves", _BEFORE, f"{_TOY}:_leave", scenario=DRAINED, raised=Raised.HARMLESS),
     _training("cancelled_trainer_saves", _BEFORE, f"{_TOY}:_leave", scenario=CANCELLED, raised=Raised.HARMLESS),
 )
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.failpoints.points import POINTS
 from tests.failpoints.scale import LEASE_SECONDS, SCALE
 from tests.failpoints.trial import FROZEN_SECONDS, Verdict
 
@@ -20,6 +19,7 @@ class Report:
     command: str
     database: str
     at_once: int
+    points: list[str]  # in the order in which they are shown
     seconds: float = 0.0
     verdicts: list[Verdict] = field(default_factory=list)
 
@@ -32,16 +32,11 @@ class Report:
         return [verdict for verdict in self.verdicts if verdict.violations]
 
     def cells(self) -> list[dict[str, Any]]:
-        """One entry for each point and fault, in the order of the points."""
+        """One entry for each point and fault."""
         by_cell: dict[tuple[str, str], list[Verdict]] = {}
-        for verdict in self.verdicts:
+        for verdict in sorted(self.verdicts, key=lambda verdict: self.points.index(verdict.point)):
             by_cell.setdefault((verdict.point, verdict.fault), []).append(verdict)
-        actors = {point.name: point.actor.value for point in POINTS}
-        order = list(actors)
-        return [
-            {"point": point, "actor": actors[point], "fault": fault, **_cell(verdicts)}
-            for (point, fault), verdicts in sorted(by_cell.items(), key=lambda cell: order.index(cell[0][0]))
-        ]
+        return [{"point": point, "fault": fault, **_cell(verdicts)} for (point, fault), verdicts in by_cell.items()]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as it is stored; durations are those that were measured, on scaled leases."""
@@ -53,7 +48,7 @@ class Report:
             "frozen_seconds": FROZEN_SECONDS,
             "trials_at_once": self.at_once,
             "seconds": self.seconds,
-            "points": len({verdict.point for verdict in self.verdicts}),
+            "points": len(self.points),
             "trials": len(self.verdicts),
             "struck": sum(verdict.struck for verdict in self.verdicts),
             "steps_late": sum(verdict.steps_late for verdict in self.verdicts),
@@ -85,6 +80,7 @@ def table(report: Report) -> str:
 def _cell(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     seconds = sorted(verdict.recovery_seconds for verdict in verdicts if verdict.recovery_seconds is not None)
     return {
+        "actor": verdicts[0].actor,
         "trials": len(verdicts),
         "struck": sum(verdict.struck for verdict in verdicts),
         "violations": sum(bool(verdict.violations) for verdict in verdicts),

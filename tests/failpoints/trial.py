@@ -34,7 +34,7 @@ TRIAL_SECONDS = 45.0  # until a trial counts as one whose job never ended
 STRIKE_SECONDS = 3.0  # after the job's end, for points that lie behind it
 LATE_SECONDS = 0.3  # that processes are given, after all is over, to do what they should not
 TIDY_SECONDS = 4.0  # until nothing of the job is left in the work folders
-CLIENT_SECONDS = 1.0  # a client's patience with an answer: thirty seconds, scaled
+CLIENT_SECONDS = 3.0  # a client waits so long for an answer, and asks another API
 STEPS_BEFORE_INTERRUPTION = 4
 ROWS = b'{"text": "a"}\n'
 BASE = {
@@ -93,6 +93,7 @@ class Verdict:
 
     case: str
     point: str
+    actor: str
     fault: str
     aftermath: str
     struck: bool = False
@@ -107,7 +108,7 @@ class Verdict:
 
 def try_case(case: Case, site: Site) -> Verdict:
     """Carry a case out and judge it; the site holds an empty, migrated database."""
-    verdict = Verdict(case=case.name, point=case.point.name, fault=case.fault.value, aftermath=case.aftermath.value)
+    verdict = verdict_on(case)
     began = time.monotonic()
     trial = _Trial(case, site)
     try:
@@ -118,6 +119,14 @@ def try_case(case: Case, site: Site) -> Verdict:
         trial.end()
     verdict.seconds = round(time.monotonic() - began, 2)
     return verdict
+
+
+def verdict_on(case: Case) -> Verdict:
+    """One that knows nothing yet."""
+    point, fault = case.point, case.fault.value
+    return Verdict(
+        case=case.name, point=point.name, actor=point.actor.value, fault=fault, aftermath=case.aftermath.value
+    )
 
 
 class _Trial:
