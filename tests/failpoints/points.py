@@ -70,7 +70,7 @@ SLOW = Scenario(step_seconds=0.1)  # long enough for heartbeats
 CRASHES = Scenario(behaviour="crash once", save_steps=2)
 KILLED = Scenario(behaviour="killed once", save_steps=2)
 BELLS = Scenario(looks=False)
-CANCELLED = Scenario(steps=40, step_seconds=0.05, interruption=Interruption.CANCEL)
+CANCELLED = Scenario(steps=200, step_seconds=0.05, interruption=Interruption.CANCEL)
 DRAINED = Scenario(steps=40, step_seconds=0.05, interruption=Interruption.DRAIN)
 LOST = Scenario(steps=40, step_seconds=0.05, interruption=Interruption.KILL)
 
@@ -250,8 +250,10 @@ _TRAIN: tuple[Point, ...] = (
 
 _TRAINER: tuple[Point, ...] = (
     _training("trainer_request_read", _AFTER, f"{_TOY}:_resumed"),
-    _training("trainer_after_deadline_check", _AFTER, f"{_TOY}:read_deadline", nth=5, lies_within_a_step=True),
-    _training("trainer_after_step", _AFTER, f"{_TOY}:_testify", nth=5),
+    _training(
+        "trainer_after_deadline_check", _AFTER, f"{_TOY}:read_deadline", nth=5, scenario=SLOW, lies_within_a_step=True
+    ),
+    _training("trainer_after_step", _AFTER, f"{_TOY}:_testify", nth=5, scenario=SLOW),
     _training("trainer_mid_checkpoint_write", _BEFORE, f"{_TOY}:_write_rest", nth=2),
     _training("trainer_before_checkpoint_rename", _AFTER, f"{_TOY}:_write_rest", nth=2),
     _training(

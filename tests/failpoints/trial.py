@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
 from graft_shared.artifacts import job_prefix
 from graft_shared.clock import boottime
@@ -26,6 +26,8 @@ from tests.failpoints.points import Actor, Fault, Interruption, Point, Raised
 from tests.failpoints.scale import LEASE_SECONDS
 from tests.store_factories import a_new_job
 from tests.witness import steps_made
+
+Answer = TypeVar("Answer")
 
 TENANT = "default"
 FROZEN_SECONDS = 2 * LEASE_SECONDS
@@ -199,8 +201,8 @@ class _Trial:
             spec = {"base_model": "graft/tiny", "dataset": {"file": "file-rows"}, "gpu": {"class": GPU_CLASS}}
             request = {"method": "POST", "url": "/jobs", "headers": {"idempotency-key": "once"}}
             return str(self._ask({**request, "json": {**spec, "metadata": metadata}}, wanted=202)["id"])
-        job, _ = self._jobs.submit(a_new_job(metadata=metadata, max_attempts=self._case.max_attempts))
-        return job.id
+        new = a_new_job(metadata=metadata, max_attempts=self._case.max_attempts)
+        return self._insist(lambda: self._jobs.submit(new))[0].id
 
     def _interrupt(self, job_id: str) -> None:
         """Do to the job what the scenario says, in the middle of its training."""
@@ -225,7 +227,7 @@ class _Trial:
         if self._point.actor is Actor.API:
             self._ask({"method": "POST", "url": f"/jobs/{job_id}/cancel"}, wanted=200)
         else:
-            self._jobs.cancel(TENANT, job_id)
+            self._insist(lambda: self._jobs.cancel(TENANT, job_id))
 
     def _ask(self, request: dict[str, Any], *, wanted: int) -> dict[str, Any]:
         """Ask an API as a client does: again, of another one, as long as there is no answer or an error of theirs."""
@@ -247,11 +249,26 @@ class _Trial:
         """Whoever was struck is as good as new."""
         metadata = {"witness": str(self._site.folder / "another"), "steps": "2"}
         (self._site.folder / "another").mkdir()
-        job, _ = self._jobs.submit(a_new_job(metadata=metadata))
+        new = a_new_job(metadata=metadata)
+        job, _ = self._insist(lambda: self._jobs.submit(new))
         self._until(lambda: self._has_ended(job.id), "the end of another job")
         ended = self._jobs.get(TENANT, job.id)
         if ended.state is not JobState.SUCCEEDED:
             verdict.violations.append(f"another_job_is_done: {ended.state}; {ended.error}")
+
+    def _insist(self, action: Callable[[], Answer]) -> Answer:
+        """Do what needs the store, which may be locked by somebody who is frozen."""
+        done: list[Answer] = []
+
+        def is_done() -> bool:
+            try:
+                done.append(action())
+            except StoreUnavailable:
+                return False
+            return True
+
+        self._until(is_done, "the store")
+        return done[0]
 
     # What goes on all the while.
 
@@ -348,7 +365,7 @@ class _Trial:
     # The verdict.
 
     def _judge(self, job_id: str, verdict: Verdict) -> None:
-        job, events = self._jobs.get(TENANT, job_id), self._events(job_id)
+        job, events = self._insist(lambda: (self._jobs.get(TENANT, job_id), self._events(job_id)))
         since_boot = time.time() - boottime()
         made = steps_made(self._site.folder)
         evidence = Evidence(
