@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, TypeVar
 
 from graft_shared.artifacts import job_prefix
@@ -230,18 +231,20 @@ class _Trial:
             self._insist(lambda: self._jobs.cancel(TENANT, job_id))
 
     def _ask(self, request: dict[str, Any], *, wanted: int) -> dict[str, Any]:
-        """Ask an API as a client does: again, of another one, as long as there is no answer or an error of theirs."""
-        for number in range(20):
-            answer = self._site.folder / f"answer-{number}.json"
-            self._start(f"api-{number}", lambda to=answer: run_api(self._site, request, to, arms=self._arms))
-            until = time.monotonic() + CLIENT_SECONDS
-            while not answer.exists() and f"api-{number}" in self._living and time.monotonic() < until:
+        """Ask an API as a client does: another one, if an answer is long in coming or says that it is their fault."""
+        answers: list[Path] = []
+        while time.monotonic() < self._deadline:
+            name = f"api-{len(answers)}"
+            answers.append(self._site.folder / f"{name}.json")
+            self._start(name, lambda to=answers[-1]: run_api(self._site, request, to, arms=self._arms))
+            until = time.monotonic() + CLIENT_SECONDS * len(answers)
+            while name in self._living and not answers[-1].exists() and time.monotonic() < until:
                 self._look_after_all()
-            if answer.exists():
-                said = json.loads(answer.read_text())
-                if said["status"] < 500:
-                    assert said["status"] == wanted, said
-                    body: dict[str, Any] = said["body"]
+            said = [json.loads(answer.read_text()) for answer in answers if answer.exists()]
+            for answer in said:
+                if answer["status"] < 500:
+                    assert answer["status"] == wanted, answer
+                    body: dict[str, Any] = answer["body"]
                     return body
         raise TimeoutError("no API answered")
 
