@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import subprocess
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -198,6 +199,33 @@ def test_a_killed_trainer_goes_on_from_its_last_checkpoint_at_no_cost(make_worke
     assert worker.steps() == [(2, 1), (2, 2), (2, 3), (3, 3), (3, 4), (3, 5), (3, 6)]
     requeued = [data for type, data in worker.events(job) if type == "requeued"]
     assert [data["reason"] for data in requeued] == ["worker_lost"]
+
+
+@pytest.mark.parametrize("what", ["child.Child.__init__", "watch.Watch.look_after"])
+def test_a_child_that_cannot_be_watched_does_not_stay(
+    make_worker: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    worker = make_worker()
+    job = worker.submit()
+    look_for_work(worker.preparing)
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(f"graft_worker.supervisor.{what}", refuse)
+    started: list[int] = []
+    popen = subprocess.Popen
+
+    def remember(*args: Any, **kwargs: Any) -> Any:
+        process = popen(*args, **kwargs)
+        started.append(process.pid)
+        return process
+
+    monkeypatch.setattr("graft_worker.supervisor.child.subprocess.Popen", remember)
+    look_for_work(worker.neighbours)
+    assert [Path(f"/proc/{pid}").exists() for pid in started] == [False]
+    assert worker.get(job).attempt == 1
+    assert [data["reason"] for type, data in worker.events(job) if type == "requeued"] == ["crash"]
 
 
 def test_a_crash_is_charged_and_tried_again(make_worker: Callable[..., Worker]) -> None:
