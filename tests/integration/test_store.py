@@ -24,7 +24,7 @@ from graft_shared.jobs import (
     Stage,
     StoredObject,
 )
-from graft_shared.store import Database, Files, JobQuery, Jobs, Leases, Workers
+from graft_shared.store import Database, Files, JobQuery, Jobs, Leases, Totals, Workers
 from graft_shared.store.engine import journal_mode, now
 from graft_shared.store.migrate import migrate
 from graft_shared.store.tables import jobs as jobs_table
@@ -502,13 +502,14 @@ def test_a_page_after_a_foreign_job_is_refused(jobs: Jobs) -> None:
         jobs.list("default", JobQuery(after=foreign.id))
 
 
-def test_queue_positions_and_lengths_count_the_same_jobs(jobs: Jobs, leases: Leases) -> None:
+def test_queue_positions_and_lengths_count_the_same_jobs(database: Database, jobs: Jobs, leases: Leases) -> None:
     first, second, high = prepared(jobs, leases), prepared(jobs, leases), prepared(jobs, leases, priority="high")
     other_class = prepared(jobs, leases, gpu_class="80gb")
     jobs.submit(a_new_job())  # waits in another queue: to be prepared
     positions = [jobs.queue_position(job) for job in (first, second, high, other_class)]
     assert positions == [2, 3, 1, 1]
-    assert jobs.queue_lengths() == {"cpu": 3, "80gb": 1}
+    lengths = {(backlog.stage, backlog.gpu_class): backlog.length for backlog in Totals(database).backlogs()}
+    assert lengths == {(Stage.TRAIN, "cpu"): 3, (Stage.TRAIN, "80gb"): 1, (Stage.PREPARE, None): 1}
 
 
 def test_events_are_numbered_without_gaps_and_paged(jobs: Jobs, leases: Leases) -> None:
