@@ -16,12 +16,19 @@ from typing import Any, TypeVar
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from sqlalchemy import delete, select
 
 from graft_shared import jobs as words
-from graft_shared.errors import FileNotFound, GraftError, JobNotFound, LeaseLost
-from graft_shared.jobs import Checkpoint, Failure, FailureReason, JobStatus, Stage, StoredObject
+from graft_shared.errors import FileNotFound, GraftError, JobNotFound
+from graft_shared.jobs import REMEDIES, Checkpoint, Failure, FailureReason, JobStatus, Retry, Stage, StoredObject
 from graft_shared.store import Database, Files, JobQuery, Jobs, Leases, Totals, Workers, tables
 from tests.fakes.clock import FakeClock
 from tests.invariants import TERMINAL_TYPES
@@ -29,7 +36,7 @@ from tests.replay import events_replay_to
 from tests.store_factories import a_beat, a_new_job, a_placement
 from tests.store_model import ENDED, LEASE_SECONDS, PRIORITIES, ModelJob, ModelWorker, StoreModel
 
-MANY_JOBS = 9
+MANY_JOBS = 7
 TENANTS = ("a", "b")
 # Name, stage and what it takes, its own class first: as workers of one fleet are.
 FLEET: dict[str, tuple[Stage, list[str]]] = {
@@ -49,9 +56,12 @@ picks = st.integers(0, 1000)
 names = st.sampled_from(list(FLEET))
 trainers = st.sampled_from(["small", "middle", "large"])
 places = st.sampled_from(["here", "here", "here", "elsewhere"])
-reasons = st.sampled_from(FailureReason)
+# Each kind of remedy as often as the others.
+reasons = st.one_of(
+    *(st.sampled_from([reason for reason in FailureReason if REMEDIES[reason].retry is retry]) for retry in Retry)
+)
 # How a call names its run: mostly the one that runs; else an older or a later epoch, an ended run, or no job at all.
-grips = st.tuples(st.sampled_from(["held"] * 6 + ["older", "later", "ended", "unknown"]), picks)
+grips = st.tuples(st.sampled_from(["held"] * 8 + ["older", "later", "ended", "unknown"]), picks)
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -91,11 +101,18 @@ class StoreMachine(RuleBasedStateMachine):
     def a_job_is_submitted_with_a_key(self, tenant: str, key: str, sha: str) -> None:
         self._submit(tenant, key=key, sha=sha)
 
+    @rule(pick=picks)
+    def a_tenant_cancels(self, pick: int) -> None:
+        self._cancel(self.model.jobs[self._any_job(pick)].tenant, self._any_job(pick))
+
+    @rule(grip=grips)
+    def a_running_job_is_cancelled(self, grip: tuple[str, int]) -> None:
+        job_id, _ = self._run(grip)
+        self._cancel(self.model.jobs[job_id].tenant if job_id in self.model.jobs else "a", job_id)
+
     @rule(tenant=tenants, pick=picks)
-    def a_tenant_cancels(self, tenant: str, pick: int) -> None:
-        job_id = self._any_job(pick)
-        answer = self._both(lambda: self.jobs.cancel(tenant, job_id), lambda: self.model.cancel(tenant, job_id))
-        assert answer is None or answer[0].status.value == answer[1].status
+    def somebody_cancels(self, tenant: str, pick: int) -> None:
+        self._cancel(tenant, self._any_job(pick))
 
     @rule(tenant=tenants, pick=picks)
     def a_tenant_reads(self, tenant: str, pick: int) -> None:
@@ -148,6 +165,10 @@ class StoreMachine(RuleBasedStateMachine):
     def a_worker_claims(self, name: str) -> None:
         self._claim(name)
 
+    @rule(name=trainers)
+    def a_trainer_claims(self, name: str) -> None:
+        self._claim(name)
+
     @rule()
     def preparing_catches_up(self) -> None:
         while (job := self._claim("p")) is not None:
@@ -155,21 +176,36 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(
         name=trainers,
-        reason=reasons,
-        times=st.integers(1, 6),
+        times=st.integers(4, 6),
+        end=st.sampled_from([FailureReason.WORKER_LOST, FailureReason.DRAINED, "expired"]),
         saves=st.sampled_from(["nothing", "nothing", "the first step", "step by step"]),
     )
-    def runs_end_alike(self, name: str, reason: FailureReason, times: int, saves: str) -> None:
-        """What makes poison of a job, and what does not: so many runs in a row do not come by chance."""
+    def runs_are_interrupted_again_and_again(self, name: str, times: int, end: FailureReason | str, saves: str) -> None:
+        """What makes poison of a job, and what does not: so many in a row do not come by chance."""
         for _ in range(times):
             job = self._claim(name)
             if job is None:
                 return
             if saves != "nothing":
-                step = job.checkpoint["step"] if job.checkpoint else 0
-                self._commit(job.id, job.epoch, step + (saves == "step by step"))
+                self._commit(job.id, job.epoch, _step_of(job) + (saves == "step by step"))
+            if isinstance(end, FailureReason):
+                self._settle_failure(job.id, job.epoch, end, {})
+            else:
+                self.clock.now += LEASE_SECONDS + 1
+                self.expired_leases_are_given_back()
+
+    @rule(name=trainers, reason=reasons, times=st.integers(2, 3))
+    def runs_fail_alike(self, name: str, reason: FailureReason, times: int) -> None:
+        """Up to the last attempt, and each time after the delay, but not before."""
+        for _ in range(times):
+            job = self._claim(name)
+            if job is None:
+                return
             self._settle_failure(job.id, job.epoch, reason, {})
-            self.clock.now += 3 * max(0.0, job.not_before - self.clock.now)
+            wait = max(0.0, job.not_before - self.clock.now)
+            self.clock.now += wait / 2
+            self._claim(name)
+            self.clock.now += wait
 
     @rule(grip=grips)
     def a_run_renews(self, grip: tuple[str, int]) -> None:
@@ -186,9 +222,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(grip=grips, phase=st.sampled_from(words.Phase))
     def a_run_tells_its_phase(self, grip: tuple[str, int], phase: words.Phase) -> None:
         run = self._run(grip)
-        self._both(
-            lambda: self.leases.record_phase(*run, phase), lambda: self.model.record_phase(*run, phase.value)
-        )
+        self._both(lambda: self.leases.record_phase(*run, phase), lambda: self.model.record_phase(*run, phase.value))
 
     @rule(grip=grips, step=st.integers(1, 100))
     def a_run_tells_its_progress(self, grip: tuple[str, int], step: int) -> None:
@@ -209,19 +243,18 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(grip=grips, further=st.integers(-2, 5))
     def a_run_commits_a_checkpoint(self, grip: tuple[str, int], further: int) -> None:
-        job_id, epoch = self._run(grip, "train")
+        job_id, epoch = self._run(grip, Stage.TRAIN)
         job = self.model.jobs.get(job_id)
-        last = job.checkpoint["step"] if job and job.checkpoint else 0
-        self._commit(job_id, epoch, max(0, last + further))
+        self._commit(job_id, epoch, max(0, (_step_of(job) if job else 0) + further))
 
     @rule(grip=grips)
     def a_run_hands_over(self, grip: tuple[str, int]) -> None:
-        job_id, epoch = self._run(grip, "prepare")
+        job_id, epoch = self._run(grip, Stage.PREPARE)
         self._hand_over(job_id, epoch, {"report": {"rows": 3}})
 
     @rule(grip=grips)
     def a_run_succeeds(self, grip: tuple[str, int]) -> None:
-        run = self._run(grip, "train")
+        run = self._run(grip, Stage.TRAIN)
         result: dict[str, Any] = {"adapter": {"epoch": run[1]}, "metrics": {"train_loss": 0.5}, "memory": {"peak": 1}}
         self._both(
             lambda: self.leases.settle_success(*run, **result), lambda: self.model.settle_success(*run, **result)
@@ -233,7 +266,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(grip=grips, gpu_class=st.sampled_from(CLASSES))
     def a_run_is_replanned(self, grip: tuple[str, int], gpu_class: str) -> None:
-        self._settle_failure(*self._run(grip, "train"), FailureReason.CUDA_OUT_OF_MEMORY, {}, gpu_class)
+        self._settle_failure(*self._run(grip, Stage.TRAIN), FailureReason.CUDA_OUT_OF_MEMORY, {}, gpu_class)
 
     @rule(grip=grips)
     def a_run_stops_because_it_was_cancelled(self, grip: tuple[str, int]) -> None:
@@ -264,9 +297,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(name=names, place=places)
     def a_worker_begins_its_next_life(self, name: str, place: str) -> None:
         holder = self._holder(name)
-        answer = self._both(
-            lambda: self.leases.release_of(holder, place), lambda: self.model.release_of(holder, place)
-        )
+        answer = self._both(lambda: self.leases.release_of(holder, place), lambda: self.model.release_of(holder, place))
         assert answer is not None
         assert {job.id for job in answer[0]} == answer[1]
 
@@ -338,10 +369,10 @@ class StoreMachine(RuleBasedStateMachine):
         try:
             expected = predict()
         except (GraftError, ValueError) as error:
-            stored = self._read()
+            stored = self._raw()
             with pytest.raises(type(error)):
                 real()
-            assert self._read() == stored, "what is refused changes nothing"
+            assert self._raw() == stored, "what is refused changes nothing"
             return None
         return real(), expected
 
@@ -358,6 +389,10 @@ class StoreMachine(RuleBasedStateMachine):
 
         answer = self._both(lambda: self.jobs.submit(new), predict)
         assert answer is None or (answer[0][0].id, answer[0][1]) == answer[1]
+
+    def _cancel(self, tenant: str, job_id: str) -> None:
+        answer = self._both(lambda: self.jobs.cancel(tenant, job_id), lambda: self.model.cancel(tenant, job_id))
+        assert answer is None or answer[0].status.value == answer[1].status
 
     def _claim(self, name: str) -> ModelJob | None:
         (stage, takes), holder = FLEET[name], self._holder(name)
@@ -400,20 +435,38 @@ class StoreMachine(RuleBasedStateMachine):
     def _any_job(self, pick: int) -> str:
         return list(self.model.jobs)[pick % len(self.model.jobs)]
 
-    def _run(self, grip: tuple[str, int], stage: str | None = None) -> tuple[str, int]:
+    def _run(self, grip: tuple[str, int], stage: Stage | None = None) -> tuple[str, int]:
         """The job and the epoch that a call names; who holds a lease calls only what is of its stage."""
         kind, pick = grip
         jobs = list(self.model.jobs.values())
-        running = [job for job in jobs if job.state == "running" and stage in (None, job.stage)]
         resting = [job for job in jobs if job.state != "running"]
-        found = {"held": running or resting, "ended": resting, "unknown": []}.get(kind, jobs)
+        held = self._held(pick, stage) if kind == "held" else []
+        found = {"held": held or resting, "ended": resting, "unknown": []}.get(kind, jobs)
         if not found:
             return "ftjob-never", 1
         job = found[pick % len(found)]
         return job.id, job.epoch + {"older": -1, "later": 1}.get(kind, 0)
 
+    def _held(self, pick: int, stage: Stage | None) -> list[ModelJob]:
+        """The runs of this stage; one is begun if there is none."""
+        running = [job for job in self.model.jobs.values() if job.state == "running"]
+        running = [job for job in running if stage is None or job.stage == stage.value]
+        if running:
+            return running
+        able = [name for name, (does, _) in FLEET.items() if stage in (None, does)]
+        claimed = self._claim(able[pick % len(able)])
+        return [claimed] if claimed else []
+
     def _holder(self, name: str) -> str:
         return f"{name}/{FLEET[name][0].value}"
+
+    def _raw(self) -> list[Any]:
+        """All that is stored, as the database hands it out: to be compared, not to be read."""
+        with self.database.reading() as connection:
+            return [
+                sorted(connection.exec_driver_sql(f"select * from {table}").all(), key=str)
+                for table in ("jobs", "job_events", "files", "workers")
+            ]
 
     def _read(self) -> tuple[Rows, Events]:
         with self.database.reading() as connection:
@@ -423,6 +476,10 @@ class StoreMachine(RuleBasedStateMachine):
         for event in told:
             events[event["job_id"]].append(dict(event))
         return {row["id"]: dict(row) for row in rows}, events
+
+
+def _step_of(job: ModelJob) -> int:
+    return int(job.checkpoint["step"]) if job.checkpoint else 0
 
 
 def _compared(row: dict[str, Any], job: ModelJob) -> list[tuple[str, Any, Any]]:
@@ -461,7 +518,7 @@ def _settings(examples: int) -> settings:
 def test_the_store_does_what_its_model_says_on_sqlite() -> None:
     clock = FakeClock()
     database = clock.open_sqlite()
-    run_state_machine_as_test(lambda: StoreMachine(database, clock), settings=_settings(60))
+    run_state_machine_as_test(lambda: StoreMachine(database, clock), settings=_settings(40))
     database.close()
 
 
@@ -469,5 +526,5 @@ def test_the_store_does_what_its_model_says_on_sqlite() -> None:
 def test_the_store_does_what_its_model_says_on_postgres(postgres_url: str) -> None:
     clock = FakeClock()
     database = clock.open_postgres(postgres_url)
-    run_state_machine_as_test(lambda: StoreMachine(database, clock), settings=_settings(15))
+    run_state_machine_as_test(lambda: StoreMachine(database, clock), settings=_settings(12))
     database.close()
