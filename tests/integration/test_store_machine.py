@@ -27,7 +27,7 @@ from hypothesis.stateful import (
 from sqlalchemy import delete, select
 
 from graft_shared import jobs as words
-from graft_shared.errors import FileNotFound, GraftError, JobNotFound
+from graft_shared.errors import FileNotFound, GraftError, JobNotFound, LeaseLost
 from graft_shared.jobs import REMEDIES, Checkpoint, Failure, FailureReason, JobStatus, Retry, Stage, StoredObject
 from graft_shared.store import Database, Files, JobQuery, Jobs, Leases, Totals, Workers, tables
 from tests.fakes.clock import FakeClock
@@ -55,13 +55,11 @@ tenants = st.sampled_from(TENANTS)
 picks = st.integers(0, 1000)
 names = st.sampled_from(list(FLEET))
 trainers = st.sampled_from(["small", "middle", "large"])
-places = st.sampled_from(["here", "here", "here", "elsewhere"])
+places = st.sampled_from(["here", "here", "elsewhere"])
 # Each kind of remedy as often as the others.
 reasons = st.one_of(
     *(st.sampled_from([reason for reason in FailureReason if REMEDIES[reason].retry is retry]) for retry in Retry)
 )
-# How a call names its run: mostly the one that runs; else an older or a later epoch, an ended run, or no job at all.
-grips = st.tuples(st.sampled_from(["held"] * 8 + ["older", "later", "ended", "unknown"]), picks)
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -105,9 +103,9 @@ class StoreMachine(RuleBasedStateMachine):
     def a_tenant_cancels(self, pick: int) -> None:
         self._cancel(self.model.jobs[self._any_job(pick)].tenant, self._any_job(pick))
 
-    @rule(grip=grips)
-    def a_running_job_is_cancelled(self, grip: tuple[str, int]) -> None:
-        job_id, _ = self._run(grip)
+    @rule(pick=picks)
+    def a_running_job_is_cancelled(self, pick: int) -> None:
+        job_id, _ = self._run(pick)
         self._cancel(self.model.jobs[job_id].tenant if job_id in self.model.jobs else "a", job_id)
 
     @rule(tenant=tenants, pick=picks)
@@ -207,76 +205,103 @@ class StoreMachine(RuleBasedStateMachine):
             self._claim(name)
             self.clock.now += wait
 
-    @rule(grip=grips)
-    def a_run_renews(self, grip: tuple[str, int]) -> None:
-        run = self._run(grip)
+    @rule(pick=picks)
+    def a_run_renews(self, pick: int) -> None:
+        run = self._run(pick)
         answer = self._both(lambda: self.leases.renew(*run), lambda: self.model.renew(*run))
         assert answer is None or answer[0].cancel == answer[1]
 
-    @rule(grip=grips)
-    def a_run_asks_for_orders(self, grip: tuple[str, int]) -> None:
-        run = self._run(grip)
+    @rule(pick=picks)
+    def a_run_asks_for_orders(self, pick: int) -> None:
+        run = self._run(pick)
         answer = self._both(lambda: self.leases.orders(*run), lambda: self.model.held(*run).cancel_requested)
         assert answer is None or answer[0].cancel == answer[1]
 
-    @rule(grip=grips, phase=st.sampled_from(words.Phase))
-    def a_run_tells_its_phase(self, grip: tuple[str, int], phase: words.Phase) -> None:
-        run = self._run(grip)
+    @rule(pick=picks, phase=st.sampled_from(words.Phase))
+    def a_run_tells_its_phase(self, pick: int, phase: words.Phase) -> None:
+        run = self._run(pick)
         self._both(lambda: self.leases.record_phase(*run, phase), lambda: self.model.record_phase(*run, phase.value))
 
-    @rule(grip=grips, step=st.integers(1, 100))
-    def a_run_tells_its_progress(self, grip: tuple[str, int], step: int) -> None:
-        run = self._run(grip)
+    @rule(pick=picks, step=st.integers(1, 100))
+    def a_run_tells_its_progress(self, pick: int, step: int) -> None:
+        run = self._run(pick)
         progress, metrics = {"step": step}, {f"loss_{step % 3}": 1.0 / step}
         self._both(
             lambda: self.leases.record_progress(*run, progress=progress, metrics=metrics, steps=[{"step": step}]),
             lambda: self.model.record_progress(*run, progress, metrics),
         )
 
-    @rule(grip=grips, code=st.sampled_from(["cut", "slow"]))
-    def a_run_warns(self, grip: tuple[str, int], code: str) -> None:
-        run = self._run(grip)
+    @rule(pick=picks, code=st.sampled_from(["cut", "slow"]))
+    def a_run_warns(self, pick: int, code: str) -> None:
+        run = self._run(pick)
         self._both(
             lambda: self.leases.record_warning(*run, code, f"It is {code}."),
             lambda: self.model.record_warning(*run, code, f"It is {code}."),
         )
 
-    @rule(grip=grips, further=st.integers(-2, 5))
-    def a_run_commits_a_checkpoint(self, grip: tuple[str, int], further: int) -> None:
-        job_id, epoch = self._run(grip, Stage.TRAIN)
-        job = self.model.jobs.get(job_id)
-        self._commit(job_id, epoch, max(0, (_step_of(job) if job else 0) + further))
+    @rule(pick=picks, first=st.integers(0, 5), second=st.integers(-2, 2))
+    def a_run_commits_checkpoints(self, pick: int, first: int, second: int) -> None:
+        run = self._run(pick, Stage.TRAIN)
+        for further in (first, second):
+            job = self.model.jobs.get(run[0])
+            self._commit(*run, max(0, (_step_of(job) if job else 0) + further))
 
-    @rule(grip=grips)
-    def a_run_hands_over(self, grip: tuple[str, int]) -> None:
-        job_id, epoch = self._run(grip, Stage.PREPARE)
+    @rule(pick=picks)
+    def a_run_hands_over(self, pick: int) -> None:
+        job_id, epoch = self._run(pick, Stage.PREPARE)
         self._hand_over(job_id, epoch, {"report": {"rows": 3}})
 
-    @rule(grip=grips)
-    def a_run_succeeds(self, grip: tuple[str, int]) -> None:
-        run = self._run(grip, Stage.TRAIN)
+    @rule(pick=picks)
+    def a_run_succeeds(self, pick: int) -> None:
+        run = self._run(pick, Stage.TRAIN)
         result: dict[str, Any] = {"adapter": {"epoch": run[1]}, "metrics": {"train_loss": 0.5}, "memory": {"peak": 1}}
         self._both(
             lambda: self.leases.settle_success(*run, **result), lambda: self.model.settle_success(*run, **result)
         )
 
-    @rule(grip=grips, reason=reasons, facts=st.sampled_from([{}, {"line": 3}, {"reason": "away", "attempt": 99}]))
-    def a_run_fails(self, grip: tuple[str, int], reason: FailureReason, facts: dict[str, Any]) -> None:
-        self._settle_failure(*self._run(grip), reason, facts)
+    @rule(pick=picks, reason=reasons, facts=st.sampled_from([{}, {"line": 3}, {"reason": "away", "attempt": 99}]))
+    def a_run_fails(self, pick: int, reason: FailureReason, facts: dict[str, Any]) -> None:
+        self._settle_failure(*self._run(pick), reason, facts)
 
-    @rule(grip=grips, gpu_class=st.sampled_from(CLASSES))
-    def a_run_is_replanned(self, grip: tuple[str, int], gpu_class: str) -> None:
-        self._settle_failure(*self._run(grip, Stage.TRAIN), FailureReason.CUDA_OUT_OF_MEMORY, {}, gpu_class)
+    @rule(pick=picks, gpu_class=st.sampled_from(CLASSES))
+    def a_run_is_replanned(self, pick: int, gpu_class: str) -> None:
+        self._settle_failure(*self._run(pick, Stage.TRAIN), FailureReason.CUDA_OUT_OF_MEMORY, {}, gpu_class)
 
-    @rule(grip=grips)
-    def a_run_stops_because_it_was_cancelled(self, grip: tuple[str, int]) -> None:
-        job_id, epoch = self._run(grip)
+    @rule(pick=picks)
+    def a_run_stops_because_it_was_cancelled(self, pick: int) -> None:
+        job_id, epoch = self._run(pick)
         job = self.model.jobs.get(job_id)
         if job is None or job.cancel_requested or job.state != "running" or job.epoch != epoch:
             self._both(
                 lambda: self.leases.settle_cancelled(job_id, epoch),
                 lambda: self.model.settle_cancelled(job_id, epoch),
             )
+
+    @rule(pick=picks, epochs_off=st.sampled_from([-1, 0, 1]))
+    def somebody_who_holds_nothing_calls_every_door(self, pick: int, epochs_off: int) -> None:
+        job = self.model.jobs[self._any_job(pick)]
+        if job.state == "running" and epochs_off == 0:
+            return
+        run = job.id, job.epoch + epochs_off
+        saved = Checkpoint(step=10**6, epoch=run[1], object=StoredObject(key="late", size=1, sha256="f" * 64))
+        failure = Failure(reason=FailureReason.CRASH, message="It broke")
+        doors: list[Callable[[], object]] = [
+            lambda: self.leases.renew(*run),
+            lambda: self.leases.orders(*run),
+            lambda: self.leases.record_phase(*run, words.Phase.TRAINING),
+            lambda: self.leases.record_progress(*run, progress={"late": 1}, metrics={"late": 1}, steps=[{"step": 1}]),
+            lambda: self.leases.record_warning(*run, "late", "It is late."),
+            lambda: self.leases.commit_checkpoint(*run, saved),
+            lambda: self.leases.hand_to_training(*run, {"report": {"late": 1}}),
+            lambda: self.leases.settle_success(*run, adapter={"late": 1}, metrics={"late": 1}, memory={"late": 1}),
+            lambda: self.leases.settle_failure(*run, failure),
+            lambda: self.leases.settle_cancelled(*run),
+        ]
+        stored = self._raw()
+        for door in doors:
+            with pytest.raises(LeaseLost):
+                door()
+        assert self._raw() == stored, "a late call changes nothing"
 
     # Rules of the fleet, the reconciler and the clock.
 
@@ -294,10 +319,12 @@ class StoreMachine(RuleBasedStateMachine):
     def a_worker_leaves(self, name: str, place: str) -> None:
         self._both(lambda: self.workers.leave(name, place), lambda: self.model.leave(name, place))
 
-    @rule(name=names, place=places)
-    def a_worker_begins_its_next_life(self, name: str, place: str) -> None:
+    @rule(name=names, lived=places, lives=places)
+    def a_worker_begins_its_next_life(self, name: str, lived: str, lives: str) -> None:
+        self.a_worker_beats(name, lived)
+        self._claim(name)
         holder = self._holder(name)
-        answer = self._both(lambda: self.leases.release_of(holder, place), lambda: self.model.release_of(holder, place))
+        answer = self._both(lambda: self.leases.release_of(holder, lives), lambda: self.model.release_of(holder, lives))
         assert answer is not None
         assert {job.id for job in answer[0]} == answer[1]
 
@@ -435,27 +462,16 @@ class StoreMachine(RuleBasedStateMachine):
     def _any_job(self, pick: int) -> str:
         return list(self.model.jobs)[pick % len(self.model.jobs)]
 
-    def _run(self, grip: tuple[str, int], stage: Stage | None = None) -> tuple[str, int]:
-        """The job and the epoch that a call names; who holds a lease calls only what is of its stage."""
-        kind, pick = grip
-        jobs = list(self.model.jobs.values())
-        resting = [job for job in jobs if job.state != "running"]
-        held = self._held(pick, stage) if kind == "held" else []
-        found = {"held": held or resting, "ended": resting, "unknown": []}.get(kind, jobs)
-        if not found:
-            return "ftjob-never", 1
-        job = found[pick % len(found)]
-        return job.id, job.epoch + {"older": -1, "later": 1}.get(kind, 0)
-
-    def _held(self, pick: int, stage: Stage | None) -> list[ModelJob]:
-        """The runs of this stage; one is begun if there is none."""
+    def _run(self, pick: int, stage: Stage | None = None) -> tuple[str, int]:
+        """A job that runs in this stage, and its epoch; where there is none it is begun, or else a late call."""
         running = [job for job in self.model.jobs.values() if job.state == "running"]
-        running = [job for job in running if stage is None or job.stage == stage.value]
-        if running:
-            return running
-        able = [name for name, (does, _) in FLEET.items() if stage in (None, does)]
-        claimed = self._claim(able[pick % len(able)])
-        return [claimed] if claimed else []
+        found = [job for job in running if stage is None or job.stage == stage.value]
+        if not found:
+            able = [name for name, (does, _) in FLEET.items() if stage in (None, does)]
+            claimed = self._claim(able[pick % len(able)])
+            found = [claimed] if claimed else [job for job in self.model.jobs.values() if job not in running]
+        job = found[pick % len(found)] if found else None
+        return (job.id, job.epoch) if job else ("ftjob-never", 1)
 
     def _holder(self, name: str) -> str:
         return f"{name}/{FLEET[name][0].value}"
@@ -518,7 +534,7 @@ def _settings(examples: int) -> settings:
 def test_the_store_does_what_its_model_says_on_sqlite() -> None:
     clock = FakeClock()
     database = clock.open_sqlite()
-    run_state_machine_as_test(lambda: StoreMachine(database, clock), settings=_settings(40))
+    run_state_machine_as_test(lambda: StoreMachine(database, clock), settings=_settings(30))
     database.close()
 
 
@@ -526,5 +542,5 @@ def test_the_store_does_what_its_model_says_on_sqlite() -> None:
 def test_the_store_does_what_its_model_says_on_postgres(postgres_url: str) -> None:
     clock = FakeClock()
     database = clock.open_postgres(postgres_url)
-    run_state_machine_as_test(lambda: StoreMachine(database, clock), settings=_settings(12))
+    run_state_machine_as_test(lambda: StoreMachine(database, clock), settings=_settings(8))
     database.close()
