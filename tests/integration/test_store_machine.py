@@ -277,15 +277,23 @@ class StoreMachine(RuleBasedStateMachine):
                 lambda: self.model.settle_cancelled(job_id, epoch),
             )
 
-    @rule(pick=picks, epochs_off=st.sampled_from([-1, 0, 1]))
-    def somebody_who_holds_nothing_calls_every_door(self, pick: int, epochs_off: int) -> None:
-        job = self.model.jobs[self._any_job(pick)]
-        if job.state == "running" and epochs_off == 0:
-            return
-        run = job.id, job.epoch + epochs_off
+    @rule(pick=picks)
+    def those_who_hold_nothing_call_every_door(self, pick: int) -> None:
+        job_id, epoch = self._run(pick)
+        resting = [job for job in self.model.jobs.values() if job.state != "running"]
+        ended = [(job.id, job.epoch) for job in resting[pick % len(resting) :][:1]] if resting else []
+        stored = self._raw()
+        for run in [(job_id, epoch - 1), (job_id, epoch + 1), *ended]:
+            for door in self._doors(run):
+                with pytest.raises(LeaseLost):
+                    door()
+        assert self._raw() == stored, "a late call changes nothing"
+
+    def _doors(self, run: tuple[str, int]) -> list[Callable[[], object]]:
+        """A call of each door that is fenced."""
         saved = Checkpoint(step=10**6, epoch=run[1], object=StoredObject(key="late", size=1, sha256="f" * 64))
         failure = Failure(reason=FailureReason.CRASH, message="It broke")
-        doors: list[Callable[[], object]] = [
+        return [
             lambda: self.leases.renew(*run),
             lambda: self.leases.orders(*run),
             lambda: self.leases.record_phase(*run, words.Phase.TRAINING),
@@ -297,11 +305,6 @@ class StoreMachine(RuleBasedStateMachine):
             lambda: self.leases.settle_failure(*run, failure),
             lambda: self.leases.settle_cancelled(*run),
         ]
-        stored = self._raw()
-        for door in doors:
-            with pytest.raises(LeaseLost):
-                door()
-        assert self._raw() == stored, "a late call changes nothing"
 
     # Rules of the fleet, the reconciler and the clock.
 

@@ -30,7 +30,7 @@ AT_ONCE = 2
 LIMIT_SECONDS = 300
 SOME_TESTS_FAILED = 1  # pytest's exit codes; any other but 0 means that it did not get so far
 
-_WHERE = "import graft_api, graft_shared, graft_worker; print(*(m.__file__ for m in (graft_api, graft_shared, graft_worker)))"
+_WHERE = "import graft_api as a, graft_shared as s, graft_worker as w; print(a.__file__, s.__file__, w.__file__)"
 
 
 @dataclass(frozen=True, kw_only=True)
