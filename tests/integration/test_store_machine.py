@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -34,7 +34,7 @@ from tests.fakes.clock import FakeClock
 from tests.invariants import TERMINAL_TYPES
 from tests.replay import events_replay_to
 from tests.store_factories import a_beat, a_new_job, a_placement
-from tests.store_model import ENDED, LEASE_SECONDS, PRIORITIES, ModelJob, ModelWorker, StoreModel
+from tests.store_model import CHARGED, ENDED, LEASE_SECONDS, PRIORITIES, ModelJob, ModelWorker, StoreModel
 
 MANY_JOBS = 7
 TENANTS = ("a", "b")
@@ -54,7 +54,6 @@ Events = dict[str, list[dict[str, Any]]]
 tenants = st.sampled_from(TENANTS)
 picks = st.integers(0, 1000)
 names = st.sampled_from(list(FLEET))
-trainers = st.sampled_from(["small", "middle", "large"])
 places = st.sampled_from(["here", "here", "elsewhere"])
 # Each kind of remedy as often as the others.
 reasons = st.one_of(
@@ -99,17 +98,8 @@ class StoreMachine(RuleBasedStateMachine):
     def a_job_is_submitted_with_a_key(self, tenant: str, key: str, sha: str) -> None:
         self._submit(tenant, key=key, sha=sha)
 
-    @rule(pick=picks)
-    def a_tenant_cancels(self, pick: int) -> None:
-        self._cancel(self.model.jobs[self._any_job(pick)].tenant, self._any_job(pick))
-
-    @rule(pick=picks)
-    def a_running_job_is_cancelled(self, pick: int) -> None:
-        job_id, _ = self._run(pick)
-        self._cancel(self.model.jobs[job_id].tenant if job_id in self.model.jobs else "a", job_id)
-
     @rule(tenant=tenants, pick=picks)
-    def somebody_cancels(self, tenant: str, pick: int) -> None:
+    def a_tenant_cancels(self, tenant: str, pick: int) -> None:
         self._cancel(tenant, self._any_job(pick))
 
     @rule(tenant=tenants, pick=picks)
@@ -163,27 +153,20 @@ class StoreMachine(RuleBasedStateMachine):
     def a_worker_claims(self, name: str) -> None:
         self._claim(name)
 
-    @rule(name=trainers)
-    def a_trainer_claims(self, name: str) -> None:
-        self._claim(name)
-
     @rule()
     def preparing_catches_up(self) -> None:
         while (job := self._claim("p")) is not None:
             self._hand_over(job.id, job.epoch, {"report": {"rows": job.epoch}})
+            self._mark_rung(job.id)
 
     @rule(
-        name=trainers,
         times=st.integers(4, 6),
         end=st.sampled_from([FailureReason.WORKER_LOST, FailureReason.DRAINED, "expired"]),
         saves=st.sampled_from(["nothing", "nothing", "the first step", "step by step"]),
     )
-    def runs_are_interrupted_again_and_again(self, name: str, times: int, end: FailureReason | str, saves: str) -> None:
+    def a_job_is_interrupted_again_and_again(self, times: int, end: FailureReason | str, saves: str) -> None:
         """What makes poison of a job, and what does not: so many in a row do not come by chance."""
-        for _ in range(times):
-            job = self._claim(name)
-            if job is None:
-                return
+        for job in self._runs_of_one(times):
             if saves != "nothing":
                 self._commit(job.id, job.epoch, _step_of(job) + (saves == "step by step"))
             if isinstance(end, FailureReason):
@@ -192,48 +175,74 @@ class StoreMachine(RuleBasedStateMachine):
                 self.clock.now += LEASE_SECONDS + 1
                 self.expired_leases_are_given_back()
 
-    @rule(name=trainers, reason=reasons, times=st.integers(2, 3))
-    def runs_fail_alike(self, name: str, reason: FailureReason, times: int) -> None:
-        """Up to the last attempt, and each time after the delay, but not before."""
-        for _ in range(times):
-            job = self._claim(name)
-            if job is None:
-                return
-            self._settle_failure(job.id, job.epoch, reason, {})
+    @rule(reason=st.sampled_from(sorted(CHARGED)), times=st.integers(2, 4))
+    def a_job_fails_again_and_again(self, reason: str, times: int) -> None:
+        """Up to its last attempt, and each time it is taken up after its delay, but not before."""
+        for job in self._runs_of_one(times):
+            self._settle_failure(job.id, job.epoch, FailureReason(reason), {})
             wait = max(0.0, job.not_before - self.clock.now)
             self.clock.now += wait / 2
-            self._claim(name)
+            self._claim("large")
             self.clock.now += wait
 
-    @rule(pick=picks)
-    def a_run_renews(self, pick: int) -> None:
-        run = self._run(pick)
-        answer = self._both(lambda: self.leases.renew(*run), lambda: self.model.renew(*run))
-        assert answer is None or answer[0].cancel == answer[1]
+    @precondition(lambda self: len(self.model.jobs) < MANY_JOBS)
+    @rule(end=st.sampled_from(["succeeds", "fails"]))
+    def two_tenants_compete(self, end: str) -> None:
+        """Of two runs the later ends: its tenant was served last and has less that runs, and is next."""
+        for tenant in TENANTS * 2:
+            self._submit(tenant, priority="high")
+        self.preparing_catches_up()
+        runs = [self._claim("small"), self._claim("small")]
+        last = runs[-1]
+        if last is not None and end == "succeeds":
+            self._succeed(last.id, last.epoch)
+        elif last is not None:
+            self._settle_failure(last.id, last.epoch, FailureReason.LOSS_NOT_FINITE, {})
+        self._claim("small")
+
+    @rule(
+        pick=picks,
+        stage=st.sampled_from(Stage),
+        end=st.sampled_from(["done", "failed", "expired", "stopped"]),
+        reason=reasons,
+    )
+    def a_cancelled_run_ends(self, pick: int, stage: Stage, end: str, reason: FailureReason) -> None:
+        job_id, epoch = self._run(pick, stage)
+        if job_id in self.model.jobs:
+            self._cancel(self.model.jobs[job_id].tenant, job_id)
+        match end:
+            case "done" if stage is Stage.PREPARE:
+                self._hand_over(job_id, epoch, {"report": {}})
+            case "done":
+                self._succeed(job_id, epoch)
+            case "failed":
+                self._settle_failure(job_id, epoch, reason, {})
+            case "expired":
+                self.clock.now += LEASE_SECONDS + 1
+                self.expired_leases_are_given_back()
+            case "stopped":
+                self._stop(job_id, epoch)
 
     @rule(pick=picks)
-    def a_run_asks_for_orders(self, pick: int) -> None:
+    def a_run_asks_and_renews(self, pick: int) -> None:
         run = self._run(pick)
-        answer = self._both(lambda: self.leases.orders(*run), lambda: self.model.held(*run).cancel_requested)
-        assert answer is None or answer[0].cancel == answer[1]
+        for real, predict in (
+            (lambda: self.leases.orders(*run), lambda: self.model.held(*run).cancel_requested),
+            (lambda: self.leases.renew(*run), lambda: self.model.renew(*run)),
+        ):
+            answer = self._both(real, predict)
+            assert answer is None or answer[0].cancel == answer[1]
 
-    @rule(pick=picks, phase=st.sampled_from(words.Phase))
-    def a_run_tells_its_phase(self, pick: int, phase: words.Phase) -> None:
-        run = self._run(pick)
+    @rule(
+        pick=picks, phase=st.sampled_from(words.Phase), step=st.integers(1, 100), code=st.sampled_from(["cut", "slow"])
+    )
+    def a_run_tells_of_itself(self, pick: int, phase: words.Phase, step: int, code: str) -> None:
+        run, progress, metrics = self._run(pick), {"step": step}, {f"loss_{step % 3}": 1.0 / step}
         self._both(lambda: self.leases.record_phase(*run, phase), lambda: self.model.record_phase(*run, phase.value))
-
-    @rule(pick=picks, step=st.integers(1, 100))
-    def a_run_tells_its_progress(self, pick: int, step: int) -> None:
-        run = self._run(pick)
-        progress, metrics = {"step": step}, {f"loss_{step % 3}": 1.0 / step}
         self._both(
             lambda: self.leases.record_progress(*run, progress=progress, metrics=metrics, steps=[{"step": step}]),
             lambda: self.model.record_progress(*run, progress, metrics),
         )
-
-    @rule(pick=picks, code=st.sampled_from(["cut", "slow"]))
-    def a_run_warns(self, pick: int, code: str) -> None:
-        run = self._run(pick)
         self._both(
             lambda: self.leases.record_warning(*run, code, f"It is {code}."),
             lambda: self.model.record_warning(*run, code, f"It is {code}."),
@@ -253,11 +262,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(pick=picks)
     def a_run_succeeds(self, pick: int) -> None:
-        run = self._run(pick, Stage.TRAIN)
-        result: dict[str, Any] = {"adapter": {"epoch": run[1]}, "metrics": {"train_loss": 0.5}, "memory": {"peak": 1}}
-        self._both(
-            lambda: self.leases.settle_success(*run, **result), lambda: self.model.settle_success(*run, **result)
-        )
+        self._succeed(*self._run(pick, Stage.TRAIN))
 
     @rule(pick=picks, reason=reasons, facts=st.sampled_from([{}, {"line": 3}, {"reason": "away", "attempt": 99}]))
     def a_run_fails(self, pick: int, reason: FailureReason, facts: dict[str, Any]) -> None:
@@ -266,16 +271,6 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(pick=picks, gpu_class=st.sampled_from(CLASSES))
     def a_run_is_replanned(self, pick: int, gpu_class: str) -> None:
         self._settle_failure(*self._run(pick, Stage.TRAIN), FailureReason.CUDA_OUT_OF_MEMORY, {}, gpu_class)
-
-    @rule(pick=picks)
-    def a_run_stops_because_it_was_cancelled(self, pick: int) -> None:
-        job_id, epoch = self._run(pick)
-        job = self.model.jobs.get(job_id)
-        if job is None or job.cancel_requested or job.state != "running" or job.epoch != epoch:
-            self._both(
-                lambda: self.leases.settle_cancelled(job_id, epoch),
-                lambda: self.model.settle_cancelled(job_id, epoch),
-            )
 
     @rule(pick=picks)
     def those_who_hold_nothing_call_every_door(self, pick: int) -> None:
@@ -337,8 +332,12 @@ class StoreMachine(RuleBasedStateMachine):
         assert answer is not None
         assert {job.id for job in answer[0]} == answer[1]
 
-    @rule(older_than=st.sampled_from([0.0, 30.0]))
-    def lost_bells_are_taken(self, older_than: float) -> None:
+    @rule(older_than=st.sampled_from([0.0, 30.0]), alive=st.sets(names, max_size=3), busy=st.sets(names, max_size=1))
+    def lost_bells_are_taken(self, older_than: float, alive: set[str], busy: set[str]) -> None:
+        for name in sorted(alive):
+            self.a_worker_beats(name, "here")
+        for name in sorted(alive & busy):
+            self._claim(name)
         self._both(self.workers.forget_dead, self.model.forget_dead)
         idle = self.workers.idle()
         assert [worker.name for worker in idle] == [worker.name for worker in self.model.idle()]
@@ -351,8 +350,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(pick=picks)
     def a_bell_is_marked(self, pick: int) -> None:
-        job_id = self._any_job(pick)
-        self._both(lambda: self.leases.mark_rung(job_id), lambda: self.model.mark_rung(job_id))
+        self._mark_rung(self._any_job(pick))
 
     @rule(seconds=st.sampled_from([1.0, 4.0, 31.0, 46.0, LEASE_SECONDS + 1, 700.0, 90_000.0]))
     def time_passes(self, seconds: float) -> None:
@@ -448,6 +446,21 @@ class StoreMachine(RuleBasedStateMachine):
             lambda: self.model.hand_to_training(job_id, epoch, prepared),
         )
 
+    def _succeed(self, job_id: str, epoch: int) -> None:
+        result: dict[str, Any] = {"adapter": {"epoch": epoch}, "metrics": {"train_loss": 0.5}, "memory": {"peak": 1}}
+        self._both(
+            lambda: self.leases.settle_success(job_id, epoch, **result),
+            lambda: self.model.settle_success(job_id, epoch, **result),
+        )
+
+    def _stop(self, job_id: str, epoch: int) -> None:
+        self._both(
+            lambda: self.leases.settle_cancelled(job_id, epoch), lambda: self.model.settle_cancelled(job_id, epoch)
+        )
+
+    def _mark_rung(self, job_id: str) -> None:
+        self._both(lambda: self.leases.mark_rung(job_id), lambda: self.model.mark_rung(job_id))
+
     def _settle_failure(
         self, job_id: str, epoch: int, reason: FailureReason, facts: dict[str, Any], gpu_class: str | None = None
     ) -> None:
@@ -464,6 +477,17 @@ class StoreMachine(RuleBasedStateMachine):
 
     def _any_job(self, pick: int) -> str:
         return list(self.model.jobs)[pick % len(self.model.jobs)]
+
+    def _runs_of_one(self, times: int) -> Iterator[ModelJob]:
+        """Claim until one job, the first, was claimed so often; others that come between are over at once."""
+        first: ModelJob | None = None
+        while times and (job := self._claim("large")) is not None:
+            first = first or job
+            if job is first:
+                times -= 1
+                yield job
+            else:
+                self._settle_failure(job.id, job.epoch, FailureReason.LOSS_NOT_FINITE, {})
 
     def _run(self, pick: int, stage: Stage | None = None) -> tuple[str, int]:
         """A job that runs in this stage, and its epoch; where there is none it is begun, or else a late call."""
@@ -530,14 +554,14 @@ def _settings(examples: int) -> settings:
     if PROFILE == "deep":
         return settings(**USUAL, max_examples=200 * examples, stateful_step_count=100, print_blob=True)
     phases = [Phase.generate] if PROFILE == "first" else [Phase.generate, Phase.shrink]
-    return settings(**USUAL, max_examples=examples, stateful_step_count=40, derandomize=True, phases=phases)
+    return settings(**USUAL, max_examples=examples, stateful_step_count=25, derandomize=True, phases=phases)
 
 
 @pytest.mark.timeout(0 if PROFILE == "deep" else 300)
 def test_the_store_does_what_its_model_says_on_sqlite() -> None:
     clock = FakeClock()
     database = clock.open_sqlite()
-    run_state_machine_as_test(lambda: StoreMachine(database, clock), settings=_settings(30))
+    run_state_machine_as_test(lambda: StoreMachine(database, clock), settings=_settings(60))
     database.close()
 
 
@@ -545,5 +569,5 @@ def test_the_store_does_what_its_model_says_on_sqlite() -> None:
 def test_the_store_does_what_its_model_says_on_postgres(postgres_url: str) -> None:
     clock = FakeClock()
     database = clock.open_postgres(postgres_url)
-    run_state_machine_as_test(lambda: StoreMachine(database, clock), settings=_settings(8))
+    run_state_machine_as_test(lambda: StoreMachine(database, clock), settings=_settings(10))
     database.close()
