@@ -9,7 +9,7 @@ COMPOSE ?= docker compose
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --root-user-action=ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo up down logs ps check test test-unit test-s3 test-load test-containers test-gpu bench bench-gpu pins format clean
+.PHONY: help setup run demo up down logs ps check test test-unit test-s3 test-load test-model test-containers test-gpu mutants bench bench-gpu pins format clean
 
 help: ## print this
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,12 @@ test-s3: $(VENV)/.ready-dev ## the bucket's contract on your own server: ENDPOIN
 
 test-load: $(VENV)/.ready-dev ## five minutes: a hundred jobs at once, and two tenants in one queue
 	@$(BIN)/python -m pytest tests/load --timeout 900
+
+test-model: $(VENV)/.ready-dev ## half an hour: the store against its model, on new random sequences of calls
+	@HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest tests/integration/test_store_machine.py
+
+mutants: $(VENV)/.ready-dev ## ten minutes: break the code in some eighty places, one at a time, and see that tests notice [NAMES=]
+	@$(BIN)/python -m tests.mutants $(NAMES)
 
 test-containers: $(VENV)/.ready-dev ## slow, root: a Docker engine of its own, both images, the cluster, and a killed container
 	@$(BIN)/python -m pytest tests/containers --timeout 1800

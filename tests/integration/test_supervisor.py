@@ -22,7 +22,7 @@ from graft_shared.buckets import Bucket
 from graft_shared.buckets.directory import DirectoryBucket
 from graft_shared.defaults import load_capacity, load_catalogue
 from graft_shared.errors import BucketUnavailable, StoreUnavailable
-from graft_shared.jobs import Job, JobState, Stage, StoredObject
+from graft_shared.jobs import Job, JobState, Phase, Stage, StoredObject
 from graft_shared.memory import TrainingPlan, estimate
 from graft_shared.planner import plans
 from graft_shared.specs import JobSpec
@@ -771,3 +771,17 @@ def test_a_cancel_reaches_a_run_that_waits_for_the_bucket(make_worker: Callable[
     worker.jobs.cancel("default", job.id)
     running.join(20)
     assert worker.get(job).state is JobState.CANCELLED
+
+
+def test_a_drain_while_the_bucket_is_away_costs_no_attempt(make_worker: Callable[..., Worker], tmp_path: Path) -> None:
+    bucket = AbsentBucket(tmp_path / "bucket")
+    bucket.refusals = 10**6
+    worker = make_worker(bucket, upload_patience_seconds=120.0)
+    job = worker.submit()
+    working = worker.start()
+    wait_until(lambda: worker.get(job).phase is Phase.PUBLISHING, what="the first write of the adapter")
+    worker.drain.set()
+    working.join(20)
+    released = worker.get(job)
+    assert (released.state, released.attempt) == (JobState.QUEUED, 0)
+    assert [data["reason"] for type, data in worker.events(job) if type == "requeued"] == ["drained"]
