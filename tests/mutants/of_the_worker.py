@@ -140,7 +140,7 @@ GUARD = [
         "a thawed trainer makes a step of a job that another has taken",
         "        self.check_lease()\n        if self.is_told_to_stop:",
         "        if self.is_told_to_stop:",
-        "tests/unit/test_training_parts.py::test_the_guard_reads_the_deadline_anew_each_time",
+        "tests/unit/test_guard.py",
     ),
     _of(
         _GUARD,
@@ -148,7 +148,23 @@ GUARD = [
         "a thawed trainer goes on for a minute",
         "boottime() > read_deadline(self._workdir):",
         "boottime() > read_deadline(self._workdir) + 60:",
-        "tests/unit/test_training_parts.py::test_the_guard_reads_the_deadline_anew_each_time",
+        "tests/unit/test_guard.py",
+    ),
+    _of(
+        _GUARD,
+        "sigterm-is-not-heard",
+        "a drained trainer trains on until it is killed, and saves nothing",
+        "        self._told = True\n",
+        "        self._told = False\n",
+        "tests/unit/test_guard.py",
+    ),
+    _of(
+        _GUARD,
+        "sigterm-goes-before-the-deadline",
+        "a trainer that was told to stop writes a checkpoint of a job that another has taken",
+        "        self.check_lease()\n        if self.is_told_to_stop:\n            raise ToldToStop\n",
+        "        if self.is_told_to_stop:\n            raise ToldToStop\n        self.check_lease()\n",
+        "tests/unit/test_guard.py",
     ),
 ]
 
@@ -226,7 +242,7 @@ WORKER = [
         """        if is_free or slot:
             _work_until_idle(slot, neighbours)
 """,
-        f"{_SUPERVISOR}a_worker_without_its_slot_removes_nothing",
+        f"{_SUPERVISOR}a_bell_heard_while_the_worker_is_busy_is_passed_on_and_then_answered",
     ),
     _of(
         _TASKS,
