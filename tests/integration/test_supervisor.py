@@ -296,7 +296,7 @@ def test_a_drained_worker_saves_a_checkpoint_and_gives_the_job_back_uncharged(
     assert (released.state, released.attempt) == (JobState.QUEUED, 0)
     assert released.checkpoint is not None
     assert released.checkpoint.step == worker.steps()[-1][1]
-    assert worker.doorbell.rung[-1] == (job.id, "cpu")
+    assert worker.doorbell.rung == [(job.id, "cpu")] * 2, "handed over, and given back"
 
 
 def test_a_trainer_whose_lease_was_given_away_is_killed_and_writes_nothing(make_worker: Callable[..., Worker]) -> None:
@@ -767,7 +767,7 @@ def test_a_cancel_reaches_a_run_that_waits_for_the_bucket(make_worker: Callable[
     bucket.refusals = 10**6
     running = threading.Thread(target=look_for_work, args=[worker.neighbours], daemon=True)
     running.start()
-    wait_until(lambda: worker.get(job).state is JobState.RUNNING, what="the claim")
+    wait_until(lambda: worker.get(job).phase is Phase.PUBLISHING, what="the first write of the adapter")
     worker.jobs.cancel("default", job.id)
     running.join(20)
     assert worker.get(job).state is JobState.CANCELLED
