@@ -9,7 +9,7 @@ COMPOSE ?= docker compose
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --root-user-action=ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo up down logs ps check test test-unit test-s3 test-load test-containers test-gpu bench bench-gpu pins format clean
+.PHONY: help setup run demo up down logs ps check test test-unit test-s3 test-load test-model failpoints chaos chaos-control test-containers test-gpu mutants bench bench-gpu pins format clean
 
 help: ## print this
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,24 @@ test-s3: $(VENV)/.ready-dev ## the bucket's contract on your own server: ENDPOIN
 
 test-load: $(VENV)/.ready-dev ## five minutes: a hundred jobs at once, and two tenants in one queue
 	@$(BIN)/python -m pytest tests/load --timeout 900
+
+chaos: $(VENV)/.ready-dev ## random faults, then judgement: DB=sqlite|postgres JOBS= FAULTS= SEED= [OUT=report.json]
+	@$(BIN)/python -m tests.chaos --db $(or $(DB),sqlite) --jobs $(or $(JOBS),50) --faults $(or $(FAULTS),100) \
+		--seed $(or $(SEED),1) $(if $(LEASE),--lease-seconds $(LEASE)) $(if $(OUT),--out $(OUT))
+
+chaos-control: $(VENV)/.ready-dev ## such faults against plain Celery, to see what the design buys: JOBS= FAULTS= SEED=
+	@$(BIN)/python -m tests.chaos.control --jobs $(or $(JOBS),100) --faults $(or $(FAULTS),200) --seed $(or $(SEED),1) \
+		$(if $(OUT),--out $(OUT))
+
+failpoints: $(VENV)/.ready-dev ## processes struck at named points: TIMES=1 [DB=postgres] [POINT=…] [FAULT=kill|freeze|raise|suspend]
+	@$(BIN)/python -m tests.failpoints --times $(or $(TIMES),1) $(if $(DB),--db $(DB)) $(if $(POINT),--point $(POINT)) \
+		$(if $(FAULT),--fault $(FAULT)) --out $(or $(OUT),.graft/failpoints.json)
+
+test-model: $(VENV)/.ready-dev ## half an hour: the store against its model, on new random sequences of calls
+	@HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest tests/integration/test_store_machine.py
+
+mutants: $(VENV)/.ready-dev ## ten minutes: break the code in some eighty places, one at a time, and see that tests notice [NAMES=]
+	@$(BIN)/python -m tests.mutants $(NAMES)
 
 test-containers: $(VENV)/.ready-dev ## slow, root: a Docker engine of its own, both images, the cluster, and a killed container
 	@$(BIN)/python -m pytest tests/containers --timeout 1800

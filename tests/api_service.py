@@ -105,9 +105,14 @@ class ApiService:
         return job
 
     def succeed(
-        self, job_id: str, files: dict[str, bytes] | None = None, *, measured_peak_bytes: int = 5 * 1024**3
+        self,
+        job_id: str,
+        files: dict[str, bytes] | None = None,
+        *,
+        measured_peak_bytes: int = 5 * 1024**3,
+        **memory: int,
     ) -> Job:
-        """Bring a job to its end, with an adapter in the bucket."""
+        """Bring a job to its end, with an adapter in the bucket; `memory` is what else its trainer says of it."""
         job = self.train(job_id)
         prefix = adapter_prefix(job.tenant, job.id, job.epoch)
         stored = [self.bucket.put_bytes(prefix + name, data) for name, data in (files or ADAPTER).items()]
@@ -127,8 +132,8 @@ class ApiService:
             "prefix": prefix,
             "manifest": {"key": written.key, "size": written.size, "sha256": written.sha256},
         }
-        memory = {"measured_peak_bytes": measured_peak_bytes, "measured_on": "cuda"}
-        self.leases.settle_success(job_id, job.epoch, adapter=adapter, metrics={"eval_loss": 0.5}, memory=memory)
+        measured = {"measured_peak_bytes": measured_peak_bytes, "measured_on": "cuda", **memory}
+        self.leases.settle_success(job_id, job.epoch, adapter=adapter, metrics={"eval_loss": 0.5}, memory=measured)
         return job
 
 

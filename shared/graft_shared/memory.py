@@ -131,8 +131,14 @@ class MemoryEstimate:
         }
 
 
-def estimate(shape: ModelShape, spec: JobSpec, plan: TrainingPlan) -> MemoryEstimate:
-    """Add up what a run holds at its worst moment: while it trains, loads its base, or makes its optimizer."""
+def estimate(
+    shape: ModelShape, spec: JobSpec, plan: TrainingPlan, *, evaluation_tokens: int | None = None
+) -> MemoryEstimate:
+    """Add up what a run holds at its worst moment: while it trains, loads its base, or makes its optimizer.
+
+    Args:
+        evaluation_tokens: Of the largest microbatch that only a loss is wanted of; the plan's own if not given.
+    """
     targets = shape.resolve_targets(spec.lora.target_modules)
     adapter = adapter_parameters(shape, targets, spec.lora.r)
     weights, rest = base_bytes(shape, spec, targets)
@@ -152,7 +158,8 @@ def estimate(shape: ModelShape, spec: JobSpec, plan: TrainingPlan) -> MemoryEsti
     backward = int(tokens * backward_bytes_per_token(shape, targets))
     if checkpoints and not kept:  # else a layer that was kept is done with when the first is computed again
         backward += per_layer
-    between = max(loss_bytes(shape, tokens), tokens * evaluation_bytes_per_token(shape))
+    evaluated = tokens if evaluation_tokens is None else evaluation_tokens
+    between = max(loss_bytes(shape, tokens), evaluated * evaluation_bytes_per_token(shape))
     if not runs_as_graphs(tokens, shape.linear_parameters):
         between = max(0, between - backward)  # the one is over when the other begins
     components = {

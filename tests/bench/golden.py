@@ -16,11 +16,8 @@ import argparse
 import gc
 import json
 import os
-import shutil
-import subprocess
-import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +30,7 @@ from graft_shared.catalogue import ModelShape
 from graft_shared.memory import GIB, HIGH, LOW, MemoryEstimate, Recompute, TrainingPlan, estimate
 from graft_shared.specs import JobSpec, Optim
 from graft_worker.protocol import TrainRequest
+from tests.bench.together import Task, run_together, script
 
 UPDATES = 3
 SEQUENCES = 16
@@ -111,19 +109,6 @@ HELD_OUT = [
 
 
 ROOM = 1.15  # times what a run is expected to hold is kept free for it
-KEPT_FREE_BYTES = 2 * GIB  # of the card
-AT_ONCE = 6  # each takes a core while it imports and compiles
-
-
-@dataclass
-class Started:
-    """A run under way in a process of its own."""
-
-    case: Case
-    is_held_out: bool
-    bytes_kept: int
-    process: subprocess.Popen[str]
-    began: float = field(default_factory=time.monotonic)
 
 
 def main() -> None:
@@ -147,51 +132,21 @@ def main() -> None:
 
 
 def run_all(waiting: list[tuple[Case, bool]], out_dir: Path) -> list[dict[str, Any]]:
-    """Start whatever fits beside what runs, the largest first; returns what was found, and keeps it in a file."""
-    card = _card_bytes() - KEPT_FREE_BYTES
-    under_way: list[Started] = []
+    """Make the runs, several at once; returns what was found, and keeps it in a file."""
+    held_out = {case.name: is_held_out for case, is_held_out in waiting}
     found: list[dict[str, Any]] = []
-    while waiting or under_way:
-        free = card - sum(started.bytes_kept for started in under_way)
-        for case, is_held_out in list(waiting):
-            kept = int(ROOM * expected(case).expected_bytes)
-            if kept <= free and len(under_way) < AT_ONCE:
-                waiting.remove((case, is_held_out))
-                under_way.append(Started(case, is_held_out, kept, _start(case, out_dir)))
-                free -= kept
-        if not under_way:
-            print(f"too large for this card: {', '.join(case.name for case, _ in waiting)}", flush=True)
-            break
-        time.sleep(0.2)
-        for started in [started for started in under_way if started.process.poll() is not None]:
-            under_way.remove(started)
-            found += _read(started)
-            (out_dir / "golden.json").write_text(json.dumps(found, indent=1) + "\n")
+    for done in run_together([_task(case, out_dir) for case, _ in waiting], out_dir):
+        if done.result is None:
+            print(f"{done.name}: {done.problem}", flush=True)
+            continue
+        found.append({**done.result, "held_out": held_out[done.name]})
+        (out_dir / "golden.json").write_text(json.dumps(found, indent=1) + "\n")
     return found
 
 
-def _start(case: Case, out_dir: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, __file__, "--out-dir", str(out_dir), "--case", json.dumps(asdict(case))]
-    errors = (out_dir / f"{case.name}.log").open("w")
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-
-
-def _read(started: Started) -> list[dict[str, Any]]:
-    output, _ = started.process.communicate()
-    if started.process.returncode != 0:
-        print(f"{started.case.name}: failed, see its log", flush=True)
-        return []
-    seconds = round(time.monotonic() - started.began)
-    result = {**json.loads(output.splitlines()[-1]), "held_out": started.is_held_out}
-    print(f"{started.case.name}: {seconds} s", flush=True)
-    return [result]
-
-
-def _card_bytes() -> int:
-    if shutil.which("nvidia-smi") is None:
-        return 8 * GIB
-    query = ["nvidia-smi", "--id=0", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
-    return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout) * 2**20
+def _task(case: Case, out_dir: Path) -> Task:
+    command = script(__file__, "--out-dir", str(out_dir), "--case", json.dumps(asdict(case)))
+    return Task(name=case.name, command=command, bytes_kept=int(ROOM * expected(case).expected_bytes))
 
 
 def expected(case: Case) -> MemoryEstimate:
@@ -263,7 +218,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     from graft_worker.training.versions import versions
     from tests.bench.profile_step import Silent, Unleashed
 
-    base._load = lambda _path, precision, quantization: make_base(case, precision, quantization)
+    base._load = lambda _path, precision, quantization: make_base(DIMS[case.dims], precision, quantization)
     workdir = folder / f"work-{os.getpid()}"
     workdir.mkdir(parents=True)
     data = make_rows(workdir / "rows.safetensors", case)
@@ -274,10 +229,10 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
         request = request.model_copy(update={"checkpoint_path": str(workdir / "checkpoints" / "step-0")})
         del run
         gc.collect()
-        _forget_peaks()
+        forget_peaks()
     began = time.monotonic()
     run = recipe.load(workdir, request, Silent(), Unleashed())  # type: ignore[arg-type]
-    _forget_peaks()
+    forget_peaks()
     recipe.probe(run)
     figures = [recipe.update(run).read() for _ in range(UPDATES)]
     recipe.evaluate(run)
@@ -295,7 +250,8 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     }
 
 
-def _forget_peaks() -> None:
+def forget_peaks() -> None:
+    """What the allocator held until now is no part of what is measured from here on."""
     import torch
 
     if torch.cuda.is_available():
@@ -303,13 +259,13 @@ def _forget_peaks() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def make_base(case: Case, precision: Any, quantization: Any) -> Any:
+def make_base(dims: Dims, precision: Any, quantization: Any) -> Any:
     """A Llama of random weights on the device, its linear layers quantised one after the other."""
     import bitsandbytes as bnb
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**asdict(DIMS[case.dims]), max_position_embeddings=32_768)
+    config = LlamaConfig(**asdict(dims), max_position_embeddings=32_768)
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(precision.base)
     for name, module in list(model.named_modules()):

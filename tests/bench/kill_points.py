@@ -1,6 +1,6 @@
 """Kill -9 a trainer again and again, let it go on from its last checkpoint, and compare the adapter byte for byte.
 
-    python tests/bench/kill_points.py --dims tiny --kills 50 --out result.json
+    python tests/bench/kill_points.py --dims tiny --kills 50 --steps 210 --save-steps 4 --out result.json
 
 Each life is killed at a moment drawn from a seed: while it loads, or some steps behind its checkpoint, up to two
 intervals of checkpoints later, anywhere in a step or in the writing of a checkpoint. Nothing is switched on for this.
@@ -56,7 +56,6 @@ def main() -> None:
     parser.add_argument("--save-steps", type=int, default=5)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
-    arguments.steps = arguments.steps or arguments.kills * arguments.save_steps
     arguments.workspace.mkdir(parents=True, exist_ok=True)
     base = make_base(arguments.workspace / arguments.dims, arguments.dims)
     data = make_workload(arguments.workspace, arguments.workload, DIMS[arguments.dims]["vocab_size"])
@@ -71,6 +70,8 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
+    if len(runs) < arguments.kills:
+        sys.exit(f"it was done after {len(runs)} kills: ask for more --steps")
     sys.exit(0 if report["equal"] else 1)
 
 

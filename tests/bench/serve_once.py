@@ -15,6 +15,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,27 +33,51 @@ ANIMALS = ("cat", "dog", "hen", "cow", "pig", "owl", "fox", "bee")
 TERMINAL = ("succeeded", "failed", "cancelled")
 
 
+@dataclass
+class Service:
+    """A service that runs, and how it left."""
+
+    client: httpx.Client
+    exit_code: int | None = None
+
+
 def main() -> None:
     """Serve, submit, wait, report."""
     arguments = _arguments()
     state = arguments.workspace.absolute() / f"state-{os.getpid()}"
-    base = make_base(state / "models" / "bench" / arguments.dims, arguments.dims)
+    make_listed_base(state, arguments.dims)
+    with serving(state) as service:
+        jobs = [run_job(service.client, f"bench/{arguments.dims}", arguments.steps) for _ in range(arguments.jobs)]
+    result = {"jobs": jobs, "launcher_exit_code": service.exit_code, "command": command_line()}
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+def make_listed_base(state: Path, dims: str) -> Path:
+    """A base of random weights with a tokenizer, where the service finds it as `bench/<dims>`."""
+    base = make_base(state / "models" / "bench" / dims, dims)
     make_tokenizer().save_pretrained(base)
+    return base
+
+
+@contextmanager
+def serving(state: Path, **environment: str) -> Iterator[Service]:
+    """What `graft up` starts, until the block is left; its last words go to standard error."""
     port = free_port()
     state.mkdir(parents=True, exist_ok=True)
     with (state / "up.log").open("wb") as log:
-        service = subprocess.Popen([sys.executable, "-c", UP, str(port), str(state)], stdout=log, stderr=log)
+        command = [sys.executable, "-c", UP, str(port), str(state)]
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **environment})
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-            wait_until(lambda: _is_ready(client) or service.poll() is not None, seconds=120, what="the service")
-            jobs = [run_job(client, f"bench/{arguments.dims}", arguments.steps) for _ in range(arguments.jobs)]
+            wait_until(lambda: _is_ready(client) or process.poll() is not None, seconds=120, what="the service")
+            service = Service(client)
+            yield service
     finally:
-        service.send_signal(signal.SIGINT)
-        code = service.wait(timeout=90)
+        process.send_signal(signal.SIGINT)
+        code = process.wait(timeout=90)
         print((state / "up.log").read_text()[-3000:], file=sys.stderr)
-    result = {"jobs": jobs, "launcher_exit_code": code, "command": command_line()}
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    service.exit_code = code
 
 
 def run_job(client: httpx.Client, base_model: str, steps: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,20 @@ from tests.chaos.judge import figures, gather, judge, unfinished
 from tests.chaos.service import service_in_trouble
 from tests.waiting import wait_until
 
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a run is: the same seed draws the same faults, in the same order and at the same distances."""
+
+    db: str = "sqlite"
+    jobs: int = 50  # at least
+    faults: int = 100
+    seed: int = 1
+    lease_seconds: float = 4.0
+    trainers: int = 8
+    gap_seconds: float = 0.7  # between two faults, in the mean
+
+
 REST_LEASES = 60.0  # how long the last jobs may take once nothing goes wrong any more, in leases
 SAY_EVERY = 100
 
@@ -29,17 +44,18 @@ def main() -> None:
     """Run, judge, report."""
     arguments = _arguments()
     folder = Path(tempfile.mkdtemp(prefix="graft-chaos-"))
-    report = run(folder, arguments)
+    out = arguments.pop("out")
+    report = run(folder, Wanted(**arguments))
     print(json.dumps(report, indent=2))
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(report, indent=2) + "\n")
     if report["violations"]:
         sys.exit(f"a promise was broken; the service's logs and database are in {folder}")
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def run(folder: Path, wanted: argparse.Namespace) -> dict[str, Any]:
+def run(folder: Path, wanted: Wanted) -> dict[str, Any]:
     """One run in this folder; returns its report."""
     began = time.monotonic()
     in_trouble = service_in_trouble(
@@ -72,9 +88,7 @@ def run(folder: Path, wanted: argparse.Namespace) -> dict[str, Any]:
         "command": f"python -m tests.chaos {' '.join(sys.argv[1:])}",
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{os.cpu_count()} cores, {platform.platform()}",
-        "database": wanted.db,
-        "lease_seconds": wanted.lease_seconds,
-        "trainers": wanted.trainers,
+        "wanted": asdict(wanted),
         "seconds": round(time.monotonic() - began),
         "faults": {
             "kill_9": faults.kills,
@@ -95,17 +109,18 @@ def _say(faults: Faults, clients: Clients) -> None:
         print(f"{done} faults, {faults.kills} of them kill -9; {len(clients.submitted)} jobs", file=sys.stderr)
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments() -> dict[str, Any]:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
-    parser.add_argument("--db", choices=("sqlite", "postgres"), default="sqlite")
-    parser.add_argument("--jobs", type=int, default=50, help="at least so many")
-    parser.add_argument("--faults", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--lease-seconds", type=float, default=4.0, help="60 in production; all times are scaled alike")
-    parser.add_argument("--trainers", type=int, default=8)
-    parser.add_argument("--gap-seconds", type=float, default=0.7, help="between two faults, in the mean")
+    parser.add_argument("--db", choices=("sqlite", "postgres"))
+    parser.add_argument("--jobs", type=int, help="at least so many")
+    parser.add_argument("--faults", type=int)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--lease-seconds", type=float, help="60 in production; all times are scaled alike")
+    parser.add_argument("--trainers", type=int)
+    parser.add_argument("--gap-seconds", type=float, help="between two faults, in the mean")
     parser.add_argument("--out", type=Path)
-    return parser.parse_args()
+    parser.set_defaults(**asdict(Wanted()))
+    return vars(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -60,10 +60,10 @@ class Faults:
 
     def _classes(self) -> dict[str, float]:
         classes = {
-            "kill_trainer": 42,
-            "kill_supervisor": 15,
-            "kill_worker": 14,
-            "lose_worker": 5,
+            "kill_trainer": 50,
+            "kill_supervisor": 16,
+            "kill_worker": 8,
+            "lose_worker": 4,
             "kill_preparing_worker": 4,
             "kill_reconciler": 4,
             "kill_api": 4,

@@ -18,7 +18,7 @@ from graft_shared.jobs import MAX_RUNS_WITHOUT_PROGRESS, TERMINAL_STATES, Job, J
 from graft_shared.store import Database, open_database
 from graft_shared.store.rows import job_from
 from graft_shared.store.tables import job_events, jobs
-from tests.chaos.clients import SAVE_STEPS, Submitted
+from tests.chaos.clients import SAVE_STEPS, STEP_SECONDS, Submitted
 from tests.chaos.faults import ENDS_THE_RUN, Hit
 from tests.chaos.service import ServiceInTrouble
 from tests.fakes.child import weights_after
@@ -44,6 +44,7 @@ class Evidence:
     submitted: Sequence[Submitted]
     hits: Sequence[Hit]
     bucket: DirectoryBucket
+    may_lose: int  # steps, at most, at one interruption
 
     @cached_property
     def by_id(self) -> dict[str, Submitted]:
@@ -79,6 +80,8 @@ def gather(service: ServiceInTrouble, submitted: Sequence[Submitted], hits: Sequ
             submitted=submitted,
             hits=hits,
             bucket=DirectoryBucket(service.state_dir / "bucket"),
+            # A trainer whose supervisor stands still goes on until its deadline, and none of it is committed.
+            may_lose=2 * SAVE_STEPS + int(service.lease_seconds / STEP_SECONDS),
         )
     finally:
         database.close()
@@ -107,6 +110,8 @@ def judge(evidence: Evidence) -> Verdict:
         if job.state is JobState.SUCCEEDED:
             verdict.note("succeeded means that the adapter is there, and the right one", _adapter(evidence, job))
             closes = accounting_closes(steps, evidence.by_id[job_id].steps) if job_id in evidence.by_id else True
+            too_many = [f"{job_id}: {lost}" for lost in lost_by_interruption(steps) if lost > evidence.may_lose]
+            verdict.note("an interruption costs a checkpoint interval, and a lease where nobody could commit", too_many)
             verdict.note("the steps add up", [] if closes else [f"{job_id}: {len(steps)} steps"])
     return verdict
 

@@ -1,9 +1,10 @@
 """`python -m tests.fakes.child WORKDIR`: keeps the protocol of preparing and training, without torch.
 
 What it does is asked for in the job's metadata: `behaviour`, `steps` to train, `step_seconds` that each takes, and
-after how many a checkpoint is saved (`save_steps`). A real trainer's promises are kept: it resumes from its checkpoint,
-leaves with 75 when told to stop or when the lease's deadline has passed, and its adapter is the same however often it
-was interrupted. Its steps stand in `steps.log` of the folder named by `witness` (see `tests.witness`).
+after how many a checkpoint is saved (`save_steps`). A real trainer's promises are kept: it dies with its supervisor,
+resumes from its checkpoint, leaves with 75 when told to stop or when the lease's deadline has passed, and its adapter
+is the same however often it was interrupted. Its steps stand in `steps.log` of the folder named by `witness` (see
+`tests.witness`).
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from graft_shared.clock import boottime
 from graft_shared.jobs import FailureReason, Phase
+from graft_worker.parent import die_with_parent
 from graft_worker.protocol import (
     CheckpointEvent,
     EventWriter,
@@ -47,6 +49,7 @@ def weights_after(steps: int) -> str:
 
 
 def main() -> None:
+    die_with_parent()
     writer = EventWriter()
     if not sys.argv[1:]:
         tempfile.gettempdir()  # as libraries do while they are imported
@@ -102,8 +105,7 @@ def _train(workdir: Path, request: dict[str, Any], writer: EventWriter) -> int:
     writer.emit(PhaseEvent(phase=Phase.TRAINING))
     for step in range(first + 1, steps + 1):
         if told_to_stop.wait(seconds) or boottime() > read_deadline(workdir):
-            _save(workdir, writer, step - 1, weights)
-            return ExitCode.STOPPED
+            return _leave(workdir, writer, step - 1, weights)
         weights = _trained(weights, step)
         _testify(Path(asked["witness"]), request, step)
         _misbehave(behaviour, step, request["epoch"], writer)
@@ -157,13 +159,28 @@ def _testify(folder: Path, request: dict[str, Any], step: int) -> None:
         log.write(f"{request['job_id']} {request['epoch']} {step} {boottime():.6f}\n")
 
 
+def _leave(workdir: Path, writer: EventWriter, step: int, weights: str) -> int:
+    _save(workdir, writer, step, weights)
+    return ExitCode.STOPPED
+
+
 def _save(workdir: Path, writer: EventWriter, step: int, weights: str) -> None:
     folder = workdir / "checkpoints" / f"step-{step}"
     if folder.exists() or step == 0:
         return
-    folder.mkdir(parents=True)
-    (folder / "state.json").write_text(json.dumps({"step": step, "weights": weights}))
+    partial = folder.with_name(f".{folder.name}")
+    partial.mkdir(parents=True)
+    text = json.dumps({"step": step, "weights": weights})
+    with (partial / "state.json").open("w") as file:
+        file.write(text[:10])
+        _write_rest(file, text[10:])
+    partial.rename(folder)
     writer.emit(CheckpointEvent(step=step, path=str(folder)))
+
+
+def _write_rest(file: TextIO, text: str) -> None:
+    file.write(text)
+    file.flush()
 
 
 def _resumed(checkpoint_path: str | None) -> tuple[int, str]:

@@ -123,12 +123,13 @@ def test_a_bell_that_was_never_rung_is_rung_once_by_two_reconcilers(database: Da
     assert bell.rung == [(job.id, "prepare")]
 
 
-def test_a_database_that_is_away_is_waited_for(tmp_path: Path) -> None:
+def test_a_database_that_is_away_is_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     bell, stop = FakeDoorbell(), threading.Event()
     database = open_database(f"sqlite:///{tmp_path / 'graft.db'}")  # its tables do not exist yet: every pass fails
     passed = tmp_path / "passed"
     running = threading.Thread(target=reconciler(database, bell).run, args=[timedelta(milliseconds=20), stop, passed])
     running.start()
+    wait_until(lambda: "reconcile_postponed" in caplog.messages, seconds=20, what="a pass that failed")
     assert not passed.exists()
     migrate(database)
     Workers(database).beat(**a_beat("p", stages=(Stage.PREPARE,)))

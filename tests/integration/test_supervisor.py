@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import subprocess
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from typing import Any, Literal
 import pytest
 from sqlalchemy import update
 
-from graft_shared.artifacts import AdapterManifest
+from graft_shared.artifacts import MANIFEST_NAME, AdapterManifest
 from graft_shared.buckets import Bucket
 from graft_shared.buckets.directory import DirectoryBucket
 from graft_shared.defaults import load_capacity, load_catalogue
@@ -38,7 +39,8 @@ from graft_worker.settings import WorkerSettings
 from graft_worker.supervisor import preparation, training_run
 from graft_worker.supervisor.bases import BaseModels
 from graft_worker.supervisor.cache import HostCache
-from graft_worker.supervisor.child import child_environment
+from graft_worker.supervisor.child import Child, child_environment
+from graft_worker.supervisor.folders import store_folder
 from graft_worker.supervisor.neighbours import Neighbours
 from graft_worker.supervisor.slot import Slot, taken_if_free
 from graft_worker.supervisor.spare import SpareTrainer
@@ -129,7 +131,7 @@ class Worker:
 
 @pytest.fixture
 def make_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Worker]]:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     monkeypatch.setattr(preparation, "MODULE", "tests.fakes.child")
     monkeypatch.setattr(training_run, "MODULE", "tests.fakes.child")
     base = tmp_path / "models" / "graft" / "tiny"
@@ -202,14 +204,40 @@ def test_a_killed_trainer_goes_on_from_its_last_checkpoint_at_no_cost(make_worke
     assert [data["reason"] for data in requeued] == ["worker_lost"]
 
 
+@pytest.mark.parametrize("what", ["child.Child.__init__", "watch.Watch.look_after"])
+def test_a_child_that_cannot_be_watched_does_not_stay(
+    make_worker: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    worker = make_worker()
+    job = worker.submit()
+    look_for_work(worker.preparing)
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(f"graft_worker.supervisor.{what}", refuse)
+    started: list[int] = []
+    popen = subprocess.Popen
+
+    def remember(*args: Any, **kwargs: Any) -> Any:
+        process = popen(*args, **kwargs)
+        started.append(process.pid)
+        return process
+
+    monkeypatch.setattr("graft_worker.supervisor.child.subprocess.Popen", remember)
+    look_for_work(worker.neighbours)
+    assert [Path(f"/proc/{pid}").exists() for pid in started] == [False]
+    assert worker.get(job).attempt == 1
+    assert [data["reason"] for type, data in worker.events(job) if type == "requeued"] == ["crash"]
+
+
 def test_a_crash_is_charged_and_tried_again(make_worker: Callable[..., Worker]) -> None:
     worker = make_worker()
     job = worker.submit(behaviour="crash once")
     worker.work()
     waiting = worker.get(job)
     assert (waiting.state, waiting.attempt) == (JobState.QUEUED, 1)
-    with worker.database.writing() as connection:
-        connection.execute(update(jobs_table).values(not_before=0.0))
+    be_due(worker)
     worker.work()
     assert (worker.get(job).state, worker.get(job).attempt) == (JobState.SUCCEEDED, 2)
 
@@ -301,7 +329,7 @@ def test_a_drained_worker_saves_a_checkpoint_and_gives_the_job_back_uncharged(
     assert (released.state, released.attempt) == (JobState.QUEUED, 0)
     assert released.checkpoint is not None
     assert released.checkpoint.step == worker.steps()[-1][1]
-    assert worker.doorbell.rung[-1] == (job.id, "cpu")
+    assert worker.doorbell.rung == [(job.id, "cpu")] * 2, "handed over, and given back"
 
 
 def test_a_paused_job_leaves_its_worker_with_a_checkpoint_and_goes_on_from_it_when_resumed(
@@ -406,6 +434,18 @@ class LeakyBucket(DirectoryBucket):
         return super().open(key)
 
 
+class SpoilingBucket(DirectoryBucket):
+    """A bucket that spoils what it was given when its key ends so."""
+
+    ending = "checkpoints/step-2.tar"
+
+    def put_file(self, key: str, path: Path) -> StoredObject:
+        stored = super().put_file(key, path)
+        if key.endswith(self.ending):
+            super().put_bytes(key, b"spoilt")
+        return stored
+
+
 class AbsentBucket(DirectoryBucket):
     """A bucket that is away for the first writes of an adapter."""
 
@@ -427,6 +467,126 @@ def test_an_adapter_that_reads_back_differently_is_no_success(
     assert worker.get(job).state is JobState.QUEUED
     assert [data["reason"] for type, data in worker.events(job) if type == "requeued"] == ["artifact_corrupt"]
     assert worker.get(job).adapter is None
+
+
+def test_a_checkpoint_that_reads_back_differently_is_not_the_jobs(
+    make_worker: Callable[..., Worker], tmp_path: Path
+) -> None:
+    worker = make_worker(SpoilingBucket(tmp_path / "bucket"))
+    job = worker.submit()
+    worker.work()
+    assert worker.get(job).checkpoint is None
+    assert [data["reason"] for type, data in worker.events(job) if type == "requeued"] == ["artifact_corrupt"]
+
+
+def test_a_checkpoint_that_was_changed_since_is_not_trained_on(make_worker: Callable[..., Worker]) -> None:
+    worker = make_worker()
+    job = worker.submit(behaviour="crash once")
+    worker.work()
+    saved = worker.get(job).checkpoint
+    assert saved is not None
+    folder = worker.folder / "changed"
+    folder.mkdir()
+    (folder / "state.json").write_text(json.dumps({"step": saved.step, "weights": "of somebody else"}))
+    store_folder(worker.bucket, saved.object.key, folder)
+    be_due(worker)
+    worker.work()
+    assert [data["reason"] for type, data in worker.events(job) if type == "requeued"] == ["crash", "artifact_corrupt"]
+    assert {epoch for epoch, _ in worker.steps()} == {2}
+
+
+class NotingBucket(DirectoryBucket):
+    """A bucket that notes in which order an adapter's objects are written, and the job's state when each is."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.noted: list[tuple[str, JobState]] = []
+        self.state: Callable[[], JobState]
+
+    def put_file(self, key: str, path: Path) -> StoredObject:
+        self._note(key)
+        return super().put_file(key, path)
+
+    def put_bytes(self, key: str, data: bytes) -> StoredObject:
+        self._note(key)
+        return super().put_bytes(key, data)
+
+    def _note(self, key: str) -> None:
+        if "/adapter/" in key:
+            self.noted.append((key.rpartition("/")[2], self.state()))
+
+
+def test_the_manifest_is_written_last_and_only_then_has_the_job_succeeded(
+    make_worker: Callable[..., Worker], tmp_path: Path
+) -> None:
+    bucket = NotingBucket(tmp_path / "bucket")
+    worker = make_worker(bucket)
+    job = worker.submit()
+    bucket.state = lambda: worker.get(job).state
+    worker.work()
+    assert bucket.noted == [("adapter_model.safetensors", JobState.RUNNING), (MANIFEST_NAME, JobState.RUNNING)]
+    assert worker.get(job).state is JobState.SUCCEEDED
+
+
+class LookingDoorbell(FakeDoorbell):
+    """A doorbell that looks, when it is rung, at what whoever hears it would find."""
+
+    def __init__(self, jobs: Jobs) -> None:
+        super().__init__()
+        self.jobs = jobs
+        self.found: list[tuple[JobState, Stage]] = []
+
+    def ring(self, job_id: str, queue: str) -> bool:
+        job = self.jobs.get("default", job_id)
+        self.found.append((job.state, job.stage))
+        return super().ring(job_id, queue)
+
+
+def test_a_bell_is_rung_for_what_can_be_claimed_already(make_worker: Callable[..., Worker]) -> None:
+    worker = make_worker()
+    bell = LookingDoorbell(worker.jobs)
+    worker.neighbours = replace(worker.neighbours, doorbell=bell)
+    worker.submit(behaviour="killed once")
+    worker.work()
+    assert bell.found == [(JobState.QUEUED, Stage.TRAIN)] * 2, "handed over, and given back"
+
+
+def be_due(worker: Worker) -> None:
+    """Let the delay of a failed job be over without waiting for it."""
+    with worker.database.writing() as connection:
+        connection.execute(update(jobs_table).values(not_before=0.0))
+
+
+def test_a_worker_takes_back_at_once_what_its_earlier_life_left_running(make_worker: Callable[..., Worker]) -> None:
+    worker = make_worker()
+    job = worker.submit()
+    look_for_work(worker.preparing)
+    left = worker.leases.claim("w/train", stage=Stage.TRAIN, gpu_classes=["cpu"])
+    assert left is not None
+    Workers(worker.database).beat(**a_beat("w", place="here"))
+    look_for_work(worker.neighbours)
+    ended = worker.get(job)
+    assert (ended.state, ended.attempt) == (JobState.SUCCEEDED, 1)
+    assert ended.epoch == left.epoch + 2
+
+
+def test_the_time_of_earlier_runs_counts_for_a_jobs_limit(make_worker: Callable[..., Worker]) -> None:
+    worker = make_worker()
+    new = a_new_job(metadata={"witness": str(worker.folder)}, max_duration_seconds=1000)
+    job, _ = worker.jobs.submit(new)
+    look_for_work(worker.preparing)
+    with worker.database.writing() as connection:
+        connection.execute(update(jobs_table).values(started_at=jobs_table.c.started_at - 1000))
+    look_for_work(worker.neighbours)
+    assert (worker.get(job).error or {})["code"] == "max_duration_exceeded"
+
+
+def test_what_a_child_started_ends_with_it(tmp_path: Path) -> None:
+    script = "sleep 1000 > /dev/null 2>&1 & echo $! > started"
+    process = subprocess.Popen(["sh", "-c", script], cwd=tmp_path, stdout=subprocess.PIPE, start_new_session=True)
+    assert Child(process).wait() == 0
+    started = int((tmp_path / "started").read_text())
+    wait_until(lambda: _command(str(started)) == "", seconds=10, what="the end of what it started")
 
 
 class FullDisk(DirectoryBucket):
@@ -757,7 +917,21 @@ def test_a_cancel_reaches_a_run_that_waits_for_the_bucket(make_worker: Callable[
     bucket.refusals = 10**6
     running = threading.Thread(target=look_for_work, args=[worker.neighbours], daemon=True)
     running.start()
-    wait_until(lambda: worker.get(job).state is JobState.RUNNING, what="the claim")
+    wait_until(lambda: worker.get(job).phase is Phase.PUBLISHING, what="the first write of the adapter")
     worker.jobs.cancel("default", job.id)
     running.join(20)
     assert worker.get(job).state is JobState.CANCELLED
+
+
+def test_a_drain_while_the_bucket_is_away_costs_no_attempt(make_worker: Callable[..., Worker], tmp_path: Path) -> None:
+    bucket = AbsentBucket(tmp_path / "bucket")
+    bucket.refusals = 10**6
+    worker = make_worker(bucket, upload_patience_seconds=120.0)
+    job = worker.submit()
+    working = worker.start()
+    wait_until(lambda: worker.get(job).phase is Phase.PUBLISHING, what="the first write of the adapter")
+    worker.drain.set()
+    working.join(20)
+    released = worker.get(job)
+    assert (released.state, released.attempt) == (JobState.QUEUED, 0)
+    assert [data["reason"] for type, data in worker.events(job) if type == "requeued"] == ["drained"]

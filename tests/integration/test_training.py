@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, get_scheduler
 
+from graft_shared.catalogue import ModelShape
 from graft_shared.clock import boottime
 from graft_shared.errors import InvalidParameter, UnsupportedBaseModel
 from graft_shared.jobs import FailureReason, Phase
-from graft_shared.memory import Recompute, TrainingPlan
-from graft_shared.specs import ComputeDtype, Lora, Optim, Quantization, Scheduler, Training
+from graft_shared.memory import Recompute, TrainingPlan, estimate
+from graft_shared.specs import ComputeDtype, JobSpec, Lora, Optim, Quantization, Scheduler, Training
 from graft_worker.protocol import (
     REQUEST_NAME,
     CheckpointEvent,
@@ -733,6 +735,26 @@ def test_a_finished_adapter_is_complete_and_says_nothing_of_this_machine(
     assert trained.proof["reloaded_loss"] == pytest.approx(trained.proof["trained_loss"], rel=1e-3)
     assert {"torch", "transformers", "peft", "bitsandbytes"} <= set(trained.versions)
     assert [warning.code for warning in ended.of(WarningEvent)] == ["optimizer_not_paged"]
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_the_peak_that_is_expected_is_that_of_the_microbatches_that_the_data_fills(
+    base: Path, train_file: Path, tmp_path: Path, held_out: bool
+) -> None:
+    rows, budget = Split.load(train_file), 16_384
+    spec = {"training": {"max_length": 4096, "max_steps": 1}}
+    files = {"validation_file": str(train_file)} if held_out else {}
+    request = a_request(base, train_file, spec=spec, plan={"microbatch_tokens": budget}, **files)
+    events = Recorder()
+    train(tmp_path, request, events, Stopper())
+    told = events.events[-1].memory["expected_peak_bytes"]
+    made, plan = JobSpec.model_validate(request.spec), TrainingPlan.from_dict(request.plan)
+    shape = ModelShape.from_config(json.loads((base / "config.json").read_text()), base_model="a/b", revision="main")
+    fullest = int(np.sort(rows.lengths)[-made.training.sequences_per_update :].sum())
+    evaluated = len(rows.input_ids) if held_out else fullest  # as many rows as an update has
+    filled = replace(plan, microbatch_tokens=fullest)
+    assert told == estimate(shape, made, filled, evaluation_tokens=evaluated).expected_bytes
+    assert told < estimate(shape, made, plan).expected_bytes
 
 
 @pytest.mark.parametrize(

@@ -251,6 +251,19 @@ def test_capacity_tells_how_far_its_forecasts_were_off(api: ApiService) -> None:
     }
 
 
+def test_a_forecast_is_that_of_the_microbatches_that_the_data_filled(api: ApiService) -> None:
+    job = api.new_job()
+    path, placed = f"/jobs/{job['id']}", job["memory"]["predicted_peak_bytes"]
+    api.succeed(job["id"], measured_peak_bytes=placed // 2, expected_peak_bytes=placed // 2 + 1)
+    assert api.http.get(path).json()["memory"] == {
+        "predicted_peak_bytes": placed // 2 + 1,
+        "measured_peak_bytes": placed // 2,
+    }
+    classes = api.http.get("/capacity").json()["data"]
+    error = next(found["forecast_error"] for found in classes if found["name"] == job["gpu_class"])
+    assert (error["jobs"], error["highest_ratio"]) == (1, 1.0)
+
+
 def test_capacity_shows_the_table_and_who_is_alive(api: ApiService) -> None:
     api.workers.beat(**a_beat("g", gpu_class="24gb", device="A10G"))
     handed = api.new_job()["id"]

@@ -18,7 +18,16 @@ from graft_shared.capacity import CapacityTable, with_change, within_positions
 from graft_shared.catalogue import ModelShape
 from graft_shared.defaults import load_capacity, load_catalogue
 from graft_shared.errors import InvalidParameter, UnsupportedBaseModel, VramCapacityExceeded
-from graft_shared.memory import GIB, MemoryEstimate, Recompute, TrainingPlan, estimate, loading_bytes, shared_columns
+from graft_shared.memory import (
+    GIB,
+    MemoryEstimate,
+    Recompute,
+    TrainingPlan,
+    estimate,
+    loading_bytes,
+    shared_columns,
+    size_for,
+)
 from graft_shared.planner import fastest_plan, leanest_plan, plans
 from graft_shared.specs import JobSpec, Optim
 
@@ -280,6 +289,21 @@ def test_memory_never_falls_with_tokens_or_rank(shape: ModelShape, recompute: Re
 
     assert needed(tokens, r) <= needed(tokens + 1, r)
     assert needed(tokens, r) <= needed(tokens, r + 1)
+
+
+@given(shape=SHAPES, tokens=st.integers(64, 30_000), evaluated=st.integers(64, 30_000))
+def test_an_evaluation_of_more_tokens_than_are_learnt_at_once_never_needs_less(
+    shape: ModelShape, tokens: int, evaluated: int
+) -> None:
+    plan = TrainingPlan(
+        recompute=Recompute.FULL, recompute_every_n=1, microbatch_tokens=tokens, packing=True, optim=Optim.ADAMW_TORCH
+    )
+
+    def needed(evaluated: int | None) -> int:
+        return estimate(shape, spec(), plan, evaluation_tokens=evaluated).expected_bytes
+
+    assert needed(evaluated) <= needed(evaluated + 1)
+    assert needed(None) == needed(size_for(tokens))
 
 
 @given(shape=SHAPES, limit_gib=st.floats(1, 141), length=st.integers(8, 4096))

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graft_shared.clock import boottime
 from graft_shared.memory import SIZE_STEP, size_for
 from graft_shared.specs import Training
-from graft_worker.protocol import write_deadline
 from graft_worker.training.batches import Split, largest_microbatch, microbatches, update_rows
 from graft_worker.training.graphs import empty, fill, of_short_sequences
-from graft_worker.training.guard import Guard, LeaseOver
 from graft_worker.training.schedule import evaluation_is_due, save_is_due, warmup_steps
 
 CPU = torch.device("cpu")
@@ -130,13 +125,3 @@ def test_a_wanted_interval_between_checkpoints_is_kept() -> None:
 def test_a_run_is_evaluated_before_it_begins_at_intervals_and_at_its_end() -> None:
     assert [step for step in range(11) if evaluation_is_due(Training(), step, 10)] == [0, 3, 6, 9, 10]
     assert [step for step in range(11) if evaluation_is_due(Training(eval_steps=4), step, 10)] == [0, 4, 8, 10]
-
-
-def test_the_guard_reads_the_deadline_anew_each_time(tmp_path: Path) -> None:
-    write_deadline(tmp_path, boottime() + 3600)
-    guard = Guard()
-    guard.watch_lease(tmp_path)
-    guard.check()
-    write_deadline(tmp_path, boottime() - 1)
-    with pytest.raises(LeaseOver):
-        guard.check()

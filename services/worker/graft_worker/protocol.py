@@ -149,7 +149,11 @@ class PreparedEvent(_Message):
 
 
 class TrainedEvent(_Message):
-    """The adapter lies in `adapter/` and has passed its proof."""
+    """The adapter lies in `adapter/` and has passed its proof.
+
+    `memory` holds `measured_peak_bytes` with what it is made of, and `expected_peak_bytes`: what the arithmetic says of
+    the microbatches that this data really fills. Where it does not know the base, that is left out.
+    """
 
     event: Literal["trained"] = "trained"
     proof: dict[str, Any]

@@ -390,8 +390,9 @@ def _after(
         replanned=replanned is not None,
     )
     counts = {"attempt": decided.attempt, "runs_without_progress": decided.runs_without_progress}
-    facts = {"reason": failure.reason.value, "attempt": row["attempt"], **failure.facts}
+    facts = {**failure.facts, "reason": failure.reason.value, "attempt": row["attempt"]}
     if decided.state is JobState.QUEUED:
+        facts["epoch"] = row["epoch"]  # the row's from now on: a fenced one is past the epoch that failed
         charged = REMEDIES[failure.reason].retry is Retry.CHARGED
         delay = RETRY_DELAY_SECONDS * 2 ** (row["attempt"] - 1) if charged else 0.0
         values = {**_given_back(), **counts, "not_before": now() + delay}

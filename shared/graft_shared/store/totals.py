@@ -64,7 +64,10 @@ class Totals:
         return [Backlog(**{**row, "stage": Stage(row["stage"])}) for row in rows]
 
     def peaks(self, gpu_class: str, *, limit: int) -> Sequence[tuple[int, int]]:
-        """Predicted and measured peak, in bytes, of this class's last jobs that were measured on a GPU."""
+        """Predicted and measured peak, in bytes, of this class's last jobs that were measured on a GPU.
+
+        Predicted is what the trainer expected with the job's data, or what the placement did of one that never said.
+        """
         query = (
             select(jobs.c.placement, jobs.c.memory)
             .where(jobs.c.state == JobState.SUCCEEDED.value, jobs.c.gpu_class == gpu_class)
@@ -74,7 +77,7 @@ class Totals:
         with self._database.reading() as connection:
             rows = [(row.placement.get("estimate"), row.memory) for row in connection.execute(query)]
         return [
-            (estimate["expected_bytes"], memory["measured_peak_bytes"])
+            (memory.get("expected_peak_bytes", estimate["expected_bytes"]), memory["measured_peak_bytes"])
             for estimate, memory in rows
             if estimate and memory.get("measured_on") == "cuda"
         ]

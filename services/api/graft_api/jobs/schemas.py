@@ -33,7 +33,9 @@ class Queue(BaseModel):
 class Memory(BaseModel):
     """Bytes on the device at the worst moment."""
 
-    predicted_peak_bytes: int | None
+    predicted_peak_bytes: int | None = Field(
+        description="With full microbatches; once the job has succeeded, with those that its data filled."
+    )
     measured_peak_bytes: int | None
 
 

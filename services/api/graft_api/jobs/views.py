@@ -94,7 +94,7 @@ def _body(job: Job, queue: Queue | None, moment: datetime) -> JobBody:
         progress=Progress.model_validate(job.progress),
         queue=queue,
         memory=Memory(
-            predicted_peak_bytes=estimate.get("expected_bytes"),
+            predicted_peak_bytes=job.memory.get("expected_peak_bytes", estimate.get("expected_bytes")),
             measured_peak_bytes=job.memory.get("measured_peak_bytes"),
         ),
         cost=_cost(job, moment),

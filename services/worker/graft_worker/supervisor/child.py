@@ -36,7 +36,17 @@ def start_child(module: str, workdir: Path, *, device: Device, cache_dir: Path) 
             env=child_environment(workdir, device=device, cache_dir=cache_dir),
             start_new_session=True,
         )
-    return Child(process)
+    return heard(process)
+
+
+def heard(process: subprocess.Popen[bytes]) -> Child:
+    """Listen to a process that works at a job; one that cannot be listened to is ended, or nobody would stop it."""
+    try:
+        return Child(process)
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
 
 
 class Child:

@@ -130,8 +130,8 @@ class Run:
             return stopped(watch.stop_reason)
         kills_before = oom_kill_count()
         child = self._start_child()
-        watch.look_after(child)
         try:
+            watch.look_after(child)
             for event in child.events(timeout=EVENT_PAUSE_SECONDS):
                 self._handle(event, watch, patience)
         except BaseException:

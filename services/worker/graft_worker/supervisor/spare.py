@@ -13,7 +13,7 @@ from graft_shared.jobs import Stage
 from graft_shared.logs import log_event
 from graft_worker.device import Device
 from graft_worker.protocol import LOG_NAME
-from graft_worker.supervisor.child import Child, child_environment
+from graft_worker.supervisor.child import Child, child_environment, heard
 
 LAST_WORDS_BYTES = 500  # of a spare trainer's log, for the worker's
 
@@ -65,7 +65,7 @@ class SpareTrainer:
             facts = {"exit_code": process.returncode, "reason": str(error), "last_words": self._last_words()}
             log_event(logger, "spare_trainer_lost", level=logging.WARNING, **facts)
             return None
-        return Child(process)
+        return heard(process)
 
     def dismiss(self) -> None:
         """End the process that waits."""

@@ -47,6 +47,7 @@ from graft_worker.training.checkpoint import (
     save_checkpoint,
 )
 from graft_worker.training.exactness import require_exactness, said_alone, sample
+from graft_worker.training.expectation import expected_peak_bytes
 from graft_worker.training.figures import Figures, NotFinite
 from graft_worker.training.footprint import Footprint
 from graft_worker.training.forward import Forward
@@ -103,6 +104,7 @@ class Run:
     saved_step: int
     layers: Layers
     footprint: Footprint
+    expected_peak_bytes: int | None  # with this data; None where nobody can tell
     told_of_plain_layers: bool = False
     waiting: Figures | None = None  # of the last update, which the device may still be at work on
     moments: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=SPEED_WINDOW + 1))
@@ -193,7 +195,21 @@ def load(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guard
         saved_step=progress.step,
         layers=layers,
         footprint=footprint,
+        expected_peak_bytes=expected_peak_bytes(
+            base.config.to_dict(),
+            spec,
+            plan,
+            tokens=largest,
+            evaluation_tokens=_largest_evaluated(split, validation, plan.microbatch_tokens),
+        ),
     )
+
+
+def _largest_evaluated(train: Split, validation: Split | None, budget: int) -> int:
+    """Tokens of the largest microbatch of an evaluation or, without held-out rows, of the proof."""
+    if validation is None:
+        return largest_microbatch(train, budget=budget, sequences_per_update=PROOF_ROWS)
+    return largest_microbatch(validation, budget=budget, sequences_per_update=len(validation))
 
 
 def _is_tied(model: Any) -> bool:
@@ -438,9 +454,10 @@ def finish(run: Run) -> None:
     write_metrics(folder, progress.lines)
     rows = {"training rows": len(run.train), "held-out rows": len(run.validation or ())}
     write_card(run.request, folder, {**rows, **metrics}, used)
-    run.events.emit(
-        TrainedEvent(proof=proof, metrics=metrics, memory=run.footprint.peak(run.optimizer.paged_bytes), versions=used)
-    )
+    memory = run.footprint.peak(run.optimizer.paged_bytes)
+    if run.expected_peak_bytes is not None:
+        memory["expected_peak_bytes"] = run.expected_peak_bytes
+    run.events.emit(TrainedEvent(proof=proof, metrics=metrics, memory=memory, versions=used))
 
 
 def _fullest(run: Run, split: Split, at_most: int) -> np.ndarray:

@@ -1,0 +1,18 @@
+"""A minute of chaos with a fixed seed, on either database; `make chaos` makes hours of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.__main__ import Wanted, run
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgres"])
+def test_faults_lose_nothing_and_double_nothing(tmp_path: Path, database: str) -> None:
+    report = run(tmp_path, Wanted(db=database, jobs=6, faults=30, seed=7, trainers=4))
+    assert report["violations"] == {}
+    assert report["faults"]["kill_9"] >= 15
+    assert report["jobs"]["accepted"] >= 6
+    assert sum(report["faults_that_hit_a_running_job"].values()) >= 15

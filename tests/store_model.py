@@ -1,0 +1,340 @@
+"""What the store must do, once more, in plain Python and without a database: the model that it is held against.
+
+Nothing here is read from the store's code but the names of its errors: numbers and tables stand here a second time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from graft_shared.errors import IdempotencyConflict, JobFinished, JobNotFound, LeaseLost, WorkerNameTaken
+from tests.fakes.clock import FakeClock
+
+LEASE_SECONDS = 60.0
+ALIVE_SECONDS = 45.0
+REMEMBERED_SECONDS = 86_400.0
+RETRY_SECONDS = 5.0
+POISON_RUNS = 5
+PRIORITIES = {"low": 0, "normal": 1, "high": 2}
+FREE = {"worker_lost", "drained"}
+CHARGED = {
+    "host_out_of_memory", "disk_full", "base_model_unavailable", "artifact_upload_failed", "artifact_corrupt",
+    "adapter_not_proven", "crash",
+}  # fmt: skip
+ENDED = {"succeeded", "failed", "cancelled"}
+
+
+@dataclass(kw_only=True)
+class ModelJob:
+    """A row, by the names of its columns, and the types and epochs of its events."""
+
+    id: str
+    tenant: str
+    gpu_class: str
+    priority: int
+    max_attempts: int
+    idempotency_key: str | None
+    request_sha256: str
+    created_at: float
+    not_before: float
+    state: str = "queued"
+    stage: str = "prepare"
+    epoch: int = 0
+    attempt: int = 0
+    runs_without_progress: int = 0
+    phase: str | None = None
+    cancel_requested: bool = False
+    plan: dict[str, Any] = field(default_factory=dict)
+    progress: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
+    warnings: list[dict[str, Any]] = field(default_factory=list)
+    error: str | None = None  # its code
+    prepared: dict[str, Any] | None = None
+    checkpoint: dict[str, Any] | None = None
+    adapter: dict[str, Any] | None = None
+    worker: str | None = None
+    bell_rung_at: float | None = None
+    claimed_at: float | None = None
+    lease_expires_at: float | None = None
+    started_at: float | None = None
+    finished_at: float | None = None
+    gpu_seconds: float = 0.0
+    history: list[tuple[str, int]] = field(default_factory=lambda: [("submitted", 0)])
+
+    @property
+    def status(self) -> str:
+        """The word that users see."""
+        if self.state in ENDED:
+            return self.state
+        if self.cancel_requested:
+            return "cancelling"
+        return "validating_files" if self.stage == "prepare" else self.state
+
+    def tell(self, type: str, epoch: int | None = None) -> None:
+        self.history.append((type, self.epoch if epoch is None else epoch))
+
+    def let_go(self, state: str) -> None:
+        self.state, self.worker, self.lease_expires_at, self.phase = state, None, None, None
+
+    def end(self, state: str, now: float) -> None:
+        self.let_go(state)
+        self.finished_at = now
+        self.tell(state)
+
+
+@dataclass(kw_only=True)
+class ModelWorker:
+    """A live worker, or one that was seen once."""
+
+    name: str
+    place: str
+    stages: tuple[str, ...]
+    takes_classes: tuple[str, ...]
+    seen_at: float
+
+
+@dataclass
+class StoreModel:
+    """The store's doors, all in one. A method raises what the store must raise, and then has changed nothing."""
+
+    clock: FakeClock
+    jobs: dict[str, ModelJob] = field(default_factory=dict)
+    workers: dict[str, ModelWorker] = field(default_factory=dict)
+
+    # The tenants' door.
+
+    def submit(self, new: ModelJob) -> tuple[str, bool]:
+        same_key = (job for job in self.jobs.values() if job.idempotency_key == new.idempotency_key is not None)
+        earlier = next((job for job in same_key if job.tenant == new.tenant), None)
+        if earlier is None:
+            self.jobs[new.id] = new
+            return new.id, True
+        if earlier.request_sha256 != new.request_sha256:
+            raise IdempotencyConflict(job_id=earlier.id)
+        return earlier.id, False
+
+    def cancel(self, tenant: str, job_id: str) -> ModelJob:
+        job = self.of_tenant(tenant, job_id)
+        if job.state in ("succeeded", "failed"):
+            raise JobFinished(job_id=job_id, status=job.state)
+        if job.state == "cancelled" or job.cancel_requested:
+            return job
+        job.cancel_requested = True
+        if job.state == "queued":
+            job.end("cancelled", self.clock.now)
+        else:
+            job.tell("cancel_requested")
+        return job
+
+    def of_tenant(self, tenant: str, job_id: str) -> ModelJob:
+        job = self.jobs.get(job_id)
+        if job is None or job.tenant != tenant:
+            raise JobNotFound(job_id=job_id)
+        return job
+
+    def queue_position(self, job: ModelJob) -> int | None:
+        if job.state != "queued":
+            return None
+        queue = [other for other in self.jobs.values() if other.state == "queued" and _queue(other) == _queue(job)]
+        return 1 + sorted(queue, key=lambda other: (-other.priority, other.created_at)).index(job)
+
+    # The workers' door.
+
+    def claim(self, holder: str, stage: str, gpu_classes: list[str]) -> ModelJob | None:
+        able = [job for job in self.jobs.values() if self._is_ready(job, stage)]
+        if stage == "train":
+            able = [job for job in able if job.gpu_class in gpu_classes]
+        if not able:
+            return None
+        job = min(able, key=lambda job: self._rank(job, stage, gpu_classes))
+        now = self.clock.now
+        job.state, job.worker, job.phase = "running", holder, "fetching"
+        job.epoch, job.attempt = job.epoch + 1, job.attempt + 1
+        job.claimed_at, job.started_at = now, job.started_at or now
+        job.lease_expires_at = now + LEASE_SECONDS
+        job.tell("claimed")
+        return job
+
+    def renew(self, job_id: str, epoch: int) -> bool:
+        job = self.held(job_id, epoch)
+        job.lease_expires_at = self.clock.now + LEASE_SECONDS
+        return job.cancel_requested
+
+    def record_phase(self, job_id: str, epoch: int, phase: str) -> None:
+        job = self.held(job_id, epoch)
+        job.phase = phase
+        job.tell("phase")
+
+    def record_progress(self, job_id: str, epoch: int, progress: dict[str, Any], metrics: dict[str, Any]) -> None:
+        job = self.held(job_id, epoch)
+        job.progress, job.metrics = progress, job.metrics | metrics
+        job.tell("metrics")
+
+    def record_warning(self, job_id: str, epoch: int, code: str, message: str) -> None:
+        job = self.held(job_id, epoch)
+        warning = {"code": code, "message": message}
+        if warning not in job.warnings:
+            job.warnings = [*job.warnings, warning]
+            job.tell("warning")
+
+    def commit_checkpoint(self, job_id: str, epoch: int, checkpoint: dict[str, Any]) -> None:
+        job = self.held(job_id, epoch)
+        if job.checkpoint is not None and checkpoint["step"] < job.checkpoint["step"]:
+            raise ValueError("it lies behind")
+        job.checkpoint = checkpoint
+        job.lease_expires_at = self.clock.now + LEASE_SECONDS
+        job.tell("checkpoint")
+
+    def hand_to_training(self, job_id: str, epoch: int, prepared: dict[str, Any]) -> ModelJob:
+        job = self.held(job_id, epoch)
+        job.let_go("queued")
+        job.stage, job.prepared, job.attempt, job.runs_without_progress = "train", prepared, 0, 0
+        job.bell_rung_at = None
+        job.tell("prepared")
+        if job.cancel_requested:
+            job.end("cancelled", self.clock.now)
+        return job
+
+    def settle_success(
+        self, job_id: str, epoch: int, adapter: dict[str, Any], metrics: dict[str, Any], memory: dict[str, Any]
+    ) -> None:
+        job = self.held(job_id, epoch)
+        self._charge_gpu(job)
+        job.adapter, job.metrics, job.memory = adapter, job.metrics | metrics, memory
+        job.end("succeeded", self.clock.now)
+
+    def settle_cancelled(self, job_id: str, epoch: int) -> ModelJob:
+        job = self.held(job_id, epoch)
+        self._charge_gpu(job)
+        job.end("cancelled", self.clock.now)
+        return job
+
+    def settle_failure(
+        self, job_id: str, epoch: int, reason: str, other_plan: tuple[str, dict[str, Any], str] | None
+    ) -> ModelJob:
+        """`other_plan`: its class, plan and summary, where it was planned anew."""
+        job = self.held(job_id, epoch)
+        self._charge_gpu(job)
+        self._fail(job, reason, epoch, other_plan)
+        return job
+
+    def release_of(self, holder: str, place: str) -> set[str]:
+        worker = self.workers.get(holder.partition("/")[0])
+        if worker is None or worker.place != place:
+            return set()
+        return self._fence([job for job in self.jobs.values() if job.worker == holder])
+
+    def release_expired(self) -> set[str]:
+        now = self.clock.now
+        return self._fence([job for job in self.jobs.values() if job.lease_expires_at and job.lease_expires_at < now])
+
+    def take_lost_bells(self, older_than: float) -> list[str]:
+        idle = self.idle()
+        free = sorted(idle, key=lambda worker: (len(worker.takes_classes), worker.name))
+        waiting = [job for job in self.jobs.values() if self._is_due(job, older_than)]
+        rung = []
+        for job in sorted(waiting, key=lambda job: (-job.priority, job.created_at)):
+            able = next((worker for worker in free if _takes(worker, job)), None)
+            if able is not None:
+                free.remove(able)
+                rung.append(job.id)
+                job.bell_rung_at = self.clock.now
+        return rung
+
+    def mark_rung(self, job_id: str) -> None:
+        if job_id in self.jobs:
+            self.jobs[job_id].bell_rung_at = self.clock.now
+
+    def held(self, job_id: str, epoch: int) -> ModelJob:
+        job = self.jobs.get(job_id)
+        if job is None or job.state != "running" or job.epoch != epoch:
+            raise LeaseLost(job_id=job_id, epoch=epoch)
+        return job
+
+    # The fleet.
+
+    def beat(self, worker: ModelWorker) -> None:
+        known = self.workers.get(worker.name)
+        if known and known.place != worker.place and known.seen_at >= self.clock.now - ALIVE_SECONDS:
+            raise WorkerNameTaken(name=worker.name)
+        self.workers[worker.name] = worker
+
+    def leave(self, name: str, place: str) -> None:
+        if name in self.workers and self.workers[name].place == place:
+            del self.workers[name]
+
+    def forget_dead(self) -> None:
+        now = self.clock.now
+        self.workers = {n: w for n, w in self.workers.items() if w.seen_at >= now - REMEMBERED_SECONDS}
+
+    def idle(self) -> list[ModelWorker]:
+        busy = {job.worker.partition("/")[0] for job in self.jobs.values() if job.worker}
+        alive = [worker for worker in self.workers.values() if worker.seen_at > self.clock.now - ALIVE_SECONDS]
+        return sorted((worker for worker in alive if worker.name not in busy), key=lambda worker: worker.name)
+
+    # What they share.
+
+    def _is_ready(self, job: ModelJob, stage: str) -> bool:
+        return job.state == "queued" and job.stage == stage and job.not_before <= self.clock.now
+
+    def _rank(self, job: ModelJob, stage: str, gpu_classes: list[str]) -> tuple[float, ...]:
+        own = [other for other in self.jobs.values() if other.tenant == job.tenant]
+        running = sum(other.state == "running" for other in own)
+        served = max(other.claimed_at or 0.0 for other in own)
+        size = gpu_classes.index(job.gpu_class) if stage == "train" else 0
+        return (size, -job.priority, running, served, job.created_at)
+
+    def _is_due(self, job: ModelJob, older_than: float) -> bool:
+        is_old = job.bell_rung_at is None or job.bell_rung_at < self.clock.now - older_than
+        return self._is_ready(job, job.stage) and is_old
+
+    def _fence(self, found: list[ModelJob]) -> set[str]:
+        for job in found:
+            failed_epoch = job.epoch
+            self._charge_gpu(job)
+            job.epoch += 1
+            self._fail(job, "worker_lost", failed_epoch, None)
+        return {job.id for job in found}
+
+    def _charge_gpu(self, job: ModelJob) -> None:
+        if job.stage == "train":
+            job.gpu_seconds += self.clock.now - (job.claimed_at or 0.0)
+
+    def _fail(
+        self, job: ModelJob, reason: str, failed_epoch: int, other_plan: tuple[str, dict[str, Any], str] | None
+    ) -> None:
+        """Follow the table of remedies for a run that has ended so."""
+        now, saved, delay = self.clock.now, job.checkpoint, 0.0
+        if job.cancel_requested:
+            return job.end("cancelled", now)
+        if reason in FREE:
+            progressed = saved is not None and saved["epoch"] == failed_epoch and saved["step"] > 0
+            job.attempt -= 1
+            job.runs_without_progress = 0 if progressed else job.runs_without_progress + 1
+            again = job.runs_without_progress < POISON_RUNS
+        elif reason in CHARGED:
+            again, delay = job.attempt < job.max_attempts, RETRY_SECONDS * 2 ** (job.attempt - 1)
+        else:
+            again = other_plan is not None
+            job.attempt -= again
+        if not again:
+            job.error = reason
+            return job.end("failed", now)
+        job.let_go("queued")
+        job.bell_rung_at, job.not_before = None, now + delay
+        job.tell("requeued", failed_epoch)
+        if other_plan is not None:
+            job.gpu_class, job.plan, summary = other_plan
+            job.warnings = [*job.warnings, {"code": "replanned", "message": summary}]
+            job.tell("replanned", failed_epoch)
+        return None
+
+
+def _queue(job: ModelJob) -> tuple[str, str]:
+    return (job.stage, job.gpu_class if job.stage == "train" else "")
+
+
+def _takes(worker: ModelWorker, job: ModelJob) -> bool:
+    return job.stage in worker.stages and (job.stage == "prepare" or job.gpu_class in worker.takes_classes)
