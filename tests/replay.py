@@ -24,6 +24,7 @@ class Replayed:
     worker: str | None = None
     phase: str | None = None
     cancel_requested: bool = False
+    pause_requested: bool = False
     checkpoint: tuple[int, int, str] | None = None  # step, epoch, sha256
     warnings: tuple[str, ...] = ()  # their messages
     error: str | None = None  # its code
@@ -74,6 +75,13 @@ def _after(job: Replayed, event: Event) -> Replayed:
             return replace(_held(job, event), checkpoint=(data["step"], epoch, data["sha256"]))
         case "cancel_requested":
             return replace(_held(job, event), cancel_requested=True)
+        case "pause_requested":
+            return replace(_held(job, event), pause_requested=True)
+        case "paused":
+            return _paused(job, event)
+        case "resumed":
+            _must(job.pause_requested, job, event)
+            return replace(job, pause_requested=False)
         case "prepared":
             handed = _left(_held(job, event), JobState.QUEUED)
             return replace(handed, stage=Stage.TRAIN.value, attempt=0, runs_without_progress=0)
@@ -104,6 +112,15 @@ def _claimed(job: Replayed, event: Event) -> Replayed:
     return replace(job, state=JobState.RUNNING.value, phase=Phase.FETCHING.value, **taken)
 
 
+def _paused(job: Replayed, event: Event) -> Replayed:
+    """In the queue, or by a worker that obeyed: then it tells of that run's end too."""
+    if job.state == JobState.QUEUED.value:
+        return replace(job, pause_requested=True)
+    _must(job.pause_requested, job, event)
+    left = _left(_requeued(_held(job, event), event["data"]["reason"]), JobState.QUEUED)
+    return replace(left, epoch=event["data"]["epoch"])
+
+
 def _requeued(job: Replayed, reason: str) -> Replayed:
     if REMEDIES[FailureReason(reason)].retry is Retry.REPLANNED:  # with another plan: else it would have been the end
         return replace(job, attempt=job.attempt - 1)
@@ -112,10 +129,11 @@ def _requeued(job: Replayed, reason: str) -> Replayed:
 
 def _counted(job: Replayed, reason: str) -> Replayed:
     """What a failed run cost: a free one gives its attempt back, and counts where it brought no checkpoint."""
-    if REMEDIES[FailureReason(reason)].retry is not Retry.FREE:
+    retry = REMEDIES[FailureReason(reason)].retry
+    if retry not in (Retry.FREE, Retry.UNCOUNTED):
         return job
     progressed = job.checkpoint is not None and job.checkpoint[1] == job.epoch and job.checkpoint[0] > 0
-    fruitless = 0 if progressed else job.runs_without_progress + 1
+    fruitless = 0 if progressed else job.runs_without_progress + (retry is Retry.FREE)
     return replace(job, attempt=job.attempt - 1, runs_without_progress=fruitless)
 
 
@@ -137,7 +155,7 @@ def _of_row(row: Mapping[str, Any]) -> Replayed:
     checkpoint, error = row["checkpoint"], row["error"]
     names = (
         "state", "stage", "epoch", "attempt", "runs_without_progress", "gpu_class", "worker", "phase",
-        "cancel_requested", "adapter",
+        "cancel_requested", "pause_requested", "adapter",
     )  # fmt: skip
     return Replayed(
         **{name: row[name] for name in names},

@@ -8,13 +8,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from graft_shared.errors import IdempotencyConflict, JobFinished, JobNotFound, LeaseLost, WorkerNameTaken
+from graft_shared.errors import (
+    IdempotencyConflict,
+    JobCancelling,
+    JobFinished,
+    JobNotFound,
+    LeaseLost,
+    WorkerNameTaken,
+)
 from tests.fakes.clock import FakeClock
 
 LEASE_SECONDS = 60.0
 ALIVE_SECONDS = 45.0
 REMEMBERED_SECONDS = 86_400.0
 RETRY_SECONDS = 5.0
+SWEEP_SECONDS = 60.0
 POISON_RUNS = 5
 PRIORITIES = {"low": 0, "normal": 1, "high": 2}
 FREE = {"worker_lost", "drained"}
@@ -45,6 +53,7 @@ class ModelJob:
     runs_without_progress: int = 0
     phase: str | None = None
     cancel_requested: bool = False
+    pause_requested: bool = False
     plan: dict[str, Any] = field(default_factory=dict)
     progress: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -61,6 +70,7 @@ class ModelJob:
     started_at: float | None = None
     finished_at: float | None = None
     gpu_seconds: float = 0.0
+    sweep_at: float | None = None
     history: list[tuple[str, int]] = field(default_factory=lambda: [("submitted", 0)])
 
     @property
@@ -70,7 +80,14 @@ class ModelJob:
             return self.state
         if self.cancel_requested:
             return "cancelling"
+        if self.pause_requested:
+            return "pausing" if self.state == "running" else "paused"
         return "validating_files" if self.stage == "prepare" else self.state
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is in the queue for a worker."""
+        return self.state == "queued" and not self.pause_requested
 
     def tell(self, type: str, epoch: int | None = None) -> None:
         self.history.append((type, self.epoch if epoch is None else epoch))
@@ -128,6 +145,28 @@ class StoreModel:
             job.tell("cancel_requested")
         return job
 
+    def pause(self, tenant: str, job_id: str) -> ModelJob:
+        job = self._with_a_future(tenant, job_id)
+        if not job.pause_requested:
+            job.pause_requested = True
+            job.tell("paused" if job.state == "queued" else "pause_requested")
+        return job
+
+    def resume(self, tenant: str, job_id: str) -> ModelJob:
+        job = self._with_a_future(tenant, job_id)
+        if job.pause_requested:
+            job.pause_requested, job.bell_rung_at = False, None
+            job.tell("resumed")
+        return job
+
+    def _with_a_future(self, tenant: str, job_id: str) -> ModelJob:
+        job = self.of_tenant(tenant, job_id)
+        if job.state in ENDED:
+            raise JobFinished(job_id=job_id, status=job.state)
+        if job.cancel_requested:
+            raise JobCancelling(job_id=job_id)
+        return job
+
     def of_tenant(self, tenant: str, job_id: str) -> ModelJob:
         job = self.jobs.get(job_id)
         if job is None or job.tenant != tenant:
@@ -135,9 +174,9 @@ class StoreModel:
         return job
 
     def queue_position(self, job: ModelJob) -> int | None:
-        if job.state != "queued":
+        if not job.waits:
             return None
-        queue = [other for other in self.jobs.values() if other.state == "queued" and _queue(other) == _queue(job)]
+        queue = [other for other in self.jobs.values() if other.waits and _queue(other) == _queue(job)]
         return 1 + sorted(queue, key=lambda other: (-other.priority, other.created_at)).index(job)
 
     # The workers' door.
@@ -153,14 +192,18 @@ class StoreModel:
         job.state, job.worker, job.phase = "running", holder, "fetching"
         job.epoch, job.attempt = job.epoch + 1, job.attempt + 1
         job.claimed_at, job.started_at = now, job.started_at or now
-        job.lease_expires_at = now + LEASE_SECONDS
+        job.lease_expires_at, job.sweep_at = now + LEASE_SECONDS, now + SWEEP_SECONDS
         job.tell("claimed")
         return job
 
-    def renew(self, job_id: str, epoch: int) -> bool:
+    def orders(self, job_id: str, epoch: int) -> tuple[bool, bool]:
+        """Whether to cancel, and whether to pause."""
         job = self.held(job_id, epoch)
-        job.lease_expires_at = self.clock.now + LEASE_SECONDS
-        return job.cancel_requested
+        return job.cancel_requested, job.pause_requested
+
+    def renew(self, job_id: str, epoch: int) -> tuple[bool, bool]:
+        self.held(job_id, epoch).lease_expires_at = self.clock.now + LEASE_SECONDS
+        return self.orders(job_id, epoch)
 
     def record_phase(self, job_id: str, epoch: int, phase: str) -> None:
         job = self.held(job_id, epoch)
@@ -195,6 +238,8 @@ class StoreModel:
         job.tell("prepared")
         if job.cancel_requested:
             job.end("cancelled", self.clock.now)
+        elif job.pause_requested:
+            job.tell("paused")
         return job
 
     def settle_success(
@@ -277,7 +322,7 @@ class StoreModel:
     # What they share.
 
     def _is_ready(self, job: ModelJob, stage: str) -> bool:
-        return job.state == "queued" and job.stage == stage and job.not_before <= self.clock.now
+        return job.waits and job.stage == stage and job.not_before <= self.clock.now
 
     def _rank(self, job: ModelJob, stage: str, gpu_classes: list[str]) -> tuple[float, ...]:
         own = [other for other in self.jobs.values() if other.tenant == job.tenant]
@@ -309,10 +354,10 @@ class StoreModel:
         now, saved, delay = self.clock.now, job.checkpoint, 0.0
         if job.cancel_requested:
             return job.end("cancelled", now)
-        if reason in FREE:
+        if reason in FREE or reason == "paused":
             progressed = saved is not None and saved["epoch"] == failed_epoch and saved["step"] > 0
             job.attempt -= 1
-            job.runs_without_progress = 0 if progressed else job.runs_without_progress + 1
+            job.runs_without_progress = 0 if progressed else job.runs_without_progress + (reason in FREE)
             again = job.runs_without_progress < POISON_RUNS
         elif reason in CHARGED:
             again, delay = job.attempt < job.max_attempts, RETRY_SECONDS * 2 ** (job.attempt - 1)
@@ -324,7 +369,10 @@ class StoreModel:
             return job.end("failed", now)
         job.let_go("queued")
         job.bell_rung_at, job.not_before = None, now + delay
-        job.tell("requeued", failed_epoch)
+        if not (job.pause_requested and reason == "paused"):
+            job.tell("requeued", failed_epoch)
+        if job.pause_requested:
+            job.tell("paused", failed_epoch)
         if other_plan is not None:
             job.gpu_class, job.plan, summary = other_plan
             job.warnings = [*job.warnings, {"code": "replanned", "message": summary}]

@@ -38,7 +38,7 @@ class BothSides:
 
     def __init__(self, database: Database, clock: FakeClock) -> None:
         with database.writing() as connection:
-            for table in (tables.job_events, tables.jobs, tables.files, tables.workers):
+            for table in (tables.job_events, tables.jobs, tables.files, tables.uploads, tables.workers):
                 connection.execute(delete(table))
         self.database, self.clock, self.model = database, clock, StoreModel(clock)
         self.jobs, self.workers = Jobs(database), Workers(database)
@@ -73,6 +73,14 @@ class BothSides:
 
     def cancel(self, tenant: str, job_id: str) -> None:
         answer = self.call(lambda: self.jobs.cancel(tenant, job_id), lambda: self.model.cancel(tenant, job_id))
+        assert answer is None or answer[0].status.value == answer[1].status
+
+    def pause(self, tenant: str, job_id: str) -> None:
+        answer = self.call(lambda: self.jobs.pause(tenant, job_id), lambda: self.model.pause(tenant, job_id))
+        assert answer is None or answer[0].status.value == answer[1].status
+
+    def resume(self, tenant: str, job_id: str) -> None:
+        answer = self.call(lambda: self.jobs.resume(tenant, job_id), lambda: self.model.resume(tenant, job_id))
         assert answer is None or answer[0].status.value == answer[1].status
 
     def claim(self, name: str) -> ModelJob | None:
@@ -168,7 +176,7 @@ class BothSides:
         with self.database.reading() as connection:
             return [
                 sorted(connection.exec_driver_sql(f"select * from {table}").all(), key=str)
-                for table in ("jobs", "job_events", "files", "workers")
+                for table in ("jobs", "job_events", "files", "uploads", "workers")
             ]
 
     def read(self) -> tuple[Rows, Events]:

@@ -281,7 +281,6 @@ class Job:
     phase: Phase | None
     cancel_requested: bool
     pause_requested: bool
-    paused_seconds: float  # in the queue since its first run began, over all pauses that have ended
     progress: dict[str, Any]
     metrics: dict[str, Any]
     memory: dict[str, Any]

@@ -466,32 +466,6 @@ def test_a_job_that_succeeds_while_it_is_asked_to_pause_has_succeeded(jobs: Jobs
         leases.settle_failure(job.id, job.epoch, PAUSED)
 
 
-def test_paused_time_is_counted_from_the_first_run_on_and_only_while_nobody_works(
-    database: Database, jobs: Jobs, leases: Leases
-) -> None:
-    def pause_for(seconds: float) -> None:
-        jobs.pause("default", job.id)
-        long_ago = {"paused_since": jobs_table.c.paused_since - seconds}
-        with database.writing() as connection:
-            connection.execute(update(jobs_table).values(**long_ago))
-
-    job, _ = jobs.submit(a_new_job())
-    pause_for(1000)
-    assert jobs.resume("default", job.id).paused_seconds == 0.0, "it has not begun"
-    preparing = leases.claim("p", stage=Stage.PREPARE, gpu_classes=[])
-    assert preparing is not None
-    pause_for(1000)
-    leases.hand_to_training(job.id, preparing.epoch, {"report": {}})
-    assert jobs.resume("default", job.id).paused_seconds == seconds(0), "its worker was at it until just now"
-    pause_for(1000)
-    assert jobs.resume("default", job.id).paused_seconds == seconds(1000)
-    pause_for(500)
-    assert jobs.resume("default", job.id).paused_seconds == seconds(1500)
-    assert leases.claim("w", **TRAIN) is not None
-    pause_for(700)
-    assert jobs.resume("default", job.id).paused_seconds == seconds(1500), "the pause was taken back"
-
-
 def test_nobody_rings_for_a_paused_job_and_it_waits_for_no_worker(
     database: Database, jobs: Jobs, leases: Leases
 ) -> None:

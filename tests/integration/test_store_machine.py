@@ -84,6 +84,15 @@ class StoreMachine(RuleBasedStateMachine):
         self.both.cancel(tenant, self.both.any_job(pick))
 
     @rule(tenant=tenants, pick=picks)
+    def a_tenant_pauses(self, tenant: str, pick: int) -> None:
+        self.both.pause(tenant, self.both.any_job(pick))
+
+    @rule(tenant=tenants)
+    def a_tenant_resumes_all(self, tenant: str) -> None:
+        for job_id in [job.id for job in self.model.jobs.values() if job.tenant == tenant]:
+            self.both.resume(tenant, job_id)
+
+    @rule(tenant=tenants, pick=picks)
     def a_tenant_reads(self, tenant: str, pick: int) -> None:
         own = [job for job in self.model.jobs.values() if job.tenant == tenant]
         page, more = self.jobs.list(tenant, JobQuery(limit=100))
@@ -94,7 +103,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert [job.id for job in reversed(found)] == [job.id for job in own if job.status == status.value]
         job_id = self.both.any_job(pick)
         if self.model.jobs[job_id].tenant != tenant:
-            for read in (self.jobs.get, self.jobs.events):
+            for read in (self.jobs.get, self.jobs.events, self.jobs.pause, self.jobs.resume):
                 with pytest.raises(JobNotFound):
                     read(tenant, job_id)
             with pytest.raises(JobNotFound):
@@ -111,7 +120,7 @@ class StoreMachine(RuleBasedStateMachine):
         jobs = self.model.jobs.values()
         counts = {(status.value, gpu_class): count for (status, gpu_class), count in self.totals.jobs().items()}
         assert counts == Counter((job.status, job.gpu_class) for job in jobs)
-        waiting = [job for job in jobs if job.state == "queued"]
+        waiting = [job for job in jobs if job.waits]
         queues = Counter((job.stage, job.gpu_class if job.stage == "train" else None) for job in waiting)
         assert {(found.stage.value, found.gpu_class): found.length for found in self.totals.backlogs()} == queues
 
@@ -119,6 +128,7 @@ class StoreMachine(RuleBasedStateMachine):
     def a_file_is_uploaded(self, tenant: str) -> None:
         file_id = f"file-{len(self.stored_files)}"
         stored = StoredObject(key=f"k/{file_id}", size=1, sha256="0" * 64)
+        self.files.announce(stored.key)
         self.files.add(id=file_id, tenant=tenant, filename="rows.jsonl", object=stored, report={})
         self.stored_files[file_id] = tenant
         for reader in TENANTS:
@@ -202,15 +212,52 @@ class StoreMachine(RuleBasedStateMachine):
             case "stopped":
                 self.both.stop(job_id, epoch)
 
+    @rule(
+        pick=picks,
+        stage=st.sampled_from(Stage),
+        saves=st.booleans(),
+        resumed=st.sampled_from(["never", "before it has left", "afterwards"]),
+        end=st.sampled_from(["obeys", "done", "failed", "expired"]),
+        reason=reasons,
+    )
+    def a_run_is_paused(
+        self, pick: int, stage: Stage, saves: bool, resumed: str, end: str, reason: FailureReason
+    ) -> None:
+        """However it ends: a pause is obeyed, comes too late, or is overtaken by its own end."""
+        job_id, epoch = self.both.run(pick, stage)
+        job = self.model.jobs.get(job_id)
+        if job is None:
+            return
+        self.both.pause(job.tenant, job_id)
+        if saves and stage is Stage.TRAIN:
+            self.both.commit(job_id, epoch, step_of(job) + 1)
+        if resumed == "before it has left":
+            self.both.resume(job.tenant, job_id)
+        match end:
+            case "obeys":
+                self.both.settle_failure(job_id, epoch, FailureReason.PAUSED, {})
+            case "done" if stage is Stage.PREPARE:
+                self.both.hand_over(job_id, epoch, {"report": {}})
+            case "done":
+                self.both.succeed(job_id, epoch)
+            case "failed":
+                self.both.settle_failure(job_id, epoch, reason, {})
+            case "expired":
+                self.clock.now += LEASE_SECONDS + 1
+                self.expired_leases_are_given_back()
+        self.both.claim("large")
+        if resumed == "afterwards":
+            self.both.resume(job.tenant, job_id)
+
     @rule(pick=picks)
     def a_run_asks_and_renews(self, pick: int) -> None:
         run = self.both.run(pick)
         for real, predict in (
-            (lambda: self.leases.orders(*run), lambda: self.model.held(*run).cancel_requested),
+            (lambda: self.leases.orders(*run), lambda: self.model.orders(*run)),
             (lambda: self.leases.renew(*run), lambda: self.model.renew(*run)),
         ):
             answer = self.both.call(real, predict)
-            assert answer is None or answer[0].cancel == answer[1]
+            assert answer is None or (answer[0].cancel, answer[0].pause) == answer[1]
 
     @rule(
         pick=picks, phase=st.sampled_from(words.Phase), step=st.integers(1, 100), code=st.sampled_from(["cut", "slow"])

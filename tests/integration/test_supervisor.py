@@ -411,16 +411,25 @@ def test_a_job_that_runs_too_long_is_stopped_and_says_so(make_worker: Callable[.
     assert (error["code"], error["param"]) == ("max_duration_exceeded", "max_duration_seconds")
 
 
-def test_paused_time_does_not_count_as_duration(make_worker: Callable[..., Worker]) -> None:
-    worker = make_worker()
-    new = a_new_job(metadata={"witness": str(worker.folder)}, max_duration_seconds=300)
-    job, _ = worker.jobs.submit(new)
+def with_a_limit(worker: Worker, **earlier: Any) -> Job:
+    """A prepared job that may train for 300 seconds, and has this behind it."""
+    job, _ = worker.jobs.submit(a_new_job(metadata={"witness": str(worker.folder)}, max_duration_seconds=300))
     look_for_work(worker.preparing)
-    worker.jobs.pause("default", job.id)
-    long_ago = {"started_at": jobs_table.c.started_at - 1000, "paused_since": jobs_table.c.paused_since - 900}
     with worker.database.writing() as connection:
-        connection.execute(update(jobs_table).values(**long_ago))
-    worker.jobs.resume("default", job.id)
+        connection.execute(update(jobs_table).values(**earlier))
+    return job
+
+
+def test_the_time_of_earlier_runs_counts_for_a_jobs_limit(make_worker: Callable[..., Worker]) -> None:
+    worker = make_worker()
+    job = with_a_limit(worker, gpu_seconds=301.0)
+    look_for_work(worker.neighbours)
+    assert (worker.get(job).error or {})["code"] == "max_duration_exceeded"
+
+
+def test_the_time_that_a_job_waits_does_not_count_for_its_limit(make_worker: Callable[..., Worker]) -> None:
+    worker = make_worker()
+    job = with_a_limit(worker, started_at=jobs_table.c.started_at - 1000)
     look_for_work(worker.neighbours)
     assert worker.get(job).state is JobState.SUCCEEDED
 
@@ -568,17 +577,6 @@ def test_a_worker_takes_back_at_once_what_its_earlier_life_left_running(make_wor
     ended = worker.get(job)
     assert (ended.state, ended.attempt) == (JobState.SUCCEEDED, 1)
     assert ended.epoch == left.epoch + 2
-
-
-def test_the_time_of_earlier_runs_counts_for_a_jobs_limit(make_worker: Callable[..., Worker]) -> None:
-    worker = make_worker()
-    new = a_new_job(metadata={"witness": str(worker.folder)}, max_duration_seconds=1000)
-    job, _ = worker.jobs.submit(new)
-    look_for_work(worker.preparing)
-    with worker.database.writing() as connection:
-        connection.execute(update(jobs_table).values(started_at=jobs_table.c.started_at - 1000))
-    look_for_work(worker.neighbours)
-    assert (worker.get(job).error or {})["code"] == "max_duration_exceeded"
 
 
 def test_what_a_child_started_ends_with_it(tmp_path: Path) -> None:

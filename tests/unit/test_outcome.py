@@ -20,6 +20,8 @@ WORDS = FailureEvent(reason=FailureReason.LOSS_NOT_FINITE, message="The loss is 
         (ExitCode.STOPPED, None, 0, FailureReason.DRAINED),
         (ExitCode.STOPPED, StopReason.DRAIN, 0, FailureReason.DRAINED),
         (-signal.SIGKILL, StopReason.DRAIN, 0, FailureReason.DRAINED),
+        (ExitCode.STOPPED, StopReason.PAUSE, 0, FailureReason.PAUSED),
+        (-signal.SIGTERM, StopReason.PAUSE, 0, FailureReason.PAUSED),
         (ExitCode.CUDA_OUT_OF_MEMORY, None, 0, FailureReason.CUDA_OUT_OF_MEMORY),
         (-signal.SIGKILL, None, 1, FailureReason.HOST_OUT_OF_MEMORY),
         (-signal.SIGKILL, None, 0, FailureReason.WORKER_LOST),

@@ -36,6 +36,7 @@ class FakeLeases:
     seconds_to_renew: float = 0.0
     error: Exception | None = None
     cancel: bool = False
+    pause: bool = False
     answers: int = 0
 
     def renew(self, job_id: str, epoch: int) -> Orders:
@@ -46,7 +47,7 @@ class FakeLeases:
         self.answers += 1
         if self.error is not None:
             raise self.error
-        return Orders(cancel=self.cancel)
+        return Orders(cancel=self.cancel, pause=self.pause)
 
 
 @dataclass
@@ -138,6 +139,32 @@ def test_a_cancel_is_heard_by_a_run_that_already_leaves(begin: Callable[..., Wat
         wait_until(lambda: watching.stop_reason is StopReason.DRAIN, seconds=20, what="the drain")
         leases.cancel = True
         wait_until(lambda: watching.stop_reason is StopReason.CANCEL, seconds=20, what="the cancel")
+
+
+def test_a_pause_goes_before_a_drain_and_a_limit_and_a_cancel_before_a_pause(
+    begin: Callable[..., Watch], leases: FakeLeases
+) -> None:
+    with begin(draining=lambda: True, ends_at=BEGAN_AT - 1) as watching:
+        leases.pause = True
+        wait_until(lambda: watching.stop_reason is StopReason.MAX_DURATION, seconds=20, what="the limit")
+    with begin(draining=lambda: True) as watching:
+        wait_until(lambda: watching.stop_reason is StopReason.PAUSE, seconds=20, what="the pause")
+        leases.cancel = True
+        wait_until(lambda: watching.stop_reason is StopReason.CANCEL, seconds=20, what="the cancel")
+
+
+def test_a_pause_that_is_taken_back_stays_ordered_for_the_child_is_leaving(
+    begin: Callable[..., Watch], leases: FakeLeases
+) -> None:
+    child: Any = FakeChild()
+    leases.pause = True
+    with begin() as watching:
+        watching.look_after(child)
+        wait_until(lambda: watching.stop_reason is StopReason.PAUSE, seconds=20, what="the pause")
+        leases.pause = False
+        looks_again(leases)
+        assert watching.stop_reason is StopReason.PAUSE
+    assert child.told == ["terminate"]
 
 
 def test_a_child_that_is_started_after_its_run_was_told_to_stop_hears_it(begin: Callable[..., Watch]) -> None:

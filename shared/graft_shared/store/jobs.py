@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, case, func, insert, literal, or_, select, true
+from sqlalchemy import ColumnElement, and_, func, insert, or_, select, true
 from sqlalchemy.engine import Connection, RowMapping
 from sqlalchemy.exc import IntegrityError
 
@@ -166,10 +166,10 @@ class Jobs:
         with self._database.writing() as connection:
             row = _row(connection, tenant, job_id, lock=True)
             _require_future(row)
-            if row["paused_since"] is not None:
+            if row["pause_requested"]:
                 return job_from(row)
             state = JobState(row["state"])
-            row = compare_and_set(connection, job_id, row["epoch"], state, paused_since=now())
+            row = compare_and_set(connection, job_id, row["epoch"], state, pause_requested=True)
             if state is JobState.QUEUED:
                 add_event(connection, job_id, row["epoch"], "paused", "The job was paused; it keeps its place.")
             else:
@@ -191,11 +191,10 @@ class Jobs:
         with self._database.writing() as connection:
             row = _row(connection, tenant, job_id, lock=True)
             _require_future(row)
-            if row["paused_since"] is None:
+            if not row["pause_requested"]:
                 return job_from(row)
             state = JobState(row["state"])
-            go_on = {"paused_since": None, "paused_seconds": _paused_seconds(), "bell_rung_at": None}
-            row = compare_and_set(connection, job_id, row["epoch"], state, **go_on)
+            row = compare_and_set(connection, job_id, row["epoch"], state, pause_requested=False, bell_rung_at=None)
             message = "The job goes on." if state is JobState.QUEUED else "The pause was taken back."
             add_event(connection, job_id, row["epoch"], "resumed", message)
             return job_from(row)
@@ -209,7 +208,7 @@ class Jobs:
         moment = select(this.c.created_at).where(this.c.id == job.id).scalar_subquery()
         ahead = or_(jobs.c.priority > rank, and_(jobs.c.priority == rank, jobs.c.created_at < moment))
         same_queue = jobs.c.gpu_class == job.gpu_class if job.stage is Stage.TRAIN else true()
-        waits = and_(jobs.c.state == JobState.QUEUED.value, jobs.c.paused_since.is_(None))
+        waits = and_(jobs.c.state == JobState.QUEUED.value, ~jobs.c.pause_requested)
         query = select(func.count()).where(waits, jobs.c.stage == job.stage.value, same_queue, ahead)
         with self._database.reading() as connection:
             return int(connection.execute(query).scalar_one()) + 1
@@ -245,6 +244,7 @@ def _insert_job(connection: Connection, new: NewJob) -> None:
             placement=new.placement,
             metadata=new.spec["metadata"],
             cancel_requested=False,
+            pause_requested=False,
             progress={},
             metrics={},
             memory={},
@@ -273,12 +273,6 @@ def _require_future(row: RowMapping) -> None:
         raise JobCancelling(job_id=row["id"])
 
 
-def _paused_seconds() -> ColumnElement[float]:
-    """The column with the pause that ends here added; a job that has never run has lost nothing by it."""
-    was_paused = and_(jobs.c.state == JobState.QUEUED.value, jobs.c.started_at.is_not(None))
-    return jobs.c.paused_seconds + case((was_paused, now() - jobs.c.paused_since), else_=literal(0.0))
-
-
 def _conditions(query: JobQuery) -> list[ColumnElement[bool]]:
     conditions: list[ColumnElement[bool]] = []
     if query.status is not None:
@@ -300,9 +294,8 @@ def _has_status(status: JobStatus) -> ColumnElement[bool]:
         return and_(alive, jobs.c.cancel_requested)
     paused_as = {JobStatus.PAUSING: JobState.RUNNING, JobStatus.PAUSED: JobState.QUEUED}
     if status in paused_as:
-        flagged = jobs.c.paused_since.is_not(None)
-        return and_(jobs.c.state == paused_as[status].value, ~jobs.c.cancel_requested, flagged)
-    unflagged = and_(~jobs.c.cancel_requested, jobs.c.paused_since.is_(None))
+        return and_(jobs.c.state == paused_as[status].value, ~jobs.c.cancel_requested, jobs.c.pause_requested)
+    unflagged = and_(~jobs.c.cancel_requested, ~jobs.c.pause_requested)
     if status is JobStatus.VALIDATING_FILES:
         return and_(alive, unflagged, jobs.c.stage == Stage.PREPARE.value)
     if status in (JobStatus.QUEUED, JobStatus.RUNNING):

@@ -105,7 +105,7 @@ class Leases:
         Raises:
             LeaseLost: Another epoch owns the job, or it has ended.
         """
-        query = select(jobs.c.cancel_requested, jobs.c.paused_since).where(
+        query = select(jobs.c.cancel_requested, jobs.c.pause_requested).where(
             jobs.c.id == job_id, jobs.c.epoch == epoch, jobs.c.state == JobState.RUNNING.value
         )
         with self._database.reading() as connection:
@@ -182,7 +182,7 @@ class Leases:
             add_event(connection, job_id, epoch, "prepared", "The data is ready for training.", data=prepared["report"])
             if row["cancel_requested"]:
                 row = _end(connection, row, JobState.CANCELLED, "The job was cancelled.")
-            elif row["paused_since"] is not None:
+            elif row["pause_requested"]:
                 add_event(connection, job_id, epoch, "paused", "The job was paused before its training.")
             return job_from(row)
 
@@ -353,13 +353,12 @@ def _may_be_claimed(stage: Stage) -> ColumnElement[bool]:
         jobs.c.state == JobState.QUEUED.value,
         jobs.c.stage == stage.value,
         jobs.c.not_before <= now(),
-        jobs.c.paused_since.is_(None),
+        ~jobs.c.pause_requested,
     )
 
 
 def _given_back() -> dict[str, Any]:
-    paused_since = case((jobs.c.paused_since.is_not(None), now()))  # what it ran until now was no pause
-    return {"state": JobState.QUEUED.value, "bell_rung_at": None, "paused_since": paused_since, **_no_lease()}
+    return {"state": JobState.QUEUED.value, "bell_rung_at": None, **_no_lease()}
 
 
 def _no_lease() -> dict[str, Any]:
@@ -367,7 +366,7 @@ def _no_lease() -> dict[str, Any]:
 
 
 def _orders(row: RowMapping) -> Orders:
-    return Orders(cancel=row["cancel_requested"], pause=row["paused_since"] is not None)
+    return Orders(cancel=row["cancel_requested"], pause=row["pause_requested"])
 
 
 def _gpu_seconds() -> ColumnElement[float]:
@@ -416,7 +415,7 @@ def _tell_of_return(
     connection: Connection, row: RowMapping, failure: Failure, failed_epoch: int, facts: dict[str, Any]
 ) -> None:
     """Say why a job is in the queue again; a pause that its worker obeyed is told as such and as nothing else."""
-    is_paused, by_pause = row["paused_since"] is not None, failure.reason is FailureReason.PAUSED
+    is_paused, by_pause = row["pause_requested"], failure.reason is FailureReason.PAUSED
     if not (is_paused and by_pause):
         message = "It was resumed while its worker was leaving." if by_pause else failure.message
         level = "info" if by_pause else "warning"

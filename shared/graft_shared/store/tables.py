@@ -20,6 +20,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
     text,
 )
 
@@ -72,8 +73,7 @@ jobs = Table(
     Column("started_at", Double),
     Column("finished_at", Double),
     Column("gpu_seconds", Double, nullable=False, server_default=text("0")),
-    Column("paused_since", Double),  # the flag of a pause: since it is in the queue with it, or runs and was asked
-    Column("paused_seconds", Double, nullable=False, server_default=text("0")),
+    Column("pause_requested", Boolean, nullable=False, server_default=false()),
     Column("sweep_at", Double),  # when to look for what its runs left in the bucket; null: there is nothing
     UniqueConstraint("tenant", "idempotency_key"),
     Index(None, "state", "stage", "gpu_class"),

@@ -37,7 +37,7 @@ class Totals:
         alive = jobs.c.state.in_([JobState.QUEUED.value, JobState.RUNNING.value])
         # Two queries: an index alone answers the first, which counts all that ever ran; rows are wide.
         of_ended = select(*kind, false(), false(), func.count()).where(ended).group_by(*kind)
-        flagged = (*kind, jobs.c.cancel_requested, jobs.c.paused_since.is_not(None))
+        flagged = (*kind, jobs.c.cancel_requested, jobs.c.pause_requested)
         of_alive = select(*flagged, func.count()).where(alive).group_by(*flagged)
         counts: Counter[tuple[JobStatus, str]] = Counter()
         with self._database.reading() as connection:
@@ -50,7 +50,7 @@ class Totals:
     def backlogs(self) -> list[Backlog]:
         """What waits for a worker in each queue that is not empty; paused jobs do not."""
         gpu_class = case((jobs.c.stage == Stage.TRAIN.value, jobs.c.gpu_class)).label("gpu_class")
-        waits = and_(jobs.c.state == JobState.QUEUED.value, jobs.c.paused_since.is_(None))
+        waits = and_(jobs.c.state == JobState.QUEUED.value, ~jobs.c.pause_requested)
         waiting = select(jobs.c.stage, gpu_class, jobs.c.not_before, jobs.c.created_at).where(waits).subquery()
         query = select(
             waiting.c.stage,

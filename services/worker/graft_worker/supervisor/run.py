@@ -235,11 +235,9 @@ class Run:
             log_event(logger, "log_not_uploaded", level=logging.WARNING, job_id=self._job.id, reason=str(error))
 
     def _ends_at(self) -> float | None:
+        """When its runs will have held a GPU for as long as the job may: waiting and pauses do not count."""
         limit: int | None = self._job.spec["max_duration_seconds"]
-        if limit is None or self._job.started_at is None:
-            return None
-        spent = (self._neighbours.database.now() - self._job.started_at).total_seconds()
-        return boottime() + limit - (spent - self._job.paused_seconds)
+        return None if limit is None else boottime() + limit - self._job.gpu_seconds
 
 
 def _watch_times(neighbours: Neighbours) -> WatchTimes:

@@ -1,4 +1,4 @@
-"""Pauses: since when a job is to pause, and how long it has been paused.
+"""The flag of a pause.
 
 Revision ID: 0004
 Revises: 0003
@@ -14,11 +14,9 @@ depends_on = None
 
 
 def upgrade() -> None:
-    # Nullable, or with a default: APIs of the version before go on adding jobs until they are started anew.
-    op.add_column("jobs", sa.Column("paused_since", sa.Double))
-    op.add_column("jobs", sa.Column("paused_seconds", sa.Double, nullable=False, server_default=sa.text("0")))
+    # With a default: APIs of the version before go on adding jobs until they are started anew.
+    op.add_column("jobs", sa.Column("pause_requested", sa.Boolean, nullable=False, server_default=sa.false()))
 
 
 def downgrade() -> None:
-    for column in ("paused_seconds", "paused_since"):
-        op.drop_column("jobs", column)
+    op.drop_column("jobs", "pause_requested")
