@@ -144,11 +144,11 @@ def test_a_cancel_is_heard_by_a_run_that_already_leaves(begin: Callable[..., Wat
 def test_a_pause_goes_before_a_drain_and_a_limit_and_a_cancel_before_a_pause(
     begin: Callable[..., Watch], leases: FakeLeases
 ) -> None:
+    leases.pause = True
     with begin(draining=lambda: True, ends_at=BEGAN_AT - 1) as watching:
-        leases.pause = True
-        wait_until(lambda: watching.stop_reason is StopReason.MAX_DURATION, seconds=20, what="the limit")
-    with begin(draining=lambda: True) as watching:
         wait_until(lambda: watching.stop_reason is StopReason.PAUSE, seconds=20, what="the pause")
+        looks_again(leases)
+        assert watching.stop_reason is StopReason.PAUSE
         leases.cancel = True
         wait_until(lambda: watching.stop_reason is StopReason.CANCEL, seconds=20, what="the cancel")
 
