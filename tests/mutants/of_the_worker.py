@@ -22,8 +22,8 @@ WATCH = [
         _FILE,
         "deadline-after-the-lease",
         "a trainer goes on while another may have begun",
-        "DEADLINE_SHARE = 0.9",
-        "DEADLINE_SHARE = 1.5",
+        "before + DEADLINE_SHARE * self._times.lease",
+        "before + 1.5 * self._times.lease",
         f"{_WATCH}the_deadline_counts_from_before_the_renewal_was_sent_and_comes_before_the_leases_end",
     ),
     _of(
@@ -146,8 +146,16 @@ GUARD = [
         _GUARD,
         "the-deadline-has-a-margin",
         "a thawed trainer goes on for a minute",
-        "boottime() > read_deadline(self._workdir):",
+        "boottime() > read_deadline(self._workdir) - self._earlier():",
         "boottime() > read_deadline(self._workdir) + 60:",
+        "tests/unit/test_guard.py",
+    ),
+    _of(
+        _GUARD,
+        "long-microbatches-get-no-margin",
+        "a trainer whose microbatches take long makes the last beside its successor",
+        "self._longest = max(self._longest, self._asked_at - asked_before)",
+        "pass",
         "tests/unit/test_guard.py",
     ),
     _of(

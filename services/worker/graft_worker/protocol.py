@@ -40,6 +40,7 @@ DEADLINE_NAME = "deadline"
 LOG_NAME = "trainer.log"
 SCRATCH_NAME = "tmp"
 
+DEADLINE_SHARE = 0.9  # of a lease: the trainer stops changing things well before anyone else may begin
 STOP_LOOK_SECONDS = 1.0  # a spare trainer that is told to stop does so within this time
 
 
@@ -83,6 +84,7 @@ class TrainRequest(_Message):
     train_file: str
     validation_file: str | None
     checkpoint_path: str | None
+    lease_seconds: float = 0.0
     quantised_dir: str | None = None  # kept on this host for this revision of the base: its 4-bit weights, once made
 
 

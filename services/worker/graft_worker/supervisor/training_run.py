@@ -57,6 +57,7 @@ def train_request(job: Job, workdir: Path, neighbours: Neighbours, kept: ExitSta
         train_file=str(splits["train"]),
         validation_file=str(splits["validation"]) if "validation" in splits else None,
         checkpoint_path=str(checkpoint_path) if checkpoint_path else None,
+        lease_seconds=neighbours.settings.lease_seconds,
         quantised_dir=str(base.quantised_dir),
     )
 

@@ -13,10 +13,8 @@ from graft_shared.clock import boottime
 from graft_shared.errors import LeaseLost
 from graft_shared.logs import log_event
 from graft_shared.store import Leases, Orders
-from graft_worker.protocol import write_deadline
+from graft_worker.protocol import DEADLINE_SHARE, write_deadline
 from graft_worker.supervisor.child import Child
-
-DEADLINE_SHARE = 0.9  # of a lease: the trainer stops changing things well before anyone else may begin
 
 logger = logging.getLogger(__name__)
 

@@ -35,8 +35,8 @@ def main() -> int:
     workdir = Path(sys.argv[1]) if sys.argv[1:] else wait_for_workdir(lambda: guard.is_told_to_stop)
     if workdir is None:
         return ExitCode.DONE
-    guard.watch_lease(workdir)
     request = TrainRequest.model_validate(read_request(workdir))
+    guard.watch_lease(workdir, request.lease_seconds)
     try:
         train(workdir, request, events, guard)
     except (LeaseOver, ToldToStop):

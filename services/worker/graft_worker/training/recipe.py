@@ -386,6 +386,7 @@ def settle(run: Run) -> None:
 
 def restart_clock(run: Run) -> None:
     """Speed is measured from here: what came before was no training."""
+    run.guard.measure_from_here()
     run.moments.clear()
     run.moments.append((time.monotonic(), run.progress.tokens_seen))
 
