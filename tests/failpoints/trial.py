@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeVar
 
 from graft_shared.artifacts import job_prefix
@@ -40,6 +41,9 @@ LATE_SECONDS = 0.3  # that processes are given, after all is over, to do what th
 TIDY_SECONDS = 4.0  # until nothing of the job is left in the work folders
 CLIENT_SECONDS = 3.0  # a client waits so long for an answer, and asks another API
 STEPS_BEFORE_INTERRUPTION = 4
+MOST_TRIES = 3
+BUSY_PER_CORE = 4.0  # from here on, what takes milliseconds takes a good part of a lease
+MATTERS_OF_TIME = frozenset({"it_ends", "the_point_was_reached", "what_was_saved_is_kept", "gpu_time_was_counted_once"})
 ROWS = b'{"text": "a"}\n'
 BASE = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
@@ -108,6 +112,15 @@ class Verdict:
     steps_late: int = 0
     recovery_seconds: float | None = None
     seconds: float = 0.0
+    runnable_per_core: float = 0.0  # processes that wanted the processor, on average; more than one waits
+    tries: int = 1
+
+    @property
+    def is_void(self) -> bool:
+        """What went wrong is a matter of time alone, and the machine had none: such a trial says nothing."""
+        kinds = {said.partition(":")[0] for said in self.violations}
+        is_about_time = bool(kinds) and kinds <= MATTERS_OF_TIME
+        return is_about_time and self.runnable_per_core > BUSY_PER_CORE and self.tries < MOST_TRIES
 
 
 def try_case(case: Case, site: Site) -> Verdict:
@@ -122,6 +135,7 @@ def try_case(case: Case, site: Site) -> Verdict:
     finally:
         trial.end()
     verdict.seconds = round(time.monotonic() - began, 2)
+    verdict.runnable_per_core = round(fmean(trial.runnable or [0]) / (os.cpu_count() or 1), 1)
     return verdict
 
 
@@ -142,6 +156,7 @@ class _Trial:
         self._living: dict[str, int] = {}
         self._ended: dict[str, int] = {}
         self._thawed = False
+        self.runnable: list[int] = []
         self._database: Database = site.open_database()
         self._jobs = Jobs(self._database)
 
@@ -291,6 +306,7 @@ class _Trial:
 
     def _look_after_all(self) -> None:
         time.sleep(LOOK_SECONDS)
+        self.runnable.append(int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0]))
         died = self._reap()
         strike = self._strike
         if strike is None:
