@@ -27,7 +27,7 @@ from tests.failpoints.scale import scale_constants
 from tests.failpoints.trial import BUSY_PER_CORE, Aftermath, Case, Verdict, try_case, verdict_on
 
 TRIALS_AT_ONCE = 6  # most of a trial is waiting
-FEWEST_AT_ONCE = 3  # on a busy machine
+FEWEST_AT_ONCE = 1  # on a busy machine, and to begin with
 SAVED_EVERY = 50  # trials
 IN_MEMORY = Path("/dev/shm")  # what is killed here is processes, not machines: no disk has to keep anything
 
@@ -92,7 +92,7 @@ def try_all(cases: Sequence[Case], databases: Databases, folder: Path, *, at_onc
     warm_up(databases, folder / "warm")
     warm_api()
     gc.freeze()  # what lies there now is shared with all trials; collecting would copy it
-    waiting, running, places, limit = list(reversed(cases)), dict[int, Case](), itertools.count(1), at_once
+    waiting, running, places, limit = list(reversed(cases)), dict[int, Case](), itertools.count(1), FEWEST_AT_ONCE
     tries: Counter[str] = Counter()
     while waiting or running:
         while waiting and len(running) < limit:
