@@ -19,12 +19,13 @@ from functools import partial
 from pathlib import Path
 
 from tests.failpoints.actors import Site, warm_api
+from tests.failpoints.cases import BUSY_PER_CORE, Aftermath, Case, Verdict, verdict_on
 from tests.failpoints.databases import Databases, databases, warm_up
 from tests.failpoints.forked import fork, fork_children
 from tests.failpoints.points import POINTS, Fault
 from tests.failpoints.report import Report, table
 from tests.failpoints.scale import scale_constants
-from tests.failpoints.trial import BUSY_PER_CORE, Aftermath, Case, Verdict, try_case, verdict_on
+from tests.failpoints.trial import try_case
 
 TRIALS_AT_ONCE = 6  # most of a trial is waiting
 FEWEST_AT_ONCE = 1  # on a busy machine, and to begin with

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tests.failpoints.cases import Verdict
 from tests.failpoints.scale import LEASE_SECONDS, SCALE
-from tests.failpoints.trial import FROZEN_SECONDS, Verdict
+from tests.failpoints.trial import FROZEN_SECONDS
 
 
 @dataclass(kw_only=True)
