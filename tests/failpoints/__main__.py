@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import shlex
@@ -11,19 +12,24 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from tests.failpoints.actors import Site, warm_api
+from tests.failpoints.cases import BUSY_PER_CORE, Aftermath, Case, Verdict, verdict_on
 from tests.failpoints.databases import Databases, databases, warm_up
 from tests.failpoints.forked import fork, fork_children
 from tests.failpoints.points import POINTS, Fault
 from tests.failpoints.report import Report, table
 from tests.failpoints.scale import scale_constants
-from tests.failpoints.trial import Aftermath, Case, Verdict, try_case, verdict_on
+from tests.failpoints.trial import try_case
 
 TRIALS_AT_ONCE = 6  # most of a trial is waiting
+FEWEST_AT_ONCE = 1  # on a busy machine, and to begin with
+SAVED_EVERY = 50  # trials
 IN_MEMORY = Path("/dev/shm")  # what is killed here is processes, not machines: no disk has to keep anything
 
 
@@ -42,18 +48,27 @@ def main() -> None:
     report = Report(command=command, database=asked.db, at_once=asked.at_once, points=points)
     folder = Path(tempfile.mkdtemp(prefix="graft-failpoints-", dir=IN_MEMORY if IN_MEMORY.is_dir() else None))
     began = time.monotonic()
-    with databases(asked.db, folder) as made:
-        for verdict in try_all(cases, made, folder, at_once=asked.at_once):
-            report.add(verdict)
-            for said in verdict.violations:
-                print(f"{verdict.case}: {said}", flush=True)
-    report.seconds = round(time.monotonic() - began, 1)
     asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+    with databases(asked.db, folder) as made:
+        for number, verdict in enumerate(try_all(cases, made, folder, at_once=asked.at_once), 1):
+            report.add(verdict)
+            report.seconds = round(time.monotonic() - began, 1)
+            for said in verdict.violations:
+                print(f"{verdict.case}: {'void, ' if verdict.is_void else ''}{said}", flush=True)
+            if number % SAVED_EVERY == 0:
+                save(report, asked.out)
+    save(report, asked.out)
     print(table(report))
     if report.violations:
         sys.exit(f"{len(report.violations)} trials went wrong; what they left is in {folder}")
     shutil.rmtree(folder)
+
+
+def save(report: Report, path: Path) -> None:
+    """Write the report as it is by now."""
+    partial_path = path.with_suffix(".partial")
+    partial_path.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+    partial_path.rename(path)
 
 
 def cases_of(times: int, points: Sequence[str] | None, faults: Sequence[Fault] | None) -> list[Case]:
@@ -69,23 +84,33 @@ def cases_of(times: int, points: Sequence[str] | None, faults: Sequence[Fault] |
 
 
 def try_all(cases: Sequence[Case], databases: Databases, folder: Path, *, at_once: int) -> Iterator[Verdict]:
-    """Run the cases, each in a process of its own, and yield what they showed as they end."""
+    """Run the cases, each in a process of its own, and yield what they showed as they end.
+
+    On a machine that has too much to do, fewer run at once, and what says nothing for want of time is tried again.
+    """
     scale_constants()
     fork_children()
     warm_up(databases, folder / "warm")
     warm_api()
     gc.freeze()  # what lies there now is shared with all trials; collecting would copy it
-    waiting, running = list(reversed(cases)), dict[int, Case]()
+    waiting, running, places, limit = list(reversed(cases)), dict[int, Case](), itertools.count(1), FEWEST_AT_ONCE
+    tries: Counter[str] = Counter()
     while waiting or running:
-        while waiting and len(running) < at_once:
-            case = waiting.pop()
-            place = folder / f"t{len(cases) - len(waiting)}"
+        while waiting and len(running) < limit:
+            case, place = waiting.pop(), folder / f"t{next(places)}"
             place.mkdir()
             verdict_path = folder / f"{case.name}.json"
-            running[fork(lambda: _try(case, databases, place, verdict_path), place / "trial.log")] = case  # noqa: B023
+            running[fork(partial(_try, case, databases, place, verdict_path), place / "trial.log")] = case
         pid, status = os.waitpid(-1, 0)
         case = running.pop(pid)
-        yield _read(folder / f"{case.name}.json", case, os.waitstatus_to_exitcode(status))
+        verdict = _read(folder / f"{case.name}.json", case, os.waitstatus_to_exitcode(status))
+        tries[case.name] += 1
+        verdict.tries = tries[case.name]
+        is_busy = verdict.runnable_per_core > BUSY_PER_CORE
+        limit = max(FEWEST_AT_ONCE, limit - 1) if is_busy else min(at_once, limit + 1)
+        if verdict.is_void:
+            waiting.insert(0, case)
+        yield verdict
 
 
 def _try(case: Case, databases: Databases, place: Path, verdict_path: Path) -> None:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tests.failpoints.cases import Verdict
 from tests.failpoints.scale import LEASE_SECONDS, SCALE
-from tests.failpoints.trial import FROZEN_SECONDS, Verdict
+from tests.failpoints.trial import FROZEN_SECONDS
 
 
 @dataclass(kw_only=True)
@@ -21,15 +22,23 @@ class Report:
     at_once: int
     points: list[str]  # in the order in which they are shown
     seconds: float = 0.0
+    void: int = 0
     verdicts: list[Verdict] = field(default_factory=list)
 
     def add(self, verdict: Verdict) -> None:
-        self.verdicts.append(verdict)
+        """Take note of a trial; a void one is tried again, and only counted here."""
+        if verdict.is_void:
+            self.void += 1
+        else:
+            self.verdicts.append(verdict)
 
     @property
     def violations(self) -> list[Verdict]:
         """The trials that went wrong."""
         return [verdict for verdict in self.verdicts if verdict.violations]
+
+    def _busyness(self, share: float) -> float | None:
+        return _share(sorted(verdict.runnable_per_core for verdict in self.verdicts), share)
 
     def cells(self) -> list[dict[str, Any]]:
         """One entry for each point and fault."""
@@ -50,6 +59,8 @@ class Report:
             "seconds": self.seconds,
             "points": len(self.points),
             "trials": len(self.verdicts),
+            "void": self.void,
+            "runnable_per_core": {share: self._busyness(at) for share, at in (("p50", 0.5), ("p95", 0.95))},
             "struck": sum(verdict.struck for verdict in self.verdicts),
             "steps_late": sum(verdict.steps_late for verdict in self.verdicts),
             "violations": [{"case": verdict.case, "said": verdict.violations} for verdict in self.violations],
@@ -71,7 +82,8 @@ def table(report: Report) -> str:
         )
     known = report.to_dict()
     lines.append(
-        f"{known['points']} points, {known['trials']} trials, {known['struck']} struck, {len(report.violations)} wrong,"
+        f"{known['points']} points, {known['trials']} trials, {known['struck']} struck, {report.void} void,"
+        f" {len(report.violations)} wrong,"
         f" in {report.seconds} s; a lease lasts {LEASE_SECONDS} s instead of {LEASE_SECONDS * SCALE:.0f}"
     )
     return "\n".join(lines)

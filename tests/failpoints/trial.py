@@ -9,9 +9,9 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeVar
 
 from graft_shared.artifacts import job_prefix
@@ -21,9 +21,10 @@ from graft_shared.jobs import TERMINAL_STATES, Job, JobState, StoredObject
 from graft_shared.store import Database, Files, JobQuery, Jobs
 from tests.failpoints.actors import GPU_CLASS, Arms, Site, run_api, run_reconciler, run_worker
 from tests.failpoints.arm import Strike, struck_in
+from tests.failpoints.cases import Aftermath, Case, Verdict, verdict_on
 from tests.failpoints.forked import fork
 from tests.failpoints.judge import Evidence, recovery_seconds, steps_late, violations
-from tests.failpoints.points import Actor, Fault, Interruption, Point, Raised
+from tests.failpoints.points import Actor, Fault, Interruption
 from tests.failpoints.scale import LEASE_SECONDS
 from tests.store_factories import a_new_job
 from tests.witness import steps_made
@@ -48,68 +49,6 @@ BASE = {
 }  # fmt: skip
 
 
-class Aftermath(StrEnum):
-    """Who carries on."""
-
-    BESIDE = "beside"  # another process, started when the strike is seen
-    ALONE = "alone"  # the struck one: started again, thawed, or as it is; and after it a second job is done
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One cell of the matrix, once."""
-
-    point: Point
-    fault: Fault
-    aftermath: Aftermath
-    number: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.point.name}-{self.fault}-{self.aftermath}-{self.number}"
-
-    @property
-    def max_attempts(self) -> int:
-        """A single attempt, where that attempt's loss must then fail the job."""
-        return 1 if self._must_fail else 3
-
-    @property
-    def foretold(self) -> JobState:
-        """How the job must end."""
-        if self.point.scenario.interruption is Interruption.CANCEL:
-            return JobState.CANCELLED
-        return JobState.FAILED if self._must_fail else JobState.SUCCEEDED
-
-    @property
-    def _must_fail(self) -> bool:
-        is_charged = self.fault is Fault.RAISE and self.point.raised is Raised.CHARGED
-        return is_charged and self.aftermath is Aftermath.ALONE and not self.point.scenario.behaviour
-
-    @property
-    def steps_under_way(self) -> int:
-        """Steps that may come late: one whose deadline was checked before trainer and worker were suspended."""
-        return int(self.fault is Fault.SUSPEND and self.point.lies_within_a_step)
-
-
-@dataclass(kw_only=True)
-class Verdict:
-    """What a trial showed."""
-
-    case: str
-    point: str
-    actor: str
-    fault: str
-    aftermath: str
-    struck: bool = False
-    violations: list[str] = field(default_factory=list)
-    outcome: str = ""
-    runs: int = 0
-    steps_redone: int = 0
-    steps_late: int = 0
-    recovery_seconds: float | None = None
-    seconds: float = 0.0
-
-
 def try_case(case: Case, site: Site) -> Verdict:
     """Carry a case out and judge it; the site holds an empty, migrated database."""
     verdict = verdict_on(case)
@@ -122,15 +61,8 @@ def try_case(case: Case, site: Site) -> Verdict:
     finally:
         trial.end()
     verdict.seconds = round(time.monotonic() - began, 2)
+    verdict.runnable_per_core = round(fmean(trial.runnable or [0]) / (os.cpu_count() or 1), 1)
     return verdict
-
-
-def verdict_on(case: Case) -> Verdict:
-    """One that knows nothing yet."""
-    point, fault = case.point, case.fault.value
-    return Verdict(
-        case=case.name, point=point.name, actor=point.actor.value, fault=fault, aftermath=case.aftermath.value
-    )
 
 
 class _Trial:
@@ -142,6 +74,7 @@ class _Trial:
         self._living: dict[str, int] = {}
         self._ended: dict[str, int] = {}
         self._thawed = False
+        self.runnable: list[int] = []
         self._database: Database = site.open_database()
         self._jobs = Jobs(self._database)
 
@@ -291,6 +224,7 @@ class _Trial:
 
     def _look_after_all(self) -> None:
         time.sleep(LOOK_SECONDS)
+        self.runnable.append(int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0]))
         died = self._reap()
         strike = self._strike
         if strike is None:

@@ -133,6 +133,16 @@ def test_each_wrong_is_named(wrong: str) -> None:
     assert name in [said.partition(":")[0] for said in violations(change(a_trial()))]
 
 
+def test_a_job_that_was_cancelled_while_it_was_queued_again_has_cost_no_attempt() -> None:
+    trial = a_trial()
+    events = [*trial.events[:6], event(7, 2, "cancelled", 6.5)]
+    checkpoint = Checkpoint(step=3, epoch=2, object=StoredObject(key="c", size=1, sha256="s"))
+    ended = {"state": JobState.CANCELLED, "adapter": None, "checkpoint": checkpoint, "gpu_seconds": 3.0}
+    cancelled = replace(trial, events=events, steps=trial.steps[:5])
+    assert violations(replace(cancelled, job=a_job(attempt=0, **ended))) == []
+    assert violations(replace(cancelled, job=a_job(attempt=1, **ended))) != []
+
+
 def test_a_checkpoint_that_was_long_made_and_is_lost_is_named() -> None:
     trial = a_trial()
     events = [event for event in trial.events if event["type"] != "checkpoint"]
