@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     killed = sum(verdict.outcome == "killed" for verdict in verdicts)
     print(f"{killed} of {len(verdicts)} killed")
     if asked.out:
-        asked.out.write_text(_report(verdicts))
+        asked.out.write_text(_report(verdicts, asked.out))
     return 0 if killed == len(verdicts) else 1
 
 
@@ -131,10 +131,15 @@ def _copy(root: Path) -> None:
             shutil.copyfile(source, target)
 
 
-def _report(verdicts: Sequence[Verdict]) -> str:
-    kept = [{name: value for name, value in asdict(verdict).items() if name != "said"} for verdict in verdicts]
-    killed = sum(verdict.outcome == "killed" for verdict in verdicts)
-    return json.dumps({"mutants": len(verdicts), "killed": killed, "verdicts": kept}, indent=2) + "\n"
+def _report(verdicts: Sequence[Verdict], written: Path) -> str:
+    """The verdicts as JSON; those of other mutants stay as they were written before."""
+    earlier = json.loads(written.read_text())["verdicts"] if written.exists() else []
+    told = {verdict["name"]: verdict for verdict in earlier}
+    for verdict in verdicts:
+        told[verdict.name] = {name: value for name, value in asdict(verdict).items() if name != "said"}
+    kept = [told[mutant.name] for mutant in MUTANTS if mutant.name in told]
+    killed = sum(verdict["outcome"] == "killed" for verdict in kept)
+    return json.dumps({"mutants": len(kept), "killed": killed, "verdicts": kept}, indent=2) + "\n"
 
 
 if __name__ == "__main__":
