@@ -1,4 +1,4 @@
-"""A TCP proxy on loopback that can be told to misbehave: between our processes and Redis, PostgreSQL or an S3 server."""
+"""A TCP proxy on loopback that misbehaves when told: between our processes and Redis, PostgreSQL or an S3 server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER of no time: closing sends
 class Mode(StrEnum):
     """What the proxy does."""
 
-    PASS = "pass"  # noqa: S105 (a mode)
+    PASS = "pass"
     REFUSE = "refuse"  # connections are reset and nobody listens
     BLACK_HOLE = "black_hole"  # connections are accepted, and nothing passes; what was sent passes when it ends
     HALF_OPEN = "half_open"  # connections of before neither answer nor end, ever; new ones pass

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tests.outages import broker, database
+from tests.outages import broker, bucket, database
 from tests.outages.wanted import UNSCALED_LEASE_SECONDS, Played, Wanted
 
 SCENARIOS: dict[str, tuple[Callable[[Path, Wanted], Played], Wanted]] = {
@@ -25,6 +25,7 @@ SCENARIOS: dict[str, tuple[Callable[[Path, Wanted], Played], Wanted]] = {
     "redis-half-open": (broker.half_open, Wanted(seconds=120.0)),
     "postgres-stopped": (database.postgres_stopped, Wanted(db="postgres")),
     "api-killed": (database.api_killed, Wanted()),
+    "bucket-away": (bucket.away, Wanted(seconds=300.0)),
 }
 
 

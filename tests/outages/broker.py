@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from tests.chaos.clients import Submitted
 from tests.chaos.judge import Evidence, gather
 from tests.chaos.service import ServiceInTrouble
-from tests.faultproxy import Mode, fault_proxy
+from tests.faultproxy import FaultProxy, Mode
 from tests.fleet import JSONL
 from tests.outages.stream import TimedPosts, under_a_stream
 from tests.outages.wanted import Played, Wanted, come_to_rest, neighbours, running, spread, verdict_of, waits
@@ -50,22 +51,25 @@ def down(folder: Path, wanted: Wanted) -> Played:
 
 
 def half_open(folder: Path, wanted: Wanted) -> Played:
-    """Every connection to Redis, old or new, is neither answered nor closed; then new ones work, the old never."""
-    with neighbours(folder, wanted) as (redis, postgres), fault_proxy(redis.port) as proxy:
+    """Connections to Redis are neither answered nor closed; then new ones work, and the old never again."""
+    with contextlib.ExitStack() as ended:
+        redis, postgres = ended.enter_context(neighbours(folder, wanted))
+        proxy = FaultProxy(redis.port).start()
+        ended.callback(proxy.stop)
         broker = {"GRAFT_BROKER_URL": redis.url.replace(str(redis.port), str(proxy.port))}
         service = ServiceInTrouble(
             folder / "state", redis, postgres, wanted.lease_seconds, TRAINERS, environment=broker
         )
-        with running(service):
-            posts = TimedPosts(service, service.upload(JSONL))
-            proxy.switch(Mode.HALF_OPEN)
-            during = posts.post_for(wanted.seconds, every_seconds=POST_EVERY_SECONDS)
-            proxy.switch(Mode.PASS)
-            after = posts.post_for(min(AFTERWARDS_SECONDS, wanted.seconds), every_seconds=POST_EVERY_SECONDS)
-            come_to_rest(service)
-            service.stop()
-            evidence = gather(service, posts.submitted, [])
-    return _played(evidence, posts, {"half_open": during, "new_ones_pass": after}, HALF_OPEN_START_SECONDS)
+        ended.enter_context(running(service))
+        posts = TimedPosts(service, service.upload(JSONL))
+        proxy.switch(Mode.BLACK_HOLE)
+        during = posts.post_for(wanted.seconds, every_seconds=POST_EVERY_SECONDS)
+        proxy.switch(Mode.HALF_OPEN)
+        after = posts.post_for(min(AFTERWARDS_SECONDS, wanted.seconds), every_seconds=POST_EVERY_SECONDS)
+        come_to_rest(service)
+        service.stop()
+        evidence = gather(service, posts.submitted, [])
+    return _played(evidence, posts, {"nobody_answers": during, "new_ones_pass": after}, HALF_OPEN_START_SECONDS)
 
 
 def _played(

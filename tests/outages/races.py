@@ -152,8 +152,10 @@ class Drain:
         leases = made.leases
         steps_before = len(steps_made(service.state_dir))
         wait_until(
-            lambda: all(service.trainers_of(name) for name in service.training_workers)
-            and len(steps_made(service.state_dir)) > steps_before + 20 * self.workers,
+            lambda: (
+                all(service.trainers_of(name) for name in service.training_workers)
+                and len(steps_made(service.state_dir)) > steps_before + 20 * self.workers
+            ),
             seconds=180,
             what="all workers to train",
             every=0.2,
