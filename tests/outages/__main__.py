@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tests.outages import broker, bucket, database
+from tests.outages import broker, bucket, database, disk
 from tests.outages.wanted import UNSCALED_LEASE_SECONDS, Played, Wanted
 
 SCENARIOS: dict[str, tuple[Callable[[Path, Wanted], Played], Wanted]] = {
@@ -26,6 +26,7 @@ SCENARIOS: dict[str, tuple[Callable[[Path, Wanted], Played], Wanted]] = {
     "postgres-stopped": (database.postgres_stopped, Wanted(db="postgres")),
     "api-killed": (database.api_killed, Wanted()),
     "bucket-away": (bucket.away, Wanted(seconds=300.0)),
+    "disk-full": (disk.full, Wanted(seconds=60.0)),
 }
 
 

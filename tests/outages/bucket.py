@@ -9,18 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from graft_shared.artifacts import sha256_of
 from graft_shared.buckets import Bucket
 from graft_shared.buckets.s3 import S3Bucket
 from graft_shared.jobs import Job, JobState, StoredObject
-from tests.chaos.clients import SAVE_STEPS, Submitted
+from tests.chaos.clients import SAVE_STEPS
 from tests.chaos.judge import gather
 from tests.chaos.service import ServiceInTrouble
 from tests.faultproxy import FaultProxy, Mode
-from tests.fleet import JSONL
-from tests.outages.stream import small_job
+from tests.outages.stream import post_stubbornly
 from tests.outages.wanted import Played, Wanted, come_to_rest, neighbours, running, verdict_of
 from tests.servers import SWIFT_KEY, SWIFT_USER, SwiftServer
 
@@ -36,7 +33,6 @@ WRITES = {
     "manifest": b"/adapter/manifest.json",
 }
 REACHED_SECONDS = 300.0
-UPLOAD_PAUSE_SECONDS = 1.0
 
 
 def away(folder: Path, wanted: Wanted) -> Played:
@@ -74,7 +70,7 @@ def _at(point: str, folder: Path, swift: SwiftServer, wanted: Wanted) -> Played:
         ended.enter_context(running(service))
         proxy.trap(WRITES[point], Mode.REFUSE)
         with ThreadPoolExecutor(1) as user:
-            posting = user.submit(_post, service)
+            posting = user.submit(post_stubbornly, service, steps=STEPS)
             reached = proxy.tripped.wait(REACHED_SECONDS)
             time.sleep(wanted.seconds)
             proxy.switch(Mode.PASS)
@@ -89,7 +85,7 @@ def _at(point: str, folder: Path, swift: SwiftServer, wanted: Wanted) -> Played:
     violations = verdict_of(evidence)
     violations["the write was reached"] = [] if reached else [f"nobody wrote to {WRITES[point]!r}"]
     violations["the job succeeds once the bucket is back"] = [] if row.state is JobState.SUCCEEDED else [f"{row.error}"]
-    violations["what the row names is there"] = list(_missing(row, bucket))
+    violations["what the row names is there"] = list(missing_objects(row, bucket))
     return Played(
         figures={
             "status_at_the_end_of_the_outage": before["status"],
@@ -106,21 +102,7 @@ def _at(point: str, folder: Path, swift: SwiftServer, wanted: Wanted) -> Played:
     )
 
 
-def _post(service: ServiceInTrouble) -> Submitted:
-    """Upload a file until it is taken, and post a job on it."""
-    while True:
-        with service.client() as http, contextlib.suppress(httpx.TransportError):
-            answer = http.post("/files", files={"file": ("rows.jsonl", JSONL)}, timeout=60)
-            if answer.status_code < 300:
-                break
-        time.sleep(UPLOAD_PAUSE_SECONDS)
-    job = Submitted(key="only", steps=STEPS)
-    spec = small_job(service, answer.json()["id"], steps=STEPS)
-    job.ids.add(service.post(spec, **{"idempotency-key": job.key})["id"])
-    return job
-
-
-def _missing(job: Job, bucket: Bucket) -> Iterator[str]:
+def missing_objects(job: Job, bucket: Bucket) -> Iterator[str]:
     """What a job's row says of its data and its checkpoint, beside what the bucket holds."""
     stored = [StoredObject(**job.prepared["train"])] if job.prepared else []
     stored += [job.checkpoint.object] if job.checkpoint else []

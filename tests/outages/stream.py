@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -14,11 +15,13 @@ import httpx
 from tests.chaos.clients import SAVE_STEPS, Clients, Submitted
 from tests.chaos.judge import figures, gather
 from tests.chaos.service import ServiceInTrouble
+from tests.fleet import JSONL
 from tests.outages.wanted import Played, Wanted, come_to_rest, neighbours, running, spread, verdict_of
 
 TRAINERS = 3
 SMALL_STEPS = 10
 SMALL_STEP_SECONDS = 0.02
+PAUSE_SECONDS = 0.5
 
 
 def under_a_stream(
@@ -63,6 +66,26 @@ def small_job(service: ServiceInTrouble, file_id: str, *, steps: int = SMALL_STE
     told = {"witness": str(service.state_dir), "steps": str(steps), "save_steps": str(SAVE_STEPS)}
     told |= {"step_seconds": str(SMALL_STEP_SECONDS), **metadata}
     return {"base_model": "graft/tiny", "dataset": {"file": file_id}, "metadata": told}
+
+
+def post_stubbornly(service: ServiceInTrouble, *, steps: int, **metadata: str) -> Submitted:
+    """Upload a file and post a job on it, each again and again until it is taken."""
+    job = Submitted(key="stubborn", steps=steps)
+    with service.client() as http:
+        file_id = _until_taken(lambda: http.post("/files", files={"file": ("rows.jsonl", JSONL)}, timeout=60))
+        body = small_job(service, file_id, steps=steps, **metadata)
+        job.ids.add(_until_taken(lambda: http.post("/jobs", json=body, headers={"idempotency-key": job.key})))
+    return job
+
+
+def _until_taken(ask: Callable[[], httpx.Response]) -> str:
+    """Ask until something was made; returns its id."""
+    while True:
+        with contextlib.suppress(httpx.TransportError):
+            answer = ask()
+            if answer.status_code < 300:
+                return str(answer.json()["id"])
+        time.sleep(PAUSE_SECONDS)
 
 
 @dataclass
