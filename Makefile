@@ -9,7 +9,7 @@ COMPOSE ?= docker compose
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --root-user-action=ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo up down logs ps check test test-unit test-s3 test-load chaos chaos-control test-containers test-gpu bench bench-gpu pins format clean
+.PHONY: help setup run demo up down logs ps check test test-unit test-s3 test-load chaos chaos-control outages test-containers test-gpu bench bench-gpu pins format clean
 
 help: ## print this
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +67,10 @@ chaos: $(VENV)/.ready-dev ## random faults, then judgement: DB=sqlite|postgres J
 
 chaos-control: $(VENV)/.ready-dev ## such faults against plain Celery, to see what the design buys: JOBS= FAULTS= SEED=
 	@$(BIN)/python -m tests.chaos.control --jobs $(or $(JOBS),100) --faults $(or $(FAULTS),200) --seed $(or $(SEED),1) \
+		$(if $(OUT),--out $(OUT))
+
+outages: $(VENV)/.ready-dev ## one outage, then judgement: ONLY=redis-killed|redis-down|… [DB=] [SECONDS=] [OUT=report.json]
+	@$(BIN)/python -m tests.outages $(ONLY) $(if $(DB),--db $(DB)) $(if $(SECONDS),--seconds $(SECONDS)) \
 		$(if $(OUT),--out $(OUT))
 
 test-containers: $(VENV)/.ready-dev ## slow, root: a Docker engine of its own, both images, the cluster, and a killed container

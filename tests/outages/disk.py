@@ -26,7 +26,7 @@ from tests.witness import steps_made
 STEPS = 2 * SAVE_STEPS + 2
 STEP_SECONDS = 0.4  # a disk is filled between two steps
 REACHED_SECONDS = 300.0
-SIDE_BY_SIDE = 4
+SIDE_BY_SIDE = 2
 FILL_EVERY_SECONDS = 0.02
 DISK_BYTES = 512 * 1024**2
 # What lies on the disk, below the folder of the service.
