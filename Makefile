@@ -9,7 +9,7 @@ COMPOSE ?= docker compose
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --root-user-action=ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo up down logs ps check test test-unit test-s3 test-load test-model failpoints chaos chaos-control test-containers test-gpu mutants bench bench-gpu pins format clean
+.PHONY: help setup run demo up down logs ps check test test-unit test-s3 test-load test-model failpoints chaos chaos-control outages test-containers test-gpu mutants bench bench-gpu pins format clean
 
 help: ## print this
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,6 +78,10 @@ test-model: $(VENV)/.ready-dev ## half an hour: the store against its model, on 
 
 mutants: $(VENV)/.ready-dev ## ten minutes: break the code in some eighty places, one at a time, and see that tests notice [NAMES=]
 	@$(BIN)/python -m tests.mutants $(NAMES)
+
+outages: $(VENV)/.ready-dev ## one outage, then judgement: ONLY=redis-killed|redis-down|… [DB=] [SECONDS=] [OUT=report.json]
+	@$(BIN)/python -m tests.outages $(ONLY) $(if $(DB),--db $(DB)) $(if $(SECONDS),--seconds $(SECONDS)) \
+		$(if $(OUT),--out $(OUT))
 
 test-containers: $(VENV)/.ready-dev ## slow, root: a Docker engine of its own, both images, the cluster, and a killed container
 	@$(BIN)/python -m pytest tests/containers --timeout 1800

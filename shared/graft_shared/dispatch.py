@@ -21,6 +21,8 @@ BROKER_TRANSPORT_OPTIONS: dict[str, Any] = {
     "socket_keepalive": True,
     "health_check_interval": 25,
 }
+# A bell is rung once: kombu would try to connect for six seconds more, and whoever rings between two jobs waits.
+_RING_ONCE = {"max_retries": 1, "interval_start": 0, "interval_step": 0.1}
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ class CeleryDoorbell:
         self._app.conf.update(
             task_serializer="json",
             task_ignore_result=True,
-            broker_transport_options=BROKER_TRANSPORT_OPTIONS,
+            broker_transport_options={**BROKER_TRANSPORT_OPTIONS, **_RING_ONCE},
             broker_connection_timeout=5,
         )
 

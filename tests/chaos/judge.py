@@ -13,6 +13,7 @@ from typing import Any
 from sqlalchemy import select
 
 from graft_shared.artifacts import MANIFEST_NAME, AdapterManifest
+from graft_shared.buckets import Bucket
 from graft_shared.buckets.directory import DirectoryBucket
 from graft_shared.jobs import MAX_RUNS_WITHOUT_PROGRESS, TERMINAL_STATES, Job, JobState
 from graft_shared.store import Database, open_database
@@ -43,7 +44,7 @@ class Evidence:
     steps: dict[str, list[Step]]
     submitted: Sequence[Submitted]
     hits: Sequence[Hit]
-    bucket: DirectoryBucket
+    bucket: Bucket
     may_lose: int  # steps, at most, at one interruption
 
     @cached_property
@@ -66,8 +67,10 @@ class Verdict:
         return not any(self.violations.values())
 
 
-def gather(service: ServiceInTrouble, submitted: Sequence[Submitted], hits: Sequence[Hit]) -> Evidence:
-    """Read the store, the bucket and the testimonies, none of them through the service."""
+def gather(
+    service: ServiceInTrouble, submitted: Sequence[Submitted], hits: Sequence[Hit], bucket: Bucket | None = None
+) -> Evidence:
+    """Read the store, the bucket (the service's folder, if no other is given) and the testimonies, past the service."""
     database = open_database(service.database_url)
     steps: dict[str, list[Step]] = defaultdict(list)
     for step in steps_made(service.state_dir):
@@ -79,7 +82,7 @@ def gather(service: ServiceInTrouble, submitted: Sequence[Submitted], hits: Sequ
             steps=steps,
             submitted=submitted,
             hits=hits,
-            bucket=DirectoryBucket(service.state_dir / "bucket"),
+            bucket=bucket or DirectoryBucket(service.state_dir / "bucket"),
             # A trainer whose supervisor stands still goes on until its deadline, and none of it is committed.
             may_lose=2 * SAVE_STEPS + int(service.lease_seconds / STEP_SECONDS),
         )
@@ -227,5 +230,5 @@ def _events(database: Database) -> dict[str, list[Event]]:
     query = select(job_events).order_by(job_events.c.job_id, job_events.c.id)
     with database.reading() as connection:
         for row in connection.execute(query).mappings():
-            found[row["job_id"]].append({name: row[name] for name in ("id", "type", "epoch", "data")})
+            found[row["job_id"]].append({name: row[name] for name in ("id", "type", "epoch", "data", "created_at")})
     return found

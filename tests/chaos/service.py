@@ -34,7 +34,8 @@ class ServiceInTrouble(OnThisMachine):
     Args:
         postgres: The database's server; None for SQLite.
         lease_seconds: How long a lease lasts; all other times keep their ratio to it.
-        trainers: How many workers train.
+        trainers_wanted: How many workers train.
+        environment: Settings beside those that all of it needs, or instead of them.
     """
 
     state_dir: Path
@@ -43,6 +44,7 @@ class ServiceInTrouble(OnThisMachine):
     lease_seconds: float
     trainers_wanted: int
     preparers: int = 2
+    settings: dict[str, str] = field(default_factory=dict)
     port: int = field(default_factory=free_port)
     environment: dict[str, str] = field(default_factory=dict)
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
@@ -75,6 +77,7 @@ class ServiceInTrouble(OnThisMachine):
             "GRAFT_DATABASE_URL": self.postgres.new_database("chaos") if self.postgres else sqlite,
             "GRAFT_BROKER_URL": self.redis.url,
             **scaled_environment(self.lease_seconds),
+            **self.environment,
         }
         migrate = [sys.executable, "-m", "graft_shared.store.migrate"]
         subprocess.run(migrate, env=self._environment(), check=True, capture_output=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -601,6 +602,20 @@ def test_an_error_of_the_machine_ends_the_run_by_its_name_and_not_the_worker(
     job = worker.submit()
     worker.work()
     assert [data["reason"] for type, data in worker.events(job) if type == "requeued"] == ["disk_full"]
+
+
+def test_a_worker_whose_disk_is_full_claims_nothing_until_there_is_room(
+    make_worker: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = make_worker()
+    job = worker.submit()
+    with monkeypatch.context() as full:
+        full.setattr("graft_worker.tasks.LEAST_FREE_BYTES", shutil.disk_usage(worker.folder).total + 1)
+        worker.work()
+        answer_bell(worker.preparing, pass_on=lambda: pytest.fail("it would hear its own bell again"))
+    assert (worker.get(job).state, worker.get(job).epoch) == (JobState.QUEUED, 0), "no attempt was used up"
+    worker.work()
+    assert worker.get(job).state is JobState.SUCCEEDED
 
 
 def test_a_slot_is_free_again_though_a_process_forked_meanwhile_lives_on(tmp_path: Path) -> None:

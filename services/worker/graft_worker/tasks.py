@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 from graft_shared.errors import StoreUnavailable
 from graft_shared.jobs import Job
@@ -16,6 +18,8 @@ from graft_worker.supervisor.run import Run
 from graft_worker.supervisor.slot import Slot, taken, taken_if_free
 
 STORE_PATIENCE_SECONDS = 30.0  # a bell that nobody can answer goes round this often, at most
+
+LEAST_FREE_BYTES = 256 * 1024**2  # data, a checkpoint and an adapter want more; below this a run fails at any write
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +55,16 @@ def slot_of(neighbours: Neighbours) -> Slot:
 
 
 def _work_until_idle(slot: Slot, neighbours: Neighbours) -> bool:
-    """Work as long as there is work; False when there may be more that this worker cannot take."""
+    """Work as long as there is work; False when there may be more that this worker cannot take.
+
+    A worker whose disk is full leaves the queue alone: it would use up the attempts of every job in it within seconds.
+    It passes no bell on either, for it could hear the same one at once; others find the work by looking.
+    """
     work_dir = neighbours.settings.work_dir
     remove_leftovers(slot, work_dir)
     while not neighbours.draining():
+        if not _has_room(work_dir):
+            return True
         try:
             job = _next_job(slot, neighbours)
         except StoreUnavailable as error:
@@ -64,6 +74,16 @@ def _work_until_idle(slot: Slot, neighbours: Neighbours) -> bool:
             return True
         Run(job, folder_of(slot, work_dir) / f"{job.id}-e{job.epoch}", neighbours).run()
     return False
+
+
+def _has_room(work_dir: Path) -> bool:
+    work_dir.mkdir(parents=True, exist_ok=True)
+    free_bytes = shutil.disk_usage(work_dir).free
+    if free_bytes < LEAST_FREE_BYTES:
+        facts = {"free_bytes": free_bytes, "least_free_bytes": LEAST_FREE_BYTES}
+        log_event(logger, "disk_full", level=logging.WARNING, folder=str(work_dir), **facts)
+        return False
+    return True
 
 
 def _wait_for_store(neighbours: Neighbours) -> None:

@@ -1,0 +1,1 @@
+"""Outages, one kind at a time and for as long as they last in life: `make outages`."""
