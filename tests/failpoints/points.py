@@ -221,7 +221,7 @@ _TRAIN: tuple[Point, ...] = (
     _trainer("before_request_written", _AFTER, f"{_TRAINING}:train_request"),
     _trainer("after_request_written", _BEFORE, f"{_RUN}._start_child"),
     _trainer("before_child_is_heard", _BEFORE, "graft_worker.supervisor.child:Child.__init__"),
-    _trainer("after_child_started", _AFTER, f"{_RUN}._start_child"),
+    _trainer("after_child_started", _AFTER, "graft_worker.supervisor.child:Child.__init__"),
     _trainer("before_first_renewal", _BEFORE, f"{_LEASES}.renew", raised=Raised.LOST),
     _trainer("after_first_renewal", _AFTER, f"{_LEASES}.renew", raised=Raised.LOST),
     _trainer("before_renewal", _BEFORE, f"{_LEASES}.renew", nth=2, scenario=SLOW, raised=Raised.HARMLESS),

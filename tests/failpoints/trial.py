@@ -104,10 +104,13 @@ class _Trial:
         base.mkdir(parents=True)
         (base / "config.json").write_text(json.dumps(BASE))
         (base / "model.safetensors").write_bytes(b"weights of the base")
-        stored = self._site.bucket.put_bytes(f"tenants/{TENANT}/files/file-rows", ROWS)
+        files, key = Files(self._database), f"tenants/{TENANT}/files/file-rows"
+        files.announce(key)
+        stored = self._site.bucket.put_bytes(key, ROWS)
         known = StoredObject(key=stored.key, size=stored.size, sha256=stored.sha256)
-        report = {"rows": 1, "bytes": len(ROWS)}
-        Files(self._database).add(id="file-rows", tenant=TENANT, filename="r.jsonl", object=known, report=report)
+        files.add(
+            id="file-rows", tenant=TENANT, filename="r.jsonl", object=known, report={"rows": 1, "bytes": len(ROWS)}
+        )
 
     def _begin(self) -> str:
         """Start everybody and submit the job, in the order that the point needs."""
