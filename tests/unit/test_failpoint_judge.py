@@ -61,8 +61,8 @@ def a_job(**changes: Any) -> Job:
     facts: dict[str, Any] = {
         "id": "j", "tenant": "t", "state": JobState.SUCCEEDED, "stage": Stage.TRAIN, "epoch": 4, "attempt": 1,
         "runs_without_progress": 0, "spec": {}, "plan": {}, "placement": {}, "gpu_class": "cpu", "phase": None,
-        "cancel_requested": False, "pause_requested": False, "paused_seconds": 0.0, "progress": {}, "metrics": {}, "memory": {}, "warnings": [], "error": None,
-        "prepared": {}, "checkpoint": Checkpoint(step=6, epoch=4, object=stored), "adapter": adapter, "worker": None,
+        "cancel_requested": False, "pause_requested": False, "progress": {}, "metrics": {}, "memory": {},
+        "warnings": [], "error": None, "prepared": {}, "checkpoint": Checkpoint(step=6, epoch=4, object=stored), "adapter": adapter, "worker": None,
         "created_at": moment, "started_at": moment, "finished_at": moment, "claimed_at": moment,
         "lease_expires_at": None, "gpu_seconds": 4.0,
     }  # fmt: skip
