@@ -62,9 +62,9 @@ def a_job(**changes: Any) -> Job:
         "id": "j", "tenant": "t", "state": JobState.SUCCEEDED, "stage": Stage.TRAIN, "epoch": 4, "attempt": 1,
         "runs_without_progress": 0, "spec": {}, "plan": {}, "placement": {}, "gpu_class": "cpu", "phase": None,
         "cancel_requested": False, "pause_requested": False, "progress": {}, "metrics": {}, "memory": {},
-        "warnings": [], "error": None, "prepared": {}, "checkpoint": Checkpoint(step=6, epoch=4, object=stored), "adapter": adapter, "worker": None,
-        "created_at": moment, "started_at": moment, "finished_at": moment, "claimed_at": moment,
-        "lease_expires_at": None, "gpu_seconds": 4.0,
+        "warnings": [], "error": None, "prepared": {}, "checkpoint": Checkpoint(step=6, epoch=4, object=stored),
+        "adapter": adapter, "worker": None, "created_at": moment, "started_at": moment,
+        "finished_at": moment, "claimed_at": moment, "lease_expires_at": None, "gpu_seconds": 4.0,
     }  # fmt: skip
     return Job(**{**facts, **changes})
 
