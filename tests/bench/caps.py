@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -43,6 +44,7 @@ from graft_shared.memory import CONTEXT_BYTES, GIB, Recompute, TrainingPlan, est
 from graft_shared.planner import leanest_plan, plans
 from graft_shared.specs import JobSpec
 from graft_worker.protocol import TrainRequest
+from graft_worker.training.guard import Guard
 from tests.bench.golden import Dims, forget_peaks, make_base
 from tests.bench.together import Task, run_together, script
 
@@ -148,9 +150,8 @@ def main() -> int:
     arguments = _arguments()
     if arguments.case is not None:
         work = compare_plans if arguments.plans else hold
-        folder = arguments.out_dir / f"work-{os.getpid()}"
-        folder.mkdir(parents=True)
-        print(json.dumps(work(Case(**json.loads(arguments.case)), folder, arguments.until)))
+        with TemporaryDirectory(dir=arguments.out_dir) as folder:  # checkpoints of all cases would fill a disk
+            print(json.dumps(work(Case(**json.loads(arguments.case)), Path(folder), arguments.until)))
         return 0
     arguments.out_dir.mkdir(parents=True, exist_ok=True)
     found = list(run_cases(list(cases_of(arguments)), arguments))
@@ -212,7 +213,7 @@ def hold(case: Case, folder: Path, until: float) -> dict[str, Any]:
 
     from graft_worker.training import base, recipe
     from graft_worker.training.versions import versions
-    from tests.bench.profile_step import Silent, Unleashed
+    from tests.bench.profile_step import Silent
 
     placed, refusal = case.place(), case.refusal()
     limit = case.gpu.usable_bytes - CONTEXT_BYTES - paged_bytes(placed)
@@ -237,7 +238,7 @@ def hold(case: Case, folder: Path, until: float) -> dict[str, Any]:
     held_out = write_rows(folder / "held-out.safetensors", rows[: placed.plan.microbatch_tokens // case.max_length])
     request = make_request(case, placed, placed.plan, data, held_out)
     try:
-        run = recipe.load(folder, request, Silent(), Unleashed())  # type: ignore[arg-type]
+        run = recipe.load(folder, request, Silent(), Guard())
         forget_peaks()
         recipe.probe(run)
         speed = _speed(run, lambda: run.progress.step < run.total_steps and (time.time() < until or not run.moments))
@@ -336,11 +337,11 @@ def time_plan(request: TrainRequest, workdir: Path) -> dict[str, Any]:
     import torch
 
     from graft_worker.training import recipe
-    from tests.bench.profile_step import Silent, Unleashed
+    from tests.bench.profile_step import Silent
 
     workdir.mkdir()
     try:
-        run = recipe.load(workdir, request, Silent(), Unleashed())  # type: ignore[arg-type]
+        run = recipe.load(workdir, request, Silent(), Guard())
         recipe.probe(run)
         for _ in range(WARM_UP):
             recipe.update(run).read()

@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from graft_worker.protocol import EventWriter
 from graft_worker.training import recipe
+from graft_worker.training.guard import Guard
 from graft_worker.training.versions import versions
 from tests.bench.train_once import DIMS, arguments_of, command_line, make_base, make_request, make_workload
 
@@ -50,15 +51,6 @@ class Silent(EventWriter):
         """Forget it."""
 
 
-class Unleashed:
-    """A guard without a lease."""
-
-    def check(self) -> None:
-        """Go on."""
-
-    check_lease = check
-
-
 def main() -> None:
     """Warm up, time, profile, report."""
     arguments = arguments_of(__doc__ or "")
@@ -68,7 +60,7 @@ def main() -> None:
     request = make_request(base, data, arguments)
     memory: dict[str, list[float]] = {}
     began = time.monotonic()
-    run = recipe.load(arguments.workspace, request, Silent(), Unleashed())  # type: ignore[arg-type]
+    run = recipe.load(arguments.workspace, request, Silent(), Guard())
     loaded = time.monotonic() - began
     memory["loading"] = peaks()
     began = time.monotonic()
@@ -86,6 +78,9 @@ def main() -> None:
         for _ in range(PROFILED):
             recipe.update(run)
         torch.cuda.synchronize()
+    memory["profiled"] = peaks()
+    recipe.finish(run)
+    memory["proving"] = peaks()
     result = {
         "load_seconds": round(loaded, 2),
         "first_update_seconds": round(first, 2),
@@ -110,7 +105,7 @@ def peaks() -> list[float]:
     """The most GiB that were allocated, and that were reserved, since this was last asked."""
     found = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
     torch.cuda.reset_peak_memory_stats()
-    return [round(peak / 2**30, 2) for peak in found]
+    return [round(peak / 2**30, 3) for peak in found]
 
 
 def host_waits(run: recipe.Run) -> list[str]:

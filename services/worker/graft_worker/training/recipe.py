@@ -161,6 +161,7 @@ def load(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guard
     take_over(model, precision.compute, dropout=spec.lora.lora_dropout, keys=keys)
     if plan.recompute is Recompute.OFFLOAD and precision.device.type == "cuda" and not _is_tied(model):
         keep_on_host(model.get_input_embeddings())
+        _give_back_unused(precision.device)
     compiler = choose_compiler()
     longest = max(split.longest, validation.longest if validation is not None else 0, SIZE_STEP)
     forward = Forward(model, precision, keys, longest=longest, chunk=compiled_loss(compiler))
@@ -210,6 +211,12 @@ def _largest_evaluated(train: Split, validation: Split | None, budget: int) -> i
     if validation is None:
         return largest_microbatch(train, budget=budget, sequences_per_update=PROOF_ROWS)
     return largest_microbatch(validation, budget=budget, sequences_per_update=len(validation))
+
+
+def _give_back_unused(device: torch.device) -> None:
+    """Leave the allocator only with what is in use: what comes next is of other sizes and would not fit in between."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _is_tied(model: Any) -> bool:
@@ -439,6 +446,8 @@ def finish(run: Run) -> None:
     run.events.emit(PhaseEvent(phase=Phase.PROVING))
     folder, progress = run.workdir / "adapter", run.progress
     run.guard.check()
+    run.forward.graphs = None  # nothing is learnt any more: what they hold is the proof's to use
+    _give_back_unused(run.precision.device)
     write_adapter(run.model, run.request, folder)
     sample = run.validation or run.train
     batches = list(_batches(run, sample, np.unique(sample.learnt_rows)[:PROOF_ROWS]))
