@@ -23,7 +23,9 @@ def row(title: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
-@pytest.mark.parametrize(("name", "prefix"), [("h100-llama-2-7b-a", ""), ("h100-all-linear", "all linear: ")])
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("h100-llama-2-7b-a", ""), ("h100-all-linear", "all linear: "), ("h200-llama-3.1-8b", "8B: ")]
+)
 def test_each_row_is_a_run(name: str, prefix: str) -> None:
     runs = results(name)
     assert runs[0]["row"] == "Trainer, checkpointing"
@@ -71,6 +73,13 @@ def test_the_versions_are_those_of_every_run_and_the_pins_those_of_the_images() 
         f"are torch {pins['torch']}, transformers {pins['transformers']}, peft {pins['peft']} and "
         f"bitsandbytes {pins['bitsandbytes']}"
     ) in PAGE
+
+
+def test_the_8b_ran_on_what_the_page_says() -> None:
+    runs = results("h200-llama-3.1-8b")
+    versions = results("h100-llama-2-7b-a")[0]["versions"]
+    assert all(run["versions"] == {**versions, "gpu": "NVIDIA H200"} for run in runs)
+    assert "NVIDIA H200 with the same versions" in PAGE
 
 
 def test_the_plans_are_as_the_page_says() -> None:
