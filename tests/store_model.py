@@ -22,14 +22,13 @@ LEASE_SECONDS = 60.0
 ALIVE_SECONDS = 45.0
 REMEMBERED_SECONDS = 86_400.0
 RETRY_SECONDS = 5.0
+AWAY_SECONDS = 90.0  # instead, where a neighbour or room was missing
 SWEEP_SECONDS = 60.0
 POISON_RUNS = 5
 PRIORITIES = {"low": 0, "normal": 1, "high": 2}
 FREE = {"worker_lost", "drained"}
-CHARGED = {
-    "host_out_of_memory", "disk_full", "base_model_unavailable", "artifact_upload_failed", "artifact_corrupt",
-    "adapter_not_proven", "crash",
-}  # fmt: skip
+AWAY = {"disk_full", "base_model_unavailable", "artifact_upload_failed"}
+CHARGED = AWAY | {"host_out_of_memory", "artifact_corrupt", "adapter_not_proven", "crash"}
 ENDED = {"succeeded", "failed", "cancelled"}
 
 
@@ -360,7 +359,8 @@ class StoreModel:
             job.runs_without_progress = 0 if progressed else job.runs_without_progress + (reason in FREE)
             again = job.runs_without_progress < POISON_RUNS
         elif reason in CHARGED:
-            again, delay = job.attempt < job.max_attempts, RETRY_SECONDS * 2 ** (job.attempt - 1)
+            again = job.attempt < job.max_attempts
+            delay = (AWAY_SECONDS if reason in AWAY else RETRY_SECONDS) * 2 ** (job.attempt - 1)
         else:
             again = other_plan is not None
             job.attempt -= again

@@ -119,7 +119,10 @@ class Remedy:
     retry: Retry
     fault: Fault
     advice: str
+    delays: int = 1  # how many of the usual delays lie before another attempt that is charged
 
+
+MINUTES_LATER = 18  # delays: what is away or full comes back in minutes, and no slot is held until then
 
 REMEDIES: dict[FailureReason, Remedy] = {
     FailureReason.INVALID_TRAINING_FILE: Remedy(
@@ -153,13 +156,22 @@ REMEDIES: dict[FailureReason, Remedy] = {
         retry=Retry.CHARGED, fault=Fault.SERVER, advice="Ask the operator for workers with more memory."
     ),
     FailureReason.DISK_FULL: Remedy(
-        retry=Retry.CHARGED, fault=Fault.SERVER, advice="Ask the operator to free disk space on the workers."
+        retry=Retry.CHARGED,
+        fault=Fault.SERVER,
+        advice="Ask the operator to free disk space on the workers.",
+        delays=MINUTES_LATER,
     ),
     FailureReason.BASE_MODEL_UNAVAILABLE: Remedy(
-        retry=Retry.CHARGED, fault=Fault.SERVER, advice="Try again once the hub answers."
+        retry=Retry.CHARGED,
+        fault=Fault.SERVER,
+        advice="Try again once the hub answers.",
+        delays=MINUTES_LATER,
     ),
     FailureReason.ARTIFACT_UPLOAD_FAILED: Remedy(
-        retry=Retry.CHARGED, fault=Fault.SERVER, advice="Try again once the object store answers."
+        retry=Retry.CHARGED,
+        fault=Fault.SERVER,
+        advice="Try again once the object store answers.",
+        delays=MINUTES_LATER,
     ),
     FailureReason.ARTIFACT_CORRUPT: Remedy(
         retry=Retry.CHARGED, fault=Fault.SERVER, advice="Ask the operator to check the object store."

@@ -44,7 +44,6 @@ class ServiceInTrouble(OnThisMachine):
     lease_seconds: float
     trainers_wanted: int
     preparers: int = 2
-    settings: dict[str, str] = field(default_factory=dict)
     port: int = field(default_factory=free_port)
     environment: dict[str, str] = field(default_factory=dict)
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -280,6 +280,28 @@ def test_a_crash_is_charged_and_ends_the_job_at_max_attempts(database: Database,
     assert ended.error is not None
     assert ended.error["code"] == "crash"
     assert ended.error["category"] == "server"
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [FailureReason.ARTIFACT_UPLOAD_FAILED, FailureReason.BASE_MODEL_UNAVAILABLE, FailureReason.DISK_FULL],
+)
+def test_attempts_that_fail_at_once_outlast_a_neighbour_that_is_away_for_four_minutes(
+    database: Database, jobs: Jobs, leases: Leases, reason: FailureReason
+) -> None:
+    job, waited = running(jobs, leases, max_attempts=3), 0.0
+    for _ in range(2):
+        before = datetime.now(UTC)
+        again = leases.settle_failure(job.id, job.epoch, Failure(reason=reason, message="away"))
+        until = jobs.waits_until(again)
+        assert until is not None
+        waited += (until - before).total_seconds()
+        with database.writing() as connection:
+            connection.execute(update(jobs_table).values(not_before=0.0))
+        claimed = leases.claim("w", **TRAIN)
+        assert claimed is not None
+        job = claimed
+    assert waited > 240
 
 
 def test_a_users_error_is_never_tried_again(jobs: Jobs, leases: Leases) -> None:

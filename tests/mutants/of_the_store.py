@@ -198,8 +198,15 @@ FAILURES = [
         _LEASES,
         "retries-do-not-wait-longer",
         "a neighbour that is away for a while uses up all attempts",
-        'RETRY_DELAY_SECONDS * 2 ** (row["attempt"] - 1)',
-        "RETRY_DELAY_SECONDS",
+        'remedy.delays * 2 ** (row["attempt"] - 1)',
+        "remedy.delays",
+    ),
+    _of(
+        _LEASES,
+        "a-bucket-that-is-away-is-asked-again-at-once",
+        "a bucket that is away for five minutes uses up all attempts",
+        'remedy.delays * 2 ** (row["attempt"] - 1)',
+        '2 ** (row["attempt"] - 1)',
     ),
     _of(
         _LEASES,

@@ -392,9 +392,9 @@ def _after(
     facts = {**failure.facts, "reason": failure.reason.value, "attempt": row["attempt"]}
     if decided.state is JobState.QUEUED:
         facts["epoch"] = row["epoch"]  # the row's from now on: a fenced one is past the epoch that failed
-        charged = REMEDIES[failure.reason].retry is Retry.CHARGED
-        delay = RETRY_DELAY_SECONDS * 2 ** (row["attempt"] - 1) if charged else 0.0
-        values = {**_given_back(), **counts, "not_before": now() + delay}
+        remedy = REMEDIES[failure.reason]
+        delays = remedy.delays * 2 ** (row["attempt"] - 1) if remedy.retry is Retry.CHARGED else 0
+        values = {**_given_back(), **counts, "not_before": now() + delays * RETRY_DELAY_SECONDS}
         if replanned is not None:
             values |= _replanned(row, replanned)
         before, row = row, compare_and_set(connection, row["id"], row["epoch"], JobState.RUNNING, **values)
