@@ -23,3 +23,12 @@ def test_jobs_start_though_nobody_answers_at_redis(tmp_path: Path) -> None:
     assert report["violations"] == {}
     assert report["posts"]["answered_202"] == report["posts"]["count"] >= 3
     assert report["waited_seconds"]["nobody_answers"]["prepared_to_claimed"]["count"] > 0
+
+
+def test_a_job_goes_on_soon_after_its_trainer_is_killed_or_its_machine_lost(tmp_path: Path) -> None:
+    report = play("recovery", tmp_path, Wanted(kills=2, lease_seconds=LEASE_SECONDS))
+    assert report["violations"] == {}
+    assert {fault: found["count"] for fault, found in report["seconds_to_next_step"].items()} == {
+        "kill_trainer": 2,
+        "lose_worker": 2,
+    }

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tests.outages import broker, bucket, database, disk
+from tests.outages import broker, bucket, database, disk, recovery
 from tests.outages.wanted import UNSCALED_LEASE_SECONDS, Played, Wanted
 
 SCENARIOS: dict[str, tuple[Callable[[Path, Wanted], Played], Wanted]] = {
@@ -27,6 +27,7 @@ SCENARIOS: dict[str, tuple[Callable[[Path, Wanted], Played], Wanted]] = {
     "api-killed": (database.api_killed, Wanted()),
     "bucket-away": (bucket.away, Wanted(seconds=300.0)),
     "disk-full": (disk.full, Wanted(seconds=60.0)),
+    "recovery": (recovery.measured, Wanted(kills=20)),
 }
 
 
@@ -69,7 +70,7 @@ def _arguments() -> tuple[str, Wanted, Path | None]:
     parser.add_argument("name", choices=list(SCENARIOS))
     parser.add_argument("--db", choices=("sqlite", "postgres"))
     parser.add_argument("--seconds", type=float, help="how long it lasts")
-    parser.add_argument("--kills", type=int, help="of the API")
+    parser.add_argument("--kills", type=int, help="of the API, or of each kind that is recovered from")
     parser.add_argument("--lease-seconds", type=float, help="60 in production; all times are scaled alike")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--out", type=Path)

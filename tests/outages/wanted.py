@@ -27,7 +27,7 @@ class Wanted:
 
     Args:
         seconds: How long the outage lasts, or how long one follows the other.
-        kills: How often the API is killed, where that is what happens.
+        kills: How often the API is killed, where that is what happens; or a trainer, and a whole worker.
         lease_seconds: How long a lease lasts; every other time of the service keeps its ratio to it.
     """
 
