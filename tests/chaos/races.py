@@ -27,7 +27,7 @@ REST_SECONDS = 300.0  # for the last jobs; nothing here waits for a lease to run
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What a run is. The seed draws how far from the moment that decides each cancel is, and at which step each drain."""
+    """What a run is. The seed draws how far from the moment that decides a cancel is, and at which step a drain."""
 
     db: str = "sqlite"
     races: int = 500
