@@ -9,7 +9,7 @@ COMPOSE ?= docker compose
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --root-user-action=ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo up down logs ps check test test-unit test-s3 test-load test-model failpoints chaos chaos-control outages test-containers test-gpu mutants bench bench-gpu pins format clean
+.PHONY: help setup run demo up down logs ps check test test-unit test-s3 test-load test-model failpoints chaos chaos-control races outages test-containers test-gpu mutants bench bench-gpu pins format clean
 
 help: ## print this
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,10 @@ chaos: $(VENV)/.ready-dev ## random faults, then judgement: DB=sqlite|postgres J
 chaos-control: $(VENV)/.ready-dev ## such faults against plain Celery, to see what the design buys: JOBS= FAULTS= SEED=
 	@$(BIN)/python -m tests.chaos.control --jobs $(or $(JOBS),100) --faults $(or $(FAULTS),200) --seed $(or $(SEED),1) \
 		$(if $(OUT),--out $(OUT))
+
+races: $(VENV)/.ready-dev ## cancels against finishes, drains of busy workers: DB= RACES=500 DRAINS=50 SEED= [OUT=report.json]
+	@$(BIN)/python -m tests.chaos.races --db $(or $(DB),sqlite) --races $(or $(RACES),500) --drains $(or $(DRAINS),50) \
+		--seed $(or $(SEED),1) $(if $(LEASE),--lease-seconds $(LEASE)) $(if $(OUT),--out $(OUT))
 
 failpoints: $(VENV)/.ready-dev ## processes struck at named points: TIMES=1 [DB=postgres] [POINT=…] [FAULT=kill|freeze|raise|suspend]
 	@$(BIN)/python -m tests.failpoints --times $(or $(TIMES),1) $(if $(DB),--db $(DB)) $(if $(POINT),--point $(POINT)) \

@@ -13,6 +13,8 @@ from pathlib import Path
 from tests.invariants import Sighting, Step
 
 LOOK_SECONDS = 0.05
+LISTEN_SECONDS = 0.005
+STEPS_NAME = "steps.log"
 # A trainer stands in its job's folder, `…/work/<worker>/train/<job>-e<epoch>`; one that waits for a job does not.
 _WORKDIR = re.compile(r"/work/(?P<worker>[^/]+)/train/(?P<job>ftjob-\w+)-e(?P<epoch>\d+)( \(deleted\))?$")
 
@@ -40,10 +42,60 @@ def trainers_below(folder: Path) -> list[Trainer]:
 
 def steps_made(folder: Path) -> list[Step]:
     """Those of all toy trainers (`tests.fakes.child`) that testify in this folder, in the order they were made."""
-    log = folder / "steps.log"
-    lines = log.read_text().splitlines() if log.exists() else []
-    fields = [line.split() for line in lines]
-    return [Step(job_id, int(epoch), int(number), float(at)) for job_id, epoch, number, at in fields]
+    log = folder / STEPS_NAME
+    return _steps(log.read_text()) if log.exists() else []
+
+
+@dataclass
+class Listener:
+    """Hears of every step of the toy trainers that testify in a folder, soon after it was made."""
+
+    folder: Path
+    _first: dict[tuple[str, int], Step] = field(default_factory=dict)  # by job and number
+    _heard: threading.Condition = field(default_factory=threading.Condition)
+    _end: threading.Event = field(default_factory=threading.Event)
+
+    def wait_for(self, job_id: str, number: int, *, seconds: float) -> Step:
+        """Return this step of a job as soon as it is made, for the first time; raises TimeoutError."""
+        with self._heard:
+            if not self._heard.wait_for(lambda: (job_id, number) in self._first, timeout=seconds):
+                raise TimeoutError(f"waited {seconds} s for step {number} of {job_id}")
+            return self._first[job_id, number]
+
+    def listen(self) -> None:
+        """Listen until `leave`."""
+        path, read = self.folder / STEPS_NAME, 0
+        while not self._end.wait(LISTEN_SECONDS):
+            if path.exists() and path.stat().st_size > read:
+                with path.open("rb") as log:
+                    log.seek(read)
+                    found = log.read()
+                whole = found[: found.rfind(b"\n") + 1]
+                read += len(whole)
+                self._note(whole.decode())
+
+    def leave(self) -> None:
+        """End it."""
+        self._end.set()
+
+    def _note(self, lines: str) -> None:
+        with self._heard:
+            for step in _steps(lines):
+                self._first.setdefault((step.job_id, step.number), step)
+            self._heard.notify_all()
+
+
+@contextmanager
+def listening(folder: Path) -> Iterator[Listener]:
+    """A listener that listens all the while."""
+    listener = Listener(folder)
+    thread = threading.Thread(target=listener.listen, name="listener", daemon=True)
+    thread.start()
+    try:
+        yield listener
+    finally:
+        listener.leave()
+        thread.join()
 
 
 @dataclass
@@ -104,6 +156,11 @@ def folder_of(pid: int) -> str:
         return str(Path(f"/proc/{pid}/cwd").readlink())
     except OSError:
         return ""
+
+
+def _steps(lines: str) -> list[Step]:
+    fields = [line.split() for line in lines.splitlines()]
+    return [Step(job_id, int(epoch), int(number), float(at)) for job_id, epoch, number, at in fields]
 
 
 def _parent(pid: int) -> int:

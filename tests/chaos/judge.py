@@ -129,11 +129,21 @@ def figures(evidence: Evidence) -> dict[str, Any]:
     return {
         "jobs": {"accepted": len(evidence.by_id), **dict(outcomes)},
         "steps": {"made": made, "needed": needed, "redone": made - needed},
-        "steps_lost_by_interruption": {"save_steps": SAVE_STEPS, **_spread(lost)},
+        "steps_lost_by_interruption": {"save_steps": SAVE_STEPS, **spread(lost)},
         "faults_that_hit_a_running_job": dict(Counter(hit.fault for hit in _first_of_each(evidence.hits))),
         "jobs_hit": dict(Counter(hit.fault for hit in evidence.hits)),
-        "seconds_to_next_step": {fault: _spread(times) for fault, times in sorted(_recoveries(evidence).items())},
+        "seconds_to_next_step": {fault: spread(times) for fault, times in sorted(_recoveries(evidence).items())},
     }
+
+
+def spread(numbers: Sequence[float]) -> dict[str, float]:
+    """Their count, median, 95th percentile and highest, to a thousandth."""
+    if not numbers:
+        return {"count": 0}
+    ordered = sorted(numbers)
+    p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
+    facts = {"p50": statistics.median(ordered), "p95": p95, "highest": ordered[-1]}
+    return {"count": len(ordered), **{name: round(value, 3) for name, value in facts.items()}}
 
 
 def _lost(evidence: Evidence) -> Iterator[str]:
@@ -209,15 +219,6 @@ def _recoveries(evidence: Evidence) -> dict[str, list[float]]:
             if next_step is not None and next_step.at < until:
                 found[hit.fault].append(next_step.at - hit.at)
     return found
-
-
-def _spread(numbers: Sequence[float]) -> dict[str, float]:
-    if not numbers:
-        return {"count": 0}
-    ordered = sorted(numbers)
-    p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
-    facts = {"p50": statistics.median(ordered), "p95": p95, "highest": ordered[-1]}
-    return {"count": len(ordered), **{name: round(value, 3) for name, value in facts.items()}}
 
 
 def _jobs(database: Database) -> dict[str, Job]:
