@@ -98,7 +98,7 @@ def open_database(url: str) -> Database:
 
 
 def one_at_a_time(connection: Connection, name: str) -> None:
-    """Let writing transactions that name the same thing wait for each other's end; SQLite's do so whatever they name."""
+    """Let writing transactions that name the same thing wait for each other; SQLite's do so whatever they name."""
     if connection.dialect.name == "postgresql":
         connection.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
 
