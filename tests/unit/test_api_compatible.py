@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
 from graft_api.compatible.requests import native_body
 from graft_shared.errors import GraftError
 from graft_shared.jobs import Checkpoint, Failure, FailureReason, StoredObject
 from graft_shared.store import Order
+from graft_shared.store.tables import jobs
 from tests.api_service import LLAMA, ROWS, ApiService, error_of, make_service, migrated_database
 
 RED, BLUE = "r" * 24, "b" * 24
@@ -38,7 +40,8 @@ def asked(**changes: Any) -> dict[str, Any]:
 
 
 def post(api: ApiService, headers: dict[str, str] | None = None, **changes: Any) -> Any:
-    body = {"model": LLAMA, "training_file": api.upload().json()["id"], **changes}
+    training_file = changes.pop("training_file", None) or api.upload().json()["id"]
+    body = {"model": LLAMA, "training_file": training_file, **changes}
     return api.http.post(JOBS, json=body, headers=headers or {})
 
 
@@ -333,10 +336,6 @@ def test_a_key_decides_where_there_is_one(api: ApiService) -> None:
 
 
 def age(api: ApiService, job_id: str, by: timedelta) -> None:
-    from sqlalchemy import update
-
-    from graft_shared.store.tables import jobs
-
     with api.database.writing() as connection:
         earlier = update(jobs).where(jobs.c.id == job_id).values(created_at=jobs.c.created_at - by.total_seconds())
         connection.execute(earlier)

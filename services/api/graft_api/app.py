@@ -11,7 +11,9 @@ from fastapi import Depends, FastAPI
 from graft_api import health, metrics, objects
 from graft_api.auth import read_keys, tenant
 from graft_api.capacity import endpoints as capacity_routes
-from graft_api.compatible import routes as compatible_routes
+from graft_api.compatible import files as compatible_files
+from graft_api.compatible import jobs as compatible_jobs
+from graft_api.compatible import models as compatible_models
 from graft_api.compatible.requests import FineTuningRequest
 from graft_api.deps import Neighbours, known_query
 from graft_api.errors import DOCUMENTED, install_handlers
@@ -102,7 +104,8 @@ def create_app(neighbours: Neighbours) -> FastAPI:
 
 
 def _add_routes(app: FastAPI, bucket: Bucket) -> None:
-    for routes in (job_routes, file_routes, model_routes, capacity_routes, metrics, compatible_routes):
+    native = (job_routes, file_routes, model_routes, capacity_routes, metrics)
+    for routes in (*native, compatible_files, compatible_jobs, compatible_models):
         app.include_router(routes.router, dependencies=[Depends(tenant)])
     app.include_router(health.router)
     if isinstance(bucket, DirectoryBucket):

@@ -19,7 +19,7 @@ from graft_api.files.service import receive
 from graft_api.paging import Page, envelope
 from graft_shared.store import Order
 
-router = APIRouter(prefix="/files", tags=["compatible"])
+router = APIRouter(prefix="/v1/files", tags=["compatible"])
 
 MOST_FILES = 10_000  # in a page, as OpenAI has it
 

@@ -21,7 +21,7 @@ from graft_api.paging import Limit, Page, envelope
 from graft_shared.errors import GraftError
 from graft_shared.store import JobQuery
 
-router = APIRouter(prefix="/fine_tuning/jobs", tags=["compatible"])
+router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["compatible"])
 
 _BODY: dict[str, Any] = {
     "requestBody": {

@@ -15,7 +15,7 @@ from graft_shared.errors import BaseModelNotFound, JobNotFound, NotFound
 from graft_shared.jobs import JobState, JobStatus
 from graft_shared.store import JobQuery
 
-router = APIRouter(prefix="/models", tags=["compatible"])
+router = APIRouter(prefix="/v1/models", tags=["compatible"])
 
 MOST_ADAPTERS = 1000  # of the list, which OpenAI's clients do not page through
 
