@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import ColumnElement, Select, and_, delete, insert, or_, select
-from sqlalchemy.engine import RowMapping
+from sqlalchemy.engine import Connection, RowMapping
 
 from graft_shared.errors import FileInUse, FileNotFound, UploadExpired
 from graft_shared.jobs import JobState, Stage, StoredObject
@@ -94,11 +94,7 @@ class Files:
             FileNotFound: No such file, or another tenant's.
         """
         with self._database.reading() as connection:
-            query = select(files).where(files.c.tenant == tenant, files.c.id == file_id)
-            row = connection.execute(query).mappings().one_or_none()
-        if row is None:
-            raise FileNotFound(file_id=file_id)
-        return _file_from(row)
+            return _file_from(_row(connection, tenant, file_id))
 
     def delete(self, tenant: str, file_id: str) -> None:
         """Forget a file that no job needs any more. A job needs it until its data is prepared.
@@ -110,10 +106,7 @@ class Files:
             FileInUse: A job that waits or runs has not prepared its data from it yet.
         """
         with self._database.writing() as connection:
-            query = select(files).where(files.c.tenant == tenant, files.c.id == file_id).with_for_update()
-            row = connection.execute(query).mappings().one_or_none()
-            if row is None:
-                raise FileNotFound(file_id=file_id)
+            row = _row(connection, tenant, file_id, lock=True)
             reader = connection.execute(_readers(tenant, file_id)).scalar_one_or_none()
             if reader is not None:
                 raise FileInUse(file_id=file_id, job_id=reader)
@@ -143,6 +136,14 @@ class Files:
         with self._database.reading() as connection:
             page = connection.execute(query).mappings().all()
         return [_file_from(row) for row in page[:limit]], len(page) > limit
+
+
+def _row(connection: Connection, tenant: str, file_id: str, *, lock: bool = False) -> RowMapping:
+    query = select(files).where(files.c.tenant == tenant, files.c.id == file_id)
+    row = connection.execute(query.with_for_update() if lock else query).mappings().one_or_none()
+    if row is None:
+        raise FileNotFound(file_id=file_id)
+    return row
 
 
 def _readers(tenant: str, file_id: str) -> Select[str]:
