@@ -21,8 +21,10 @@ GraftError
 │   └── ObjectNotFound
 ├── Conflict                       right in itself, too late or too early
 │   ├── JobFinished
+│   ├── JobNotEnded
 │   ├── JobCancelling
 │   ├── AdapterNotReady
+│   ├── FileInUse
 │   ├── UploadExpired
 │   └── WorkerNameTaken
 ├── LeaseLost                      another epoch owns the job now
@@ -137,12 +139,20 @@ class JobFinished(Conflict):
     """The job '{job_id}' has already ended as '{status}'."""
 
 
+class JobNotEnded(Conflict):
+    """The job '{job_id}' is '{status}', and only a job that has ended can be deleted. Cancel it first."""
+
+
 class JobCancelling(Conflict):
     """The job '{job_id}' is being cancelled: it can be neither paused nor resumed."""
 
 
 class AdapterNotReady(Conflict):
     """The job '{job_id}' is '{status}': its adapter exists once it has succeeded."""
+
+
+class FileInUse(Conflict):
+    """The job '{job_id}' has not read the file '{file_id}' yet. Wait until its data is prepared, or cancel it first."""
 
 
 class UploadExpired(Conflict):

@@ -308,6 +308,7 @@ class Job:
     claimed_at: datetime | None  # when its present run began, or its last one
     lease_expires_at: datetime | None
     gpu_seconds: float  # that training held a GPU, over all runs that have ended
+    deleted_at: datetime | None = None  # its tenant sees it no more; the row stays until its objects are gone
 
     @property
     def status(self) -> JobStatus:

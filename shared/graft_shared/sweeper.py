@@ -37,7 +37,8 @@ def leftovers(job: Job, keys: Iterable[str]) -> list[str]:
 
     Kept are, while the job lives, its prepared data, its committed checkpoint, every log, and all that the running
     epoch has written but checkpoints behind the committed one. When it has ended: the adapter, the last log, and the
-    last checkpoint, whatever the end: it is all there is of a failed or cancelled job's training.
+    last checkpoint, whatever the end: it is all there is of a failed or cancelled job's training. Of a job that its
+    tenant has deleted nothing is kept.
     """
     found = [made for key in keys if (made := read_job_key(job.tenant, job.id, key)) is not None]
     last_log = max((made.epoch for made in found if made.is_log), default=0)
@@ -45,6 +46,8 @@ def leftovers(job: Job, keys: Iterable[str]) -> list[str]:
 
 
 def _is_needed(job: Job, made: JobObject, last_log: int) -> bool:
+    if job.deleted_at is not None:
+        return False
     ended = job.state in TERMINAL_STATES
     if made.epoch > job.epoch or made.key in _pointed_at(job):
         return True

@@ -14,10 +14,11 @@ from sqlalchemy import select, update
 from graft_shared.artifacts import adapter_prefix, checkpoint_key, log_key, prepared_key
 from graft_shared.buckets import Bucket
 from graft_shared.buckets.directory import DirectoryBucket
-from graft_shared.errors import BucketUnavailable, UploadExpired
+from graft_shared.errors import BucketUnavailable, FileNotFound, JobNotFound, UploadExpired
 from graft_shared.jobs import Checkpoint, Failure, FailureReason, Job, Stage, StoredObject
 from graft_shared.store import UPLOAD_LIFE, Database, Files, Jobs, Leases, Sweeps
 from graft_shared.store.sweeps import SWEEP_AGAIN, SWEEP_EVERY
+from graft_shared.store.tables import job_events as events_table
 from graft_shared.store.tables import jobs as jobs_table
 from graft_shared.store.tables import uploads as uploads_table
 from graft_shared.sweeper import OBJECTS_PER_JOB, Sweeper
@@ -301,3 +302,68 @@ def test_sweepers_side_by_side_take_each_job_once(service: Service) -> None:
     sweeps = Sweeps(service.database)
     taken = [due.job_id for _ in range(3) for due in sweeps.take(limit=4)]
     assert len(taken) == len(set(taken)) == 6
+
+
+def test_a_deleted_jobs_objects_go_at_once_and_its_row_when_no_zombie_can_write_any_more(service: Service) -> None:
+    job = service.train(service.prepared(), 10)
+    service.succeed(job)
+    service.jobs.delete("default", job.id)
+    with pytest.raises(JobNotFound):
+        service.jobs.get("default", job.id)
+    service.sweep()
+    assert service.left(job) == []
+    assert service.leases.read(job.id) is not None, "what a worker that was cut off still writes must be found"
+    service.write_checkpoint(job, 12)
+    service.let_pass(GRACE)
+    service.sweep()
+    assert service.left(job) == []
+    assert service.leases.read(job.id) is None
+    with service.database.reading() as connection:
+        assert connection.execute(select(events_table).where(events_table.c.job_id == job.id)).all() == []
+
+
+def test_a_job_that_is_deleted_long_after_its_end_is_gone_after_one_sweep(service: Service) -> None:
+    job = service.train(service.prepared(), 10)
+    service.succeed(job)
+    service.let_pass(2 * GRACE)
+    service.sweep()
+    assert service.due_at(job) is None
+    service.jobs.delete("default", job.id)
+    service.sweep()
+    assert service.left(job) == []
+    assert service.leases.read(job.id) is None
+
+
+def test_a_deletion_whose_sweep_was_cut_short_is_made_up_for_by_another(service: Service, tmp_path: Path) -> None:
+    job = service.train(service.prepared(), 10)
+    service.succeed(job)
+    service.let_pass(2 * GRACE)
+    service.jobs.delete("default", job.id)
+    with pytest.raises(BucketUnavailable):
+        service.sweeper(Unreachable(tmp_path / "bucket")).sweep(threading.Event())
+    assert service.left(job) != [] and service.leases.read(job.id) is not None
+    service.let_pass(SWEEP_AGAIN)
+    service.sweep()
+    assert service.left(job) == [] and service.leases.read(job.id) is None
+
+
+def test_a_deleted_files_bytes_are_removed_and_no_upload_is_left(service: Service) -> None:
+    key = "tenants/default/files/file-1"
+    service.files.announce(key)
+    stored = service.bucket.put_bytes(key, b"rows")
+    service.files.add(id="file-1", tenant="default", filename="rows.jsonl", object=stored, report={})
+    service.sweep()
+    assert list(service.bucket.list(key)) == [key]
+    service.files.delete("default", "file-1")
+    with pytest.raises(FileNotFound):
+        service.files.get("default", "file-1")
+    service.sweep()
+    assert list(service.bucket.list(key)) == []
+    assert service.files.lost_uploads(limit=10) == []
+
+
+class Unreachable(DirectoryBucket):
+    """Lists, and removes nothing."""
+
+    def delete(self, key: str) -> None:
+        raise BucketUnavailable(reason="it is away")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,8 @@ IDS = {
     ("path", "file_id"): "file",
     ("query /jobs", "after"): "job",
     ("query /files", "after"): "file",
+    ("query /v1/fine_tuning/jobs", "after"): "job",
+    ("query /v1/files", "after"): "file",
 }
 NO_IDS = {
     ("path", "base_model"),  # base models are everybody's
@@ -74,10 +76,21 @@ NO_IDS = {
     ("query /jobs", "base_model"),
     ("query /jobs", "metadata"),
     ("query /objects/{key}", "signature"),
+    ("query /v1/fine_tuning/jobs", "metadata"),
+    ("query /v1/files", "order"),
+    ("query /v1/files", "purpose"),
+    ("query /jobs/{job_id}/checkpoints", "after"),  # within the job of the path, as below
+    ("query /v1/fine_tuning/jobs/{job_id}/events", "after"),
+    ("query /v1/fine_tuning/jobs/{job_id}/checkpoints", "after"),
+    ("path", "model"),  # tests/unit/test_api_compatible.py has foreign adapters
     ("header", "idempotency-key"),  # each tenant has its own
 }
-BODIES_WITH_IDS = {("post", "/jobs"), ("post", "/jobs/estimate")}
-BODIES_WITHOUT_IDS = {("post", "/files")}
+BODIES_WITH_IDS: dict[tuple[str, str], Callable[[str], dict[str, Any]]] = {
+    ("post", "/jobs"): lambda file_id: {"base_model": LLAMA, "dataset": {"file": file_id}},
+    ("post", "/jobs/estimate"): lambda file_id: {"base_model": LLAMA, "dataset": {"file": file_id}},
+    ("post", "/v1/fine_tuning/jobs"): lambda file_id: {"model": LLAMA, "training_file": file_id},
+}
+BODIES_WITHOUT_IDS = {("post", "/files"), ("post", "/v1/files")}
 
 
 def requests_with(document: dict[str, Any], ids: dict[str, str]) -> Iterator[dict[str, Any]]:
@@ -87,8 +100,7 @@ def requests_with(document: dict[str, Any], ids: dict[str, str]) -> Iterator[dic
             for parameter in operation.get("parameters", []):
                 yield from _request_by(parameter, method, path, ids)
             if (method, path) in BODIES_WITH_IDS:
-                body = {"base_model": LLAMA, "dataset": {"file": ids["file"]}}
-                yield {"method": method, "url": path, "json": body}
+                yield {"method": method, "url": path, "json": BODIES_WITH_IDS[method, path](ids["file"])}
             else:
                 assert "requestBody" not in operation or (method, path) in BODIES_WITHOUT_IDS, (method, path)
 
@@ -156,9 +168,21 @@ def test_the_owner_is_answered_wherever_an_id_is_taken(api: ApiService) -> None:
     api.succeed(job["id"])
     api.bucket.put_bytes(log_key("red", job["id"], 2), b"what red did\n")
     ids = {"job": job["id"], "file": job["spec"]["dataset"]["file"]}
-    for request in requests_with(api.http.get("/openapi.json").json(), ids):
+    requests = list(requests_with(api.http.get("/openapi.json").json(), ids))
+    for request in (request for request in requests if request["method"] != "delete"):
         expected = (409,) if request["url"].endswith(("/cancel", "/pause", "/resume")) else (200, 202)
         assert api.http.request(**request).status_code in expected, request
+    assert {request["url"].partition("/ft")[0] for request in requests if request["method"] == "delete"} == {
+        "/jobs",
+        f"/files/{ids['file']}",
+        f"/v1/files/{ids['file']}",
+    }
+    assert api.http.delete(f"/jobs/{ids['job']}").json() == {
+        "id": ids["job"],
+        "object": "fine_tuning.job",
+        "deleted": True,
+    }
+    assert api.http.delete(f"/files/{ids['file']}").status_code == 409, "the jobs that were posted above need it"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,10 @@ from fastapi import Depends, FastAPI
 from graft_api import health, metrics, objects
 from graft_api.auth import read_keys, tenant
 from graft_api.capacity import endpoints as capacity_routes
+from graft_api.compatible import files as compatible_files
+from graft_api.compatible import jobs as compatible_jobs
+from graft_api.compatible import models as compatible_models
+from graft_api.compatible.requests import FineTuningRequest
 from graft_api.deps import Neighbours, known_query
 from graft_api.errors import DOCUMENTED, install_handlers
 from graft_api.exchanges import Exchanges
@@ -100,7 +104,8 @@ def create_app(neighbours: Neighbours) -> FastAPI:
 
 
 def _add_routes(app: FastAPI, bucket: Bucket) -> None:
-    for routes in (job_routes, file_routes, model_routes, capacity_routes, metrics):
+    native = (job_routes, file_routes, model_routes, capacity_routes, metrics)
+    for routes in (*native, compatible_files, compatible_jobs, compatible_models):
         app.include_router(routes.router, dependencies=[Depends(tenant)])
     app.include_router(health.router)
     if isinstance(bucket, DirectoryBucket):
@@ -118,11 +123,12 @@ def _hub_of(settings: ApiSettings) -> HubConfigs:
 
 
 def _describe_spec(app: FastAPI) -> None:
-    """Put JobSpec into the OpenAPI document: its routes read their bodies themselves, stricter than FastAPI would."""
+    """Put bodies into the OpenAPI document whose routes read them themselves, stricter than FastAPI would."""
     document = app.openapi()
-    schema = JobSpec.model_json_schema(by_alias=True, ref_template="#/components/schemas/{model}")
-    parts: dict[str, Any] = schema.pop("$defs")
-    document["components"]["schemas"] |= {**parts, "JobSpec": schema}
+    for body in (JobSpec, FineTuningRequest):
+        schema = body.model_json_schema(by_alias=True, ref_template="#/components/schemas/{model}")
+        parts: dict[str, Any] = schema.pop("$defs")
+        document["components"]["schemas"] |= {**parts, body.__name__: schema}
 
 
 @asynccontextmanager

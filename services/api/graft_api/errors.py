@@ -106,6 +106,20 @@ DOCUMENTED: dict[int | str, dict[str, Any]] = {
 }
 
 
+_SAID = {
+    400: "The request cannot be read, or has a key that is not known.",
+    404: "There is no such thing, or it is another tenant's.",
+    409: "Too late or too early: it cannot succeed as things are, and says so in `x-should-retry`.",
+    413: "The body is too large.",
+    415: "The body is of another kind.",
+}
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What a route says of the errors that it answers with, beside those that every route may."""
+    return {status: {"model": ErrorBody, "description": _SAID[status]} for status in statuses}
+
+
 def status_code(error: GraftError) -> int:
     """The HTTP status of an error."""
     return next(STATUS_CODES[kind] for kind in type(error).__mro__ if kind in STATUS_CODES)

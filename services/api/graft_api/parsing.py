@@ -58,17 +58,20 @@ def parse_spec(body: Any) -> JobSpec:
     return spec
 
 
-def error_of(errors: Sequence[Any], *, body: Any = None, in_query: bool = False) -> GraftError:
+def error_of(
+    errors: Sequence[Any], *, body: Any = None, in_query: bool = False, model: type[BaseModel] = JobSpec
+) -> GraftError:
     """Choose what to say about a failed validation: unknown keys first, then the first refused value.
 
     Args:
         errors: As `pydantic.ValidationError.errors()` gives them.
         body: What was validated: tells the keys in an error's place from the branches of a union.
         in_query: The places begin with "query", "path" or "header", and name no part of a body.
+        model: What the body was validated as: its keys are those that may have been meant.
     """
     unknown = [error for error in errors if error["type"] == "extra_forbidden"]
     if unknown:
-        return _unknown_key(tuple(unknown[0]["loc"]), [_dotted(error["loc"]) for error in unknown])
+        return _unknown_key(tuple(unknown[0]["loc"]), [_dotted(error["loc"]) for error in unknown], model)
     reasons: dict[str | None, list[str]] = {}
     for error in errors:
         place = _dotted(error["loc"][1:]) if in_query else _place(tuple(error["loc"]), error["type"], body)
@@ -178,18 +181,18 @@ def _bounds(error: Mapping[str, Any]) -> dict[str, Any]:
     return {name: context[name] for name in _BOUNDS if isinstance(context.get(name), int | float | str)}
 
 
-def _unknown_key(loc: tuple[str | int, ...], unknown: list[str]) -> UnknownParameter:
+def _unknown_key(loc: tuple[str | int, ...], unknown: list[str], model: type[BaseModel]) -> UnknownParameter:
     key = str(loc[-1])
-    fields = _fields_at(loc[:-1])
-    elsewhere = [place for place in _all_places() if place.rsplit(".", 1)[-1] == key]
+    fields = _fields_at(loc[:-1], model)
+    elsewhere = [place for place in _all_places(model) if place.rsplit(".", 1)[-1] == key]
     hint = f"Did you mean '{elsewhere[0]}'?" if elsewhere else hint_for(key, fields)
     facts: dict[str, Any] = {"unknown": unknown} if len(unknown) > 1 else {}
     return UnknownParameter(param=_dotted(loc), hint=hint, **facts)
 
 
-def _fields_at(loc: tuple[str | int, ...]) -> list[str]:
-    """The names that a section of the spec knows."""
-    model: Any = JobSpec
+def _fields_at(loc: tuple[str | int, ...], body: type[BaseModel]) -> list[str]:
+    """The names that a section of the body knows."""
+    model: Any = body
     for part in loc:
         named = {field.alias or name: field for name, field in model.model_fields.items()}
         model = next((kind for kind in _models_in(named[str(part)].annotation)), None) if str(part) in named else None
@@ -198,9 +201,9 @@ def _fields_at(loc: tuple[str | int, ...]) -> list[str]:
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
-def _all_places() -> list[str]:
+def _all_places(body: type[BaseModel]) -> list[str]:
     places = []
-    for name, field in JobSpec.model_fields.items():
+    for name, field in body.model_fields.items():
         inner = [f"{name}.{key}" for model in _models_in(field.annotation) for key in _names(model)]
         places += [name, *inner]
     return places

@@ -1,9 +1,10 @@
 """The truth about every job: tables, and each edge of a job's life as one compare-and-set transaction."""
 
 from graft_shared.store.engine import Database, open_database
-from graft_shared.store.files import UPLOAD_LIFE, Files, StoredFile
+from graft_shared.store.files import UPLOAD_LIFE, Files, Order, StoredFile
 from graft_shared.store.jobs import JobQuery, Jobs, NewJob
 from graft_shared.store.leases import Leases, Orders
+from graft_shared.store.resends import Sending
 from graft_shared.store.sweeps import DueSweep, Sweeps
 from graft_shared.store.totals import Backlog, Totals
 from graft_shared.store.workers import LiveWorker, Workers
@@ -19,7 +20,9 @@ __all__ = [
     "Leases",
     "LiveWorker",
     "NewJob",
+    "Order",
     "Orders",
+    "Sending",
     "StoredFile",
     "Sweeps",
     "Totals",

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Double, create_engine, event, make_url, select, text
+from sqlalchemy import Double, create_engine, event, func, make_url, select, text
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import InterfaceError, InternalError, OperationalError, ProgrammingError, TimeoutError
 from sqlalchemy.ext.compiler import compiles
@@ -95,6 +95,12 @@ def open_database(url: str) -> Database:
     else:
         raise ValueError(f"GRAFT_DATABASE_URL names {backend!r}: use postgresql+psycopg://… or sqlite:///…")
     return Database(engine)
+
+
+def one_at_a_time(connection: Connection, name: str) -> None:
+    """Let writing transactions that name the same thing wait for each other; SQLite's do so whatever they name."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
 
 
 def journal_mode(version: tuple[int, int, int] = sqlite3.sqlite_version_info) -> str:

@@ -7,17 +7,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, delete, insert, or_, select
-from sqlalchemy.engine import RowMapping
+from sqlalchemy import ColumnElement, Select, and_, delete, insert, or_, select
+from sqlalchemy.engine import Connection, RowMapping
 
-from graft_shared.errors import FileNotFound, UploadExpired
-from graft_shared.jobs import StoredObject
+from graft_shared.errors import FileInUse, FileNotFound, UploadExpired
+from graft_shared.jobs import JobState, Stage, StoredObject
 from graft_shared.store.engine import Database, as_datetime, now
-from graft_shared.store.tables import files, uploads
+from graft_shared.store.tables import files, jobs, uploads
 
 UPLOAD_LIFE = timedelta(days=1)  # an upload that is older is given up, and what it wrote removed
+
+
+class Order(StrEnum):
+    """Which of a tenant's files comes first: the oldest or the newest."""
+
+    ASC = "asc"
+    DESC = "desc"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,14 +94,29 @@ class Files:
             FileNotFound: No such file, or another tenant's.
         """
         with self._database.reading() as connection:
-            query = select(files).where(files.c.tenant == tenant, files.c.id == file_id)
-            row = connection.execute(query).mappings().one_or_none()
-        if row is None:
-            raise FileNotFound(file_id=file_id)
-        return _file_from(row)
+            return _file_from(_row(connection, tenant, file_id))
 
-    def list(self, tenant: str, *, after: str | None = None, limit: int = 20) -> tuple[list[StoredFile], bool]:
-        """Return one page of files, newest first, and whether there are more.
+    def delete(self, tenant: str, file_id: str) -> None:
+        """Forget a file that no job needs any more. A job needs it until its data is prepared.
+
+        What is left is a lost upload, so that a sweeper removes the bytes: whoever dies before that leaves its note.
+
+        Raises:
+            FileNotFound: No such file, or another tenant's.
+            FileInUse: A job that waits or runs has not prepared its data from it yet.
+        """
+        with self._database.writing() as connection:
+            row = _row(connection, tenant, file_id, lock=True)
+            reader = connection.execute(_readers(tenant, file_id)).scalar_one_or_none()
+            if reader is not None:
+                raise FileInUse(file_id=file_id, job_id=reader)
+            connection.execute(delete(files).where(files.c.id == file_id))
+            connection.execute(insert(uploads).values(key=row["key"], started_at=0.0))
+
+    def list(
+        self, tenant: str, *, after: str | None = None, limit: int = 20, order: Order = Order.DESC
+    ) -> tuple[list[StoredFile], bool]:
+        """Return one page of files in this order, and whether there are more.
 
         Raises:
             FileNotFound: `after` is no file of this tenant.
@@ -103,13 +126,32 @@ class Files:
             self.get(tenant, after)
             last = files.alias()
             moment = select(last.c.created_at).where(last.c.id == after).scalar_subquery()
-            query = query.where(
-                or_(files.c.created_at < moment, and_(files.c.created_at == moment, files.c.id < after))
-            )
-        query = query.order_by(files.c.created_at.desc(), files.c.id.desc()).limit(limit + 1)
+            same_moment = files.c.created_at == moment
+            if order is Order.DESC:
+                query = query.where(or_(files.c.created_at < moment, and_(same_moment, files.c.id < after)))
+            else:
+                query = query.where(or_(files.c.created_at > moment, and_(same_moment, files.c.id > after)))
+        by = (files.c.created_at, files.c.id)
+        query = query.order_by(*(column.desc() if order is Order.DESC else column for column in by)).limit(limit + 1)
         with self._database.reading() as connection:
             page = connection.execute(query).mappings().all()
         return [_file_from(row) for row in page[:limit]], len(page) > limit
+
+
+def _row(connection: Connection, tenant: str, file_id: str, *, lock: bool = False) -> RowMapping:
+    query = select(files).where(files.c.tenant == tenant, files.c.id == file_id)
+    row = connection.execute(query.with_for_update() if lock else query).mappings().one_or_none()
+    if row is None:
+        raise FileNotFound(file_id=file_id)
+    return row
+
+
+def _readers(tenant: str, file_id: str) -> Select[str]:
+    """The oldest job that has yet to prepare its data from this file."""
+    named = [jobs.c.spec[(part, "file")].as_string() == file_id for part in ("dataset", "validation")]
+    alive = jobs.c.state.in_([JobState.QUEUED.value, JobState.RUNNING.value])
+    unprepared = and_(jobs.c.tenant == tenant, alive, jobs.c.stage == Stage.PREPARE.value)
+    return select(jobs.c.id).where(unprepared, or_(*named)).order_by(jobs.c.created_at).limit(1)
 
 
 def _is_lost() -> ColumnElement[bool]:

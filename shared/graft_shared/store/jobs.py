@@ -1,4 +1,4 @@
-"""The tenants' door to jobs: submit, read, list, cancel, pause, resume. Every query takes the tenant."""
+"""The tenants' door to jobs: submit, read, list, cancel, pause, resume, delete. Every query takes the tenant."""
 
 from __future__ import annotations
 
@@ -11,11 +11,19 @@ from sqlalchemy import ColumnElement, and_, func, insert, or_, select, true
 from sqlalchemy.engine import Connection, RowMapping
 from sqlalchemy.exc import IntegrityError
 
-from graft_shared.errors import IdempotencyConflict, JobCancelling, JobFinished, JobNotFound
+from graft_shared.errors import (
+    IdempotencyConflict,
+    InvalidParameter,
+    JobCancelling,
+    JobFinished,
+    JobNotEnded,
+    JobNotFound,
+)
 from graft_shared.jobs import TERMINAL_STATES, Job, JobEvent, JobState, JobStatus, Stage
-from graft_shared.store.engine import Database, as_datetime, now
+from graft_shared.store.engine import Database, as_datetime, now, one_at_a_time
+from graft_shared.store.resends import Sending, made_before
 from graft_shared.store.rows import add_event, compare_and_set, event_from, job_from
-from graft_shared.store.tables import job_events, jobs
+from graft_shared.store.tables import files, job_events, jobs
 
 PRIORITY_RANKS = {"low": 0, "normal": 1, "high": 2}
 
@@ -33,6 +41,8 @@ class NewJob:
     request_sha256: str
     idempotency_key: str | None = None
     warnings: list[dict[str, Any]] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)  # that it reads, by the parameter that names each
+    sending: Sending | None = None  # of a request without a key, whose client counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +69,16 @@ class Jobs:
 
         Raises:
             IdempotencyConflict: The key was used with another body.
+            InvalidParameter: A file that it reads has been deleted meanwhile.
         """
         try:
             with self._database.writing() as connection:
+                if new.sending is not None:
+                    one_at_a_time(connection, f"{new.tenant} {new.request_sha256}")
+                    made = made_before(connection, new.tenant, new.request_sha256, new.sending)
+                    if made is not None:
+                        return job_from(made), False
+                _hold_files(connection, new)
                 _insert_job(connection, new)
                 add_event(
                     connection, new.id, 0, "submitted", "The job was accepted.", data={"gpu_class": new.gpu_class}
@@ -90,6 +107,12 @@ class Jobs:
             raise IdempotencyConflict(job_id=row["id"])
         return job_from(row)
 
+    def find_sent(self, tenant: str, request_sha256: str, sending: Sending) -> Job | None:
+        """Return the job that another sending of this request made before, if any."""
+        with self._database.reading() as connection:
+            row = made_before(connection, tenant, request_sha256, sending)
+        return job_from(row) if row is not None else None
+
     def get(self, tenant: str, job_id: str) -> Job:
         """Return one job.
 
@@ -106,7 +129,7 @@ class Jobs:
             JobNotFound: `query.after` is no job of this tenant.
         """
         with self._database.reading() as connection:
-            wanted = select(jobs).where(jobs.c.tenant == tenant, *_conditions(query))
+            wanted = select(jobs).where(jobs.c.tenant == tenant, jobs.c.deleted_at.is_(None), *_conditions(query))
             if query.after is not None:
                 last = _row(connection, tenant, query.after)
                 older = jobs.c.created_at < last["created_at"]
@@ -130,6 +153,22 @@ class Jobs:
                 .order_by(job_events.c.id)
                 .limit(limit + 1)
             )
+            page = connection.execute(query).mappings().all()
+        return [event_from(row) for row in page[:limit]], len(page) > limit
+
+    def latest_events(
+        self, tenant: str, job_id: str, *, before: int | None = None, limit: int = 20
+    ) -> tuple[Sequence[JobEvent], bool]:
+        """Return a page of the job's history, newest first, and whether there is more; `before` is an event's id.
+
+        Raises:
+            JobNotFound: No such job, or another tenant's.
+        """
+        older = job_events.c.id < before if before is not None else true()
+        with self._database.reading() as connection:
+            _row(connection, tenant, job_id)
+            query = select(job_events).where(job_events.c.job_id == job_id, older)
+            query = query.order_by(job_events.c.id.desc()).limit(limit + 1)
             page = connection.execute(query).mappings().all()
         return [event_from(row) for row in page[:limit]], len(page) > limit
 
@@ -199,6 +238,24 @@ class Jobs:
             add_event(connection, job_id, row["epoch"], "resumed", message)
             return job_from(row)
 
+    def delete(self, tenant: str, job_id: str) -> None:
+        """Delete a job that has ended: from now on its tenant sees it no more, and its key is free.
+
+        Its row stays, due to be swept, until its objects have gone: while there may be one, the row is all that tells
+        whose they are. Whoever dies between this commit and the last object leaves nothing behind that is not found.
+
+        Raises:
+            JobNotFound: No such job, or another tenant's.
+            JobNotEnded: It waits, runs or is paused.
+        """
+        with self._database.writing() as connection:
+            row = _row(connection, tenant, job_id, lock=True)
+            state = JobState(row["state"])
+            if state not in TERMINAL_STATES:
+                raise JobNotEnded(job_id=job_id, status=job_from(row).status.value)
+            gone = {"deleted_at": now(), "sweep_at": now(), "idempotency_key": None}
+            compare_and_set(connection, job_id, row["epoch"], state, **gone)
+
     def queue_position(self, job: Job) -> int | None:
         """This job's place among those of its stage and class that wait for a worker, from 1; None if it does not."""
         if not job.may_be_claimed:
@@ -252,12 +309,22 @@ def _insert_job(connection: Connection, new: NewJob) -> None:
             next_event=0,
             created_at=now(),
             not_before=now(),
+            sent_before=new.sending.sent_before if new.sending is not None else None,
         )
     )
 
 
+def _hold_files(connection: Connection, new: NewJob) -> None:
+    """See that the job's files are there, and keep them from being deleted before the job that needs them is known."""
+    wanted = select(files.c.id).where(files.c.tenant == new.tenant, files.c.id.in_(new.files.values()))
+    there = set(connection.execute(wanted.with_for_update(read=True)).scalars()) if new.files else set()
+    for param, file_id in new.files.items():
+        if file_id not in there:
+            raise InvalidParameter(param=param, reason=f"there is no file '{file_id}' any more; it has been deleted")
+
+
 def _row(connection: Connection, tenant: str, job_id: str, *, lock: bool = False) -> RowMapping:
-    query = select(jobs).where(jobs.c.tenant == tenant, jobs.c.id == job_id)
+    query = select(jobs).where(jobs.c.tenant == tenant, jobs.c.id == job_id, jobs.c.deleted_at.is_(None))
     row = connection.execute(query.with_for_update() if lock else query).mappings().one_or_none()
     if row is None:
         raise JobNotFound(job_id=job_id)

@@ -46,6 +46,7 @@ def job_from(row: RowMapping) -> Job:
         claimed_at=as_datetime(row["claimed_at"]) if row["claimed_at"] else None,
         lease_expires_at=as_datetime(row["lease_expires_at"]) if row["lease_expires_at"] else None,
         gpu_seconds=row["gpu_seconds"],
+        deleted_at=as_datetime(row["deleted_at"]) if row["deleted_at"] else None,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 
-from sqlalchemy import case, null, select, update
+from sqlalchemy import and_, case, delete, null, select, update
 
 from graft_shared.jobs import TERMINAL_STATES, JobState
 from graft_shared.store.engine import Database, now
@@ -49,8 +49,8 @@ class Sweeps:
     def finish(self, sweep: DueSweep, *, grace: timedelta) -> None:
         """Say that a job was swept: a running one is due again soon, one that waits or has just ended after `grace`.
 
-        One that had ended for so long when its sweep began is never due again. A job that was claimed meanwhile is due
-        when its claim says.
+        One that had ended for so long when its sweep began is never due again, and if it was deleted, its row goes: no
+        object is left that it would have to tell of. A job that was claimed meanwhile is due when its claim says.
         """
         ended = jobs.c.state.in_([state.value for state in TERMINAL_STATES])
         last_look_at = jobs.c.finished_at + grace.total_seconds()
@@ -60,6 +60,8 @@ class Sweeps:
             (ended, case((last_look_at > began_at, last_look_at), else_=null())),
             else_=now() + grace.total_seconds(),
         )
-        swept = update(jobs).where(jobs.c.id == sweep.job_id, jobs.c.sweep_at == sweep.mark).values(sweep_at=again_at)
+        this = and_(jobs.c.id == sweep.job_id, jobs.c.sweep_at == sweep.mark)
+        done_with = delete(jobs).where(this, jobs.c.deleted_at.is_not(None), last_look_at <= began_at)
         with self._database.writing() as connection:
-            connection.execute(swept)
+            if not connection.execute(done_with).rowcount:
+                connection.execute(update(jobs).where(this).values(sweep_at=again_at))

@@ -75,6 +75,8 @@ jobs = Table(
     Column("gpu_seconds", Double, nullable=False, server_default=text("0")),
     Column("pause_requested", Boolean, nullable=False, server_default=false()),
     Column("sweep_at", Double),  # when to look for what its runs left in the bucket; null: there is nothing
+    Column("sent_before", Integer),  # how often, by a client that names no key but counts; null: any other client
+    Column("deleted_at", Double),  # its tenant sees it no more; the row goes once its objects have gone
     UniqueConstraint("tenant", "idempotency_key"),
     Index(None, "state", "stage", "gpu_class"),
     Index(None, "sweep_at"),

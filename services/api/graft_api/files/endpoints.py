@@ -9,15 +9,18 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
 
 from graft_api.auth import Tenant
-from graft_api.deps import Here
-from graft_api.files.schemas import FileBody, file_body
+from graft_api.deps import Here, Neighbours
+from graft_api.errors import documented
+from graft_api.files.schemas import FileBody, FileDeleted, file_body
 from graft_api.files.service import receive
 from graft_api.paging import Limit, Page, envelope
 from graft_api.streams import chunks_of
+from graft_shared.store import StoredFile
 
 router = APIRouter(prefix="/files", tags=["files"])
 
-_FORM: dict[str, Any] = {
+CONTENT: dict[int | str, dict[str, Any]] = {200: {"content": {"application/jsonl": {}}}}
+FORM: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "content": {
@@ -36,7 +39,7 @@ _FORM: dict[str, Any] = {
 }
 
 
-@router.post("", status_code=201, summary="Upload a dataset", openapi_extra=_FORM)
+@router.post("", status_code=201, summary="Upload a dataset", openapi_extra=FORM)
 async def create_file(request: Request, tenant: Tenant, here: Here) -> FileBody:
     """Take a JSONL file; a line that cannot be trained on is refused with its number."""
     return file_body(await receive(request, tenant, here))
@@ -64,11 +67,22 @@ def get_file(file_id: str, tenant: Tenant, here: Here) -> FileBody:
     "/{file_id}/content",
     summary="A file's bytes",
     response_class=StreamingResponse,
-    responses={200: {"content": {"application/jsonl": {}}}},
+    responses=CONTENT,
 )
 def get_content(file_id: str, tenant: Tenant, here: Here) -> StreamingResponse:
     """Stream the file as it was uploaded."""
-    file = here.files.get(tenant, file_id)
+    return content_of(here.files.get(tenant, file_id), here)
+
+
+@router.delete("/{file_id}", summary="Delete a file", responses=documented(404, 409))
+def delete_file(file_id: str, tenant: Tenant, here: Here) -> FileDeleted:
+    """Delete it for good; 409 while a job has not prepared its data from it yet."""
+    here.files.delete(tenant, file_id)
+    return FileDeleted(id=file_id)
+
+
+def content_of(file: StoredFile, here: Neighbours) -> StreamingResponse:
+    """The answer that streams a file."""
     headers = {
         "content-length": str(file.object.size),
         "content-disposition": f"attachment; filename*=UTF-8''{quote(file.filename, safe='')}",

@@ -93,6 +93,9 @@ class FileForm:
     def _begin_content(self) -> None:
         _, options = parse_options_header(self._part.headers.get("content-disposition", ""))
         self._part.name = options.get(b"name", b"").decode("utf-8", "replace")
+        if self._part.name.partition("[")[0] == "expires_after":
+            reason = "files stay until they are deleted; leave it out, and DELETE the file once its jobs have ended"
+            raise InvalidParameter(param="expires_after", reason=reason)
         if self._part.name not in _FIELDS:
             raise UnknownParameter(param=self._part.name, hint=hint_for(self._part.name, _FIELDS))
         if self._part.name == FILE_FIELD:

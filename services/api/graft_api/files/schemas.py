@@ -32,6 +32,14 @@ class FileBody(BaseModel):
     report: RowsFound
 
 
+class FileDeleted(BaseModel):
+    """A file that is no more."""
+
+    id: str
+    object: Literal["file"] = "file"
+    deleted: Literal[True] = True
+
+
 def file_body(file: StoredFile) -> FileBody:
     """One file as its user sees it."""
     return FileBody(

@@ -11,11 +11,23 @@ from starlette.concurrency import run_in_threadpool
 
 from graft_api.auth import Tenant
 from graft_api.deps import Here, JsonBody
+from graft_api.errors import documented
 from graft_api.jobs import service
 from graft_api.jobs.adapter import Archive, adapter_body, read_adapter
+from graft_api.jobs.checkpoints import checkpoint_body, committed_checkpoints, number_behind, page_of
 from graft_api.jobs.events import all_events, event_stream
 from graft_api.jobs.queue import workers_for
-from graft_api.jobs.schemas import AdapterBody, Estimate, EventBody, JobBody, JobMetrics, MemoryForecast, Refusal
+from graft_api.jobs.schemas import (
+    AdapterBody,
+    CheckpointBody,
+    Estimate,
+    EventBody,
+    JobBody,
+    JobDeleted,
+    JobMetrics,
+    MemoryForecast,
+    Refusal,
+)
 from graft_api.jobs.views import event_body, job_bodies, job_body, metric_series, plan_body
 from graft_api.paging import Limit, Page, envelope
 from graft_api.parsing import parse_spec
@@ -34,7 +46,7 @@ _SPEC_BODY: dict[str, Any] = {
         "content": {"application/json": {"schema": {"$ref": "#/components/schemas/JobSpec"}}},
     }
 }
-_METADATA_QUERY: dict[str, Any] = {
+METADATA_QUERY: dict[str, Any] = {
     "parameters": [
         {
             "name": "metadata",
@@ -92,7 +104,7 @@ def estimate_job(body: JsonBody, tenant: Tenant, here: Here) -> Estimate | Refus
     )
 
 
-@router.get("", summary="List jobs, newest first", openapi_extra=_METADATA_QUERY)
+@router.get("", summary="List jobs, newest first", openapi_extra=METADATA_QUERY)
 def list_jobs(
     request: Request,
     tenant: Tenant,
@@ -108,7 +120,7 @@ def list_jobs(
     query = JobQuery(
         status=status,
         base_model=base_model,
-        metadata=_metadata_of(request),
+        metadata=metadata_of(request),
         created_after=_moment(created_after),
         created_before=_moment(created_before),
         after=after,
@@ -122,6 +134,13 @@ def list_jobs(
 def get_job(job_id: str, tenant: Tenant, here: Here) -> JobBody:
     """Return the job."""
     return job_body(here.jobs.get(tenant, job_id), here)
+
+
+@router.delete("/{job_id}", summary="Delete a job that has ended", responses=documented(404, 409))
+def delete_job(job_id: str, tenant: Tenant, here: Here) -> JobDeleted:
+    """Delete the job, its history, and its artifacts, the adapter included; 409 while it has not ended."""
+    here.jobs.delete(tenant, job_id)
+    return JobDeleted(id=job_id)
 
 
 @router.post("/{job_id}/cancel", summary="End a job before its time")
@@ -174,6 +193,21 @@ async def _live(job_id: str, tenant: str, here: Here, after: int) -> Response:
     return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
 
 
+@router.get("/{job_id}/checkpoints", summary="A job's checkpoints, newest first", responses=documented(404))
+def list_checkpoints(
+    job_id: str,
+    tenant: Tenant,
+    here: Here,
+    after: Annotated[str | None, Query(description="The last id of the page before.")] = None,
+    limit: Limit = 20,
+) -> Page[CheckpointBody]:
+    """Return a page of the checkpoints that were stored while the job trained."""
+    job = here.jobs.get(tenant, job_id)
+    page, has_more = page_of(committed_checkpoints(job, here.jobs), number_behind(after, "ftckpt", job.id), limit)
+    bodies = [checkpoint_body(job, checkpoint) for checkpoint in page]
+    return envelope(bodies, [body.id for body in bodies], has_more=has_more)
+
+
 @router.get("/{job_id}/metrics", summary="Losses and speeds by step")
 def get_metrics(job_id: str, tenant: Tenant, here: Here) -> JobMetrics:
     """Return series for plotting."""
@@ -222,7 +256,8 @@ def get_archive(job_id: str, tenant: Tenant, here: Here) -> StreamingResponse:
     return StreamingResponse(archive.chunks(), media_type="application/x-tar", headers=headers)
 
 
-def _metadata_of(request: Request) -> dict[str, str]:
+def metadata_of(request: Request) -> dict[str, str]:
+    """The pairs of `metadata[key]=value` that a list is asked to filter by."""
     pairs = {}
     for name, value in request.query_params.multi_items():
         if name.startswith("metadata["):

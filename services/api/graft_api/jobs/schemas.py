@@ -122,6 +122,29 @@ class EventBody(BaseModel):
     created_at: UnixSeconds
 
 
+class CheckpointBody(BaseModel):
+    """One checkpoint that was stored, read back and committed while the job trained."""
+
+    id: str
+    object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
+    job_id: str
+    epoch: int
+    step: int
+    size: int
+    sha256: str
+    created_at: UnixSeconds
+    is_stored: bool = Field(description="It is the one that the job goes on from; earlier ones are removed.")
+    metrics: Metrics = Field(description="The losses that were logged last up to its step.")
+
+
+class JobDeleted(BaseModel):
+    """A job that is no more."""
+
+    id: str
+    object: Literal["fine_tuning.job"] = "fine_tuning.job"
+    deleted: Literal[True] = True
+
+
 class MetricSeries(BaseModel):
     """Values by optimizer step, for plotting: the same length each."""
 

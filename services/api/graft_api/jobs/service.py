@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from graft_api.deps import Neighbours
@@ -19,16 +19,19 @@ from graft_shared.jobs import Job
 from graft_shared.logs import log_event
 from graft_shared.specs import JobSpec
 from graft_shared.speed import forecast
-from graft_shared.store import NewJob
+from graft_shared.store import NewJob, Sending
 
 logger = logging.getLogger(__name__)
 
 
-def submit(tenant: str, body: Any, idempotency_key: str | None, here: Neighbours) -> Job:
+def submit(
+    tenant: str, body: Any, idempotency_key: str | None, here: Neighbours, *, sending: Sending | None = None
+) -> Job:
     """Commit the job that the body asks for, ring for it, and return it.
 
     A key that was used before gives its job back before anything else is looked at: neither a catalogue nor a file
-    that has changed since can turn a repeated POST into a refusal.
+    that has changed since can turn a repeated POST into a refusal. So does, where there is no key, a `sending` that is
+    a repetition.
 
     Raises:
         IdempotencyConflict: The key was used with another body.
@@ -40,8 +43,14 @@ def submit(tenant: str, body: Any, idempotency_key: str | None, here: Neighbours
         earlier = here.jobs.find_by_key(tenant, idempotency_key, request_sha256)
         if earlier is not None:
             return earlier
+    if sending is not None and sending.sent_before:
+        made = here.jobs.find_sent(tenant, request_sha256, sending)
+        if made is not None:
+            return made
     spec, shape, placement = admit(tenant, spec, here)
-    job, is_new = here.jobs.submit(_new_job(tenant, spec, shape, placement, request_sha256, idempotency_key))
+    job, is_new = here.jobs.submit(
+        replace(_new_job(tenant, spec, shape, placement, request_sha256, idempotency_key), sending=sending)
+    )
     if is_new:
         here.bells.ring(job)
         log_event(
@@ -116,18 +125,26 @@ def _new_job(
         request_sha256=request_sha256,
         idempotency_key=key,
         warnings=[dict(warning) for warning in placement.warnings],
+        files={param: file_id for param, file_id in _files_of(spec) if file_id is not None},
     )
 
 
 def _check_sources(tenant: str, spec: JobSpec, here: Neighbours) -> None:
-    _check_file(tenant, "dataset.file", spec.dataset.file, here)
-    _check_file(tenant, "validation.file", spec.validation.file if spec.validation else None, here)
+    for param, named in _files_of(spec):
+        _check_file(tenant, param, named, here)
     if spec.dataset.uri is not None:
         bucket = spec.dataset.uri.removeprefix("s3://").partition("/")[0]
         allowed = here.settings.dataset_buckets
         if bucket not in allowed:
             there_are = f"datasets may come from {', '.join(allowed)}" if allowed else "the operator has allowed none"
             raise InvalidParameter(param="dataset.uri", reason=f"the bucket '{bucket}' is not allowed; {there_are}")
+
+
+def _files_of(spec: JobSpec) -> list[tuple[str, str | None]]:
+    return [
+        ("dataset.file", spec.dataset.file),
+        ("validation.file", spec.validation.file if spec.validation else None),
+    ]
 
 
 def _check_file(tenant: str, param: str, file_id: str | None, here: Neighbours) -> None:

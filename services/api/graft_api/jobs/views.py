@@ -84,7 +84,7 @@ def _body(job: Job, queue: Queue | None, moment: datetime) -> JobBody:
         created_at=_seconds(job.created_at),
         started_at=_seconds(job.started_at) if job.started_at else None,
         finished_at=_seconds(job.finished_at) if job.finished_at else None,
-        estimated_finish=_estimated_finish(job),
+        estimated_finish=estimated_finish(job),
         base_model=job.spec["base_model"],
         spec=job.spec,
         plan=plan_body(TrainingPlan.from_dict(job.plan)) if job.plan else {},
@@ -118,7 +118,8 @@ def _adapter(job: Job) -> AdapterLink | None:
     return AdapterLink(uri=job.adapter["uri"], manifest=route, archive=f"{route}/archive")
 
 
-def _estimated_finish(job: Job) -> int | None:
+def estimated_finish(job: Job) -> int | None:
+    """When a running job will have ended, as far as its pace tells; Unix seconds."""
     eta_seconds = job.progress.get("eta_seconds")
     return int(time.time() + eta_seconds) if job.state is JobState.RUNNING and eta_seconds is not None else None
 
