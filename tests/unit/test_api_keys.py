@@ -77,7 +77,7 @@ NO_IDS = {
     ("header", "idempotency-key"),  # each tenant has its own
 }
 BODIES_WITH_IDS = {("post", "/jobs"), ("post", "/jobs/estimate")}
-BODIES_WITHOUT_IDS = {("post", "/files")}
+BODIES_WITHOUT_IDS = {("post", "/files"), ("post", "/webhooks/test")}
 
 
 def requests_with(document: dict[str, Any], ids: dict[str, str]) -> Iterator[dict[str, Any]]:

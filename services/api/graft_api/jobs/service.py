@@ -20,6 +20,9 @@ from graft_shared.logs import log_event
 from graft_shared.specs import JobSpec
 from graft_shared.speed import forecast
 from graft_shared.store import NewJob
+from graft_shared.webhooks import TargetRefused
+
+WEBHOOKS_ARE_OFF = "this service sends no webhooks; its operator has not set GRAFT_WEBHOOK_SECRET"
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +76,7 @@ def admit(tenant: str, spec: JobSpec, here: Neighbours) -> tuple[JobSpec, ModelS
     shape = here.bases.resolve(spec.base_model, spec.revision)
     placement = here.capacity.place(shape, spec, here.bases.catalogue)
     _check_sources(tenant, spec, here)
+    _check_webhook(spec, here)
     return within_positions(shape, spec), shape, placement
 
 
@@ -128,6 +132,17 @@ def _check_sources(tenant: str, spec: JobSpec, here: Neighbours) -> None:
         if bucket not in allowed:
             there_are = f"datasets may come from {', '.join(allowed)}" if allowed else "the operator has allowed none"
             raise InvalidParameter(param="dataset.uri", reason=f"the bucket '{bucket}' is not allowed; {there_are}")
+
+
+def _check_webhook(spec: JobSpec, here: Neighbours) -> None:
+    if spec.webhook_url is None:
+        return
+    if here.postman is None:
+        raise InvalidParameter(param="webhook_url", reason=WEBHOOKS_ARE_OFF)
+    try:
+        here.postman.check(spec.webhook_url)
+    except TargetRefused as error:
+        raise InvalidParameter(param="webhook_url", reason=str(error)) from error
 
 
 def _check_file(tenant: str, param: str, file_id: str | None, here: Neighbours) -> None:
