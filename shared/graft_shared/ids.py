@@ -20,6 +20,11 @@ def new_file_id() -> str:
     return "file-" + _random()
 
 
+def new_webhook_id() -> str:
+    """Return a fresh id of one message to a webhook's receiver, who knows by it what was sent twice."""
+    return "evt_" + _random()
+
+
 def new_request_id() -> str:
     """Return a fresh id for one HTTP request."""
     return "req-" + _random()

@@ -1,4 +1,7 @@
-"""`python -m graft_shared.reconciler`: expired leases back, lost bells rung, the bucket swept. Any number may run."""
+"""`python -m graft_shared.reconciler`: expired leases back, lost bells rung, the bucket swept, webhooks sent.
+
+Any number may run.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,9 @@ from graft_shared.dispatch import CeleryDoorbell, Doorbell, queue_for
 from graft_shared.errors import StoreUnavailable
 from graft_shared.logs import configure_logging, log_event
 from graft_shared.settings import SharedSettings
-from graft_shared.store import Files, Leases, Sweeps, Workers, open_database
+from graft_shared.store import Files, Leases, Outbox, Sweeps, Workers, open_database
 from graft_shared.sweeper import Sweeper
+from graft_shared.webhooks import Postman, WebhookSender
 
 logger = logging.getLogger(__name__)
 
@@ -97,12 +101,16 @@ def main() -> None:
         bucket=open_bucket(settings),
         grace=settings.sweep_grace,
     )
-    log_event(logger, "reconciler_started")
-    run_beside(
-        stop,
+    loops = [
         lambda: reconciler.run(timedelta(seconds=settings.reconcile_seconds), stop, settings.reconciler_passed_path),
         lambda: sweeper.run(timedelta(seconds=settings.sweep_seconds), stop),
-    )
+    ]
+    postman = Postman.of(settings)
+    if postman is not None:
+        sender = WebhookSender(outbox=Outbox(database), postman=postman)
+        loops.append(lambda: sender.run(stop))
+    log_event(logger, "reconciler_started")
+    run_beside(stop, *loops)
     database.close()
     log_event(logger, "reconciler_stopped")
 

@@ -51,6 +51,11 @@ class SharedSettings(BaseSettings):
     dataset_buckets: CommaList = ()
     """Buckets that `s3://` datasets may come from, separated by commas."""
 
+    webhook_secret: SecretStr | None = None
+    """What webhooks are signed with, a key for each tenant made of it; without it there are none."""
+    webhook_hosts: CommaList = ()
+    """Hosts that webhooks may reach though they are not public, as shell patterns (`*.internal`), by plain HTTP too."""
+
     max_file_bytes: int = Field(default=2 * 1024**3, ge=1)
     log_json: bool = True
 

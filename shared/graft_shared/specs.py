@@ -209,6 +209,7 @@ class JobSpec(_Part):
     max_duration_seconds: Annotated[int, Field(ge=1)] | None = None
     max_attempts: Annotated[int, Field(ge=1, le=20)] = 3
     name: Annotated[str, Field(max_length=200)] | None = None
+    webhook_url: Annotated[str, Field(pattern=r"^https?://[^\s#]+$", max_length=2048)] | None = None
     metadata: dict[str, str] = Field(default_factory=dict)
 
     @field_validator("metadata")

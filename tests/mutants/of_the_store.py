@@ -299,8 +299,8 @@ CANCELS = [
         _LEASES,
         "no-terminal-event",
         "who follows the events of a job never hears of its end",
-        '    add_event(connection, row["id"], row["epoch"], state.value, message, level=level, data=data)\n    return ended',
-        "    return ended",
+        '    add_event(connection, row["id"], row["epoch"], state.value, message, level=level, data=data)\n    put_in',
+        "    put_in",
     ),
 ]
 

@@ -90,7 +90,7 @@ BODIES_WITH_IDS: dict[tuple[str, str], Callable[[str], dict[str, Any]]] = {
     ("post", "/jobs/estimate"): lambda file_id: {"base_model": LLAMA, "dataset": {"file": file_id}},
     ("post", "/v1/fine_tuning/jobs"): lambda file_id: {"model": LLAMA, "training_file": file_id},
 }
-BODIES_WITHOUT_IDS = {("post", "/files"), ("post", "/v1/files")}
+BODIES_WITHOUT_IDS = {("post", "/files"), ("post", "/v1/files"), ("post", "/webhooks/test")}
 
 
 def requests_with(document: dict[str, Any], ids: dict[str, str]) -> Iterator[dict[str, Any]]:

@@ -225,6 +225,16 @@ def test_the_service_prepares_and_has_one_worker_per_gpu_and_one_for_the_cpu(tmp
     assert all(spec.environment["GRAFT_STATE_DIR"] == str(tmp_path) for spec in specs)
 
 
+def test_webhooks_are_signed_with_one_secret_for_ever_that_only_its_owner_may_read(tmp_path: Path) -> None:
+    for _ in range(2):
+        specs = service("127.0.0.1", 8000, tmp_path, {}, ())
+        secrets = {spec.environment["GRAFT_WEBHOOK_SECRET"] for spec in specs if spec.name in ("api", "reconciler")}
+        assert secrets == {(tmp_path / "webhook-secret").read_text()}
+    assert (tmp_path / "webhook-secret").stat().st_mode & 0o077 == 0
+    given = service("127.0.0.1", 8000, tmp_path, {"GRAFT_WEBHOOK_SECRET": "mine"}, ())
+    assert {spec.environment["GRAFT_WEBHOOK_SECRET"] for spec in given} == {"mine"}
+
+
 def test_a_broker_that_the_user_names_is_used_and_none_is_started(tmp_path: Path) -> None:
     specs = service("127.0.0.1", 8000, tmp_path, {"GRAFT_BROKER_URL": "redis://mine:6379/0"}, ())
     assert "broker" not in {spec.name for spec in specs}

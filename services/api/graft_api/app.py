@@ -24,6 +24,7 @@ from graft_api.jobs.bells import Bells
 from graft_api.models import endpoints as model_routes
 from graft_api.models.bases import BaseModels, HubConfigs
 from graft_api.settings import ApiSettings
+from graft_api.webhooks import endpoints as webhook_routes
 from graft_shared.buckets import Bucket, open_bucket
 from graft_shared.buckets.directory import DirectoryBucket
 from graft_shared.capacity import CapacityTable
@@ -31,7 +32,8 @@ from graft_shared.catalogue import Catalogue
 from graft_shared.defaults import load_capacity, load_catalogue
 from graft_shared.dispatch import CeleryDoorbell, Doorbell
 from graft_shared.specs import JobSpec
-from graft_shared.store import Database, Files, Jobs, Leases, Totals, Workers, open_database
+from graft_shared.store import Database, Files, Jobs, Leases, Outbox, Totals, Workers, open_database
+from graft_shared.webhooks import Postman
 
 DESCRIPTION = (
     "Fine-tunes LoRA adapters on 4-bit base models (QLoRA). Unknown keys and parameters are refused everywhere."
@@ -72,6 +74,8 @@ def neighbours_of(
         workers=Workers(database),
         totals=Totals(database),
         bells=Bells(doorbell, Leases(database, settings.lease)),
+        outbox=Outbox(database),
+        postman=Postman.of(settings),
         bucket=bucket,
         doorbell=doorbell,
         capacity=capacity,
@@ -104,7 +108,7 @@ def create_app(neighbours: Neighbours) -> FastAPI:
 
 
 def _add_routes(app: FastAPI, bucket: Bucket) -> None:
-    native = (job_routes, file_routes, model_routes, capacity_routes, metrics)
+    native = (job_routes, webhook_routes, file_routes, model_routes, capacity_routes, metrics)
     for routes in (*native, compatible_files, compatible_jobs, compatible_models):
         app.include_router(routes.router, dependencies=[Depends(tenant)])
     app.include_router(health.router)

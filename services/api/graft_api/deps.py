@@ -17,7 +17,8 @@ from graft_shared.buckets import Bucket
 from graft_shared.capacity import CapacityTable
 from graft_shared.dispatch import Doorbell
 from graft_shared.errors import BadRequest, MalformedBody, UnknownParameter
-from graft_shared.store import Database, Files, Jobs, Totals, Workers
+from graft_shared.store import Database, Files, Jobs, Outbox, Totals, Workers
+from graft_shared.webhooks import Postman
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,8 @@ class Neighbours:
     workers: Workers
     totals: Totals
     bells: Bells
+    outbox: Outbox
+    postman: Postman | None  # None: the operator has not set webhooks up
     bucket: Bucket
     doorbell: Doorbell
     capacity: CapacityTable

@@ -5,11 +5,12 @@ from __future__ import annotations
 import fcntl
 import http.client
 import os
+import secrets
 import shlex
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -72,6 +73,7 @@ def service(
         broker = configure_broker(state_dir)
         specs.append(broker.as_child(wave=_BROKER, environment=environment))
         environment["GRAFT_BROKER_URL"] = broker.url
+    environment.setdefault("GRAFT_WEBHOOK_SECRET", _kept_secret(state_dir / "webhook-secret"))
     here = partial(_module, environment=environment)
     return [
         here("migrate", "graft_shared.store.migrate", wave=_MIGRATION, once=True),
@@ -82,6 +84,13 @@ def service(
         _worker("cpu", "cpu", environment),
         *(_worker(f"gpu-{gpu.index}", f"cuda:{gpu.index}", environment) for gpu in gpus),
     ]
+
+
+def _kept_secret(path: Path) -> str:
+    """The secret in this file, made at the first start and readable by its owner alone."""
+    with suppress(FileExistsError), os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
+        out.write(secrets.token_urlsafe(32))
+    return path.read_text()
 
 
 def check_port(host: str, port: int) -> None:

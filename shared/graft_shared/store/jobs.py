@@ -21,6 +21,7 @@ from graft_shared.errors import (
 )
 from graft_shared.jobs import TERMINAL_STATES, Job, JobEvent, JobState, JobStatus, Stage
 from graft_shared.store.engine import Database, as_datetime, now, one_at_a_time
+from graft_shared.store.outbox import put_in_outbox
 from graft_shared.store.resends import Sending, made_before
 from graft_shared.store.rows import add_event, compare_and_set, event_from, job_from
 from graft_shared.store.tables import files, job_events, jobs
@@ -190,6 +191,7 @@ class Jobs:
                 ended = {"state": JobState.CANCELLED.value, "finished_at": now(), "phase": None}
                 compare_and_set(connection, job_id, row["epoch"], state, cancel_requested=True, **ended)
                 add_event(connection, job_id, row["epoch"], "cancelled", "The job was cancelled before it ran.")
+                put_in_outbox(connection, row, JobState.CANCELLED)
             else:
                 compare_and_set(connection, job_id, row["epoch"], state, cancel_requested=True)
                 add_event(connection, job_id, row["epoch"], "cancel_requested", "The worker was asked to stop.")

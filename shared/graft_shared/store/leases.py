@@ -25,6 +25,7 @@ from graft_shared.jobs import (
     after_failure,
 )
 from graft_shared.store.engine import Database, now
+from graft_shared.store.outbox import put_in_outbox
 from graft_shared.store.rows import add_event, checkpoint_values, compare_and_set, job_from
 from graft_shared.store.sweeps import SWEEP_EVERY
 from graft_shared.store.tables import jobs, workers
@@ -210,6 +211,7 @@ class Leases:
             compare_and_set(connection, job_id, epoch, JobState.SUCCEEDED, metrics={**row["metrics"], **metrics})
             message = "The adapter was stored and proven."
             add_event(connection, job_id, epoch, "succeeded", message, data={"adapter": adapter, "metrics": metrics})
+            put_in_outbox(connection, row, JobState.SUCCEEDED)
 
     def settle_failure(self, job_id: str, epoch: int, failure: Failure, *, replanned: Placement | None = None) -> Job:
         """End this run; the job goes back to the queue, or ends, as `after_failure` decides.
@@ -461,6 +463,7 @@ def _end(
     ended = compare_and_set(connection, row["id"], row["epoch"], present, **values)
     level = "error" if state is JobState.FAILED else "info"
     add_event(connection, row["id"], row["epoch"], state.value, message, level=level, data=data)
+    put_in_outbox(connection, row, state)
     return ended
 
 

@@ -118,6 +118,23 @@ uploads = Table(
     Index(None, "started_at"),
 )
 
+webhooks = Table(
+    "webhooks",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("job_id", String(64), ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("tenant", String(64), nullable=False),
+    Column("url", String(2048), nullable=False),
+    Column("type", String(64), nullable=False),
+    Column("tries", Integer, nullable=False),
+    Column("said", Text),
+    Column("created_at", Double, nullable=False),
+    Column("next_try_at", Double),  # null: delivered, or given up
+    Column("delivered_at", Double),
+    UniqueConstraint("job_id"),  # a job ends once
+    Index(None, "next_try_at"),
+)
+
 workers = Table(
     "workers",
     metadata,

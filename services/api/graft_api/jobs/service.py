@@ -20,6 +20,9 @@ from graft_shared.logs import log_event
 from graft_shared.specs import JobSpec
 from graft_shared.speed import forecast
 from graft_shared.store import NewJob, Sending
+from graft_shared.webhooks import TargetRefused
+
+WEBHOOKS_ARE_OFF = "this service sends no webhooks; its operator has not set GRAFT_WEBHOOK_SECRET"
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +85,7 @@ def admit(tenant: str, spec: JobSpec, here: Neighbours) -> tuple[JobSpec, ModelS
     shape = here.bases.resolve(spec.base_model, spec.revision)
     placement = here.capacity.place(shape, spec, here.bases.catalogue)
     _check_sources(tenant, spec, here)
+    _check_webhook(spec, here)
     return within_positions(shape, spec), shape, placement
 
 
@@ -145,6 +149,17 @@ def _files_of(spec: JobSpec) -> list[tuple[str, str | None]]:
         ("dataset.file", spec.dataset.file),
         ("validation.file", spec.validation.file if spec.validation else None),
     ]
+
+
+def _check_webhook(spec: JobSpec, here: Neighbours) -> None:
+    if spec.webhook_url is None:
+        return
+    if here.postman is None:
+        raise InvalidParameter(param="webhook_url", reason=WEBHOOKS_ARE_OFF)
+    try:
+        here.postman.check(spec.webhook_url)
+    except TargetRefused as error:
+        raise InvalidParameter(param="webhook_url", reason=str(error)) from error
 
 
 def _check_file(tenant: str, param: str, file_id: str | None, here: Neighbours) -> None:
