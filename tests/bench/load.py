@@ -274,13 +274,21 @@ def _violations(
     with database.reading() as connection:
         rows = [(spec["name"], job_id) for job_id, spec in connection.execute(select(jobs.c.id, jobs.c.spec))]
         submitted = select(job_events.c.job_id, func.count()).where(job_events.c.type == "submitted")
-        counts = {job_id: count for job_id, count in connection.execute(submitted.group_by(job_events.c.job_id))}
+        counts = dict(connection.execute(submitted.group_by(job_events.c.job_id)).tuples().all())
     found = [row for row in rows if row[1] not in set(held)]
     by_name = Counter(name for name, _ in found)
     yield from (f"{name} is {count} jobs" for name, count in by_name.items() if count > 1)
-    yield from (f"{job_id} was accepted and is not there" for job_id in set(accepted.values()) - {row[1] for row in rows})
-    yield from (f"{name} is {job_id}, its client was told otherwise" for name, job_id in found if accepted.get(name, job_id) != job_id)
-    yield from (f"{job_id} was submitted {counts.get(job_id, 0)} times" for _, job_id in rows if counts.get(job_id) != 1)
+    yield from (
+        f"{job_id} was accepted and is not there" for job_id in set(accepted.values()) - {row[1] for row in rows}
+    )
+    yield from (
+        f"{name} is {job_id}, its client was told otherwise"
+        for name, job_id in found
+        if accepted.get(name, job_id) != job_id
+    )
+    yield from (
+        f"{job_id} was submitted {counts.get(job_id, 0)} times" for _, job_id in rows if counts.get(job_id) != 1
+    )
     if statuses == Counter({"202": len(accepted)}) and len(found) != len(accepted):
         yield f"{len(accepted)} jobs were accepted, and {len(found)} are there"
 

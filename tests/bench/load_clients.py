@@ -1,4 +1,4 @@
-"""`python -m tests.bench.load_clients`: one process of clients; its orders come as JSON on stdin, what it saw goes to stdout.
+"""`python -m tests.bench.load_clients`: clients of one process; orders come as JSON on stdin, what they saw is printed.
 
 Plain asyncio and as much HTTP as is needed, because the clients share the machine with what they measure.
 """

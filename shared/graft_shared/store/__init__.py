@@ -6,11 +6,12 @@ from graft_shared.store.jobs import JobQuery, Jobs, NewJob
 from graft_shared.store.leases import Leases, Orders
 from graft_shared.store.sweeps import DueSweep, Sweeps
 from graft_shared.store.totals import Backlog, Totals
-from graft_shared.store.workers import LiveWorker, Workers
+from graft_shared.store.workers import Crew, LiveWorker, Workers
 
 __all__ = [
     "UPLOAD_LIFE",
     "Backlog",
+    "Crew",
     "Database",
     "DueSweep",
     "Files",
