@@ -68,6 +68,7 @@ class Service:
     """A service under load: where it is, and the neighbours behind its back."""
 
     urls: list[str]
+    apis: list[int]  # their process ids
     database: Database
     redis: RedisServer
     environment: dict[str, str]
@@ -91,7 +92,9 @@ def play(folder: Path, wanted: Wanted) -> dict[str, Any]:
     with _service(folder, wanted) as service:
         held = [_submit(service.urls[0], number) for number in range(wanted.workers)]
         with _fleet(service, held) as fleet:
+            busy_before, cpu_before = os.getloadavg()[0], sum(map(_cpu_seconds, service.apis))
             clients, seconds = _load(service, wanted, held)
+            cpu = sum(map(_cpu_seconds, service.apis)) - cpu_before
             beats = _end(fleet)
         posts, gets = _together(clients, "posts"), _together(clients, "gets")
         accepted = {name: job_id for client in clients for name, job_id in client["accepted"]}
@@ -100,6 +103,7 @@ def play(folder: Path, wanted: Wanted) -> dict[str, Any]:
             "command": f"python tests/bench/load.py {' '.join(sys.argv[1:])}",
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": f"{os.cpu_count()} cores, {platform.platform()}",
+            "load_average_before": round(busy_before, 2),
             "wanted": asdict(wanted),
             "durability": _durability(service.database),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
@@ -107,6 +111,9 @@ def play(folder: Path, wanted: Wanted) -> dict[str, Any]:
             "posts": _figures(posts, seconds, good=202),
             "gets": {**_figures(gets, seconds, good=200), "began_late": sum(client["late"] for client in clients)},
             "fleet": beats,
+            "api_cpu_ms_per_request": round(
+                1000 * cpu / max(1, sum((posts["statuses"] + gets["statuses"]).values())), 2
+            ),
             "client_cpu_share": [round(client["cpu_seconds"] / seconds, 2) for client in clients],
             "bells_in_redis": redis.Redis.from_url(service.redis.url).llen(PREPARE_QUEUE),
             "violations": [*_violations(service.database, held, accepted, posts["statuses"]), *beats["violations"]],
@@ -134,26 +141,34 @@ def _service(folder: Path, wanted: Wanted) -> Iterator[Service]:
             "GRAFT_BROKER_URL": broker.url,
         }
         ports = [free_port() for _ in range(wanted.apis)]
-        for port in ports:
+        apis = [
             ended.enter_context(_process(folder / f"api-{port}.log", environment, "graft_api", "--port", str(port)))
+            for port in ports
+        ]
         ended.enter_context(_process(folder / "reconciler.log", environment, "graft_shared.reconciler"))
         urls = [f"http://127.0.0.1:{port}" for port in ports]
         wait_until(lambda: all(_is_ready(url) for url in urls), what="the APIs")
-        yield Service(urls=urls, database=database, redis=broker, environment=environment)
+        yield Service(urls=urls, apis=apis, database=database, redis=broker, environment=environment)
 
 
 @contextlib.contextmanager
-def _process(log: Path, environment: dict[str, str], module: str, *arguments: str) -> Iterator[None]:
+def _process(log: Path, environment: dict[str, str], module: str, *arguments: str) -> Iterator[int]:
     with log.open("wb") as written:
         command = [sys.executable, "-m", module, *arguments]
         child = subprocess.Popen(command, env=environment, stdout=written, stderr=written)
     try:
-        yield
+        yield child.pid
         if child.poll() is not None:
             raise SystemExit(f"{module} ended by itself: {log.read_text()[-2000:]}")
     finally:
         child.terminate()
         child.wait()
+
+
+def _cpu_seconds(pid: int) -> float:
+    """What a process has used of the processors so far: says more than a rate, on a machine that does other things."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _is_ready(url: str) -> bool:
