@@ -40,6 +40,7 @@ from tests.servers import PostgresServer, RedisServer
 from tests.waiting import free_port, wait_until
 
 ROOT = Path(__file__).parents[2]
+START_SECONDS = 180.0  # on a machine that does other things
 SPEC = {
     "base_model": "meta-llama/Llama-2-7b-hf",
     "dataset": {"hub": "tatsu-lab/alpaca", "split": "train"},
@@ -147,7 +148,7 @@ def _service(folder: Path, wanted: Wanted) -> Iterator[Service]:
         ]
         ended.enter_context(_process(folder / "reconciler.log", environment, "graft_shared.reconciler"))
         urls = [f"http://127.0.0.1:{port}" for port in ports]
-        wait_until(lambda: all(_is_ready(url) for url in urls), what="the APIs")
+        wait_until(lambda: all(_is_ready(url) for url in urls), seconds=START_SECONDS, what="the APIs")
         yield Service(urls=urls, apis=apis, database=database, redis=broker, environment=environment)
 
 

@@ -375,8 +375,8 @@ TENANTS = [
         _JOBS,
         "jobs-of-all-tenants",
         "whoever knows an id reads and cancels another tenant's job",
-        "query = select(jobs).where(jobs.c.tenant == tenant, jobs.c.id == job_id)",
-        "query = select(jobs).where(jobs.c.id == job_id)",
+        '_ONE = select(jobs).where(jobs.c.tenant == bindparam("of"), jobs.c.id == bindparam("job"))',
+        '_ONE = select(jobs).where(jobs.c.id == bindparam("job"))',
     ),
     _of(
         _JOBS,
