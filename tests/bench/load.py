@@ -68,6 +68,7 @@ class Wanted:
 class Service:
     """A service under load: where it is, and the neighbours behind its back."""
 
+    folder: Path
     urls: list[str]
     apis: list[int]  # their process ids
     database: Database
@@ -92,7 +93,7 @@ def play(folder: Path, wanted: Wanted) -> dict[str, Any]:
     """Start everything in this folder, load it, and judge; returns the report."""
     with _service(folder, wanted) as service:
         held = [_submit(service.urls[0], number) for number in range(wanted.workers)]
-        with _fleet(service, held) as fleet:
+        with _fleet(service, held) as fleet, _reconciler(service):
             busy_before, cpu_before = os.getloadavg()[0], sum(map(_cpu_seconds, service.apis))
             clients, seconds = _load(service, wanted, held)
             cpu = sum(map(_cpu_seconds, service.apis)) - cpu_before
@@ -146,10 +147,9 @@ def _service(folder: Path, wanted: Wanted) -> Iterator[Service]:
             ended.enter_context(_process(folder / f"api-{port}.log", environment, "graft_api", "--port", str(port)))
             for port in ports
         ]
-        ended.enter_context(_process(folder / "reconciler.log", environment, "graft_shared.reconciler"))
         urls = [f"http://127.0.0.1:{port}" for port in ports]
         wait_until(lambda: all(_is_ready(url) for url in urls), seconds=START_SECONDS, what="the APIs")
-        yield Service(urls=urls, apis=apis, database=database, redis=broker, environment=environment)
+        yield Service(folder=folder, urls=urls, apis=apis, database=database, redis=broker, environment=environment)
 
 
 @contextlib.contextmanager
@@ -185,6 +185,10 @@ def _submit(url: str, number: int) -> str:
     if answer.status_code != 202:
         raise SystemExit(f"the job was answered with {answer.status_code}: {answer.text}")
     return str(answer.json()["id"])
+
+
+def _reconciler(service: Service) -> contextlib.AbstractContextManager[int]:
+    return _process(service.folder / "reconciler.log", service.environment, "graft_shared.reconciler")
 
 
 @contextlib.contextmanager

@@ -53,6 +53,8 @@ class Fleet:
             training = self.leases.claim(f"load-{number}/train", stage=Stage.TRAIN, gpu_classes=classes)
             assert training is not None
             self.held[number] = training
+        for job in self.held.values():
+            self.leases.renew(job.id, job.epoch)  # on a busy machine the first are old by now; nobody reconciles yet
 
     def run(self) -> dict[str, Any]:
         """Beat until stdin is closed; returns how that went."""
@@ -93,7 +95,9 @@ class Fleet:
             heapq.heapreplace(due, (moment + every, number, kind, every))
 
     def _act(self, number: int, kind: str) -> None:
-        job = self.held[number]
+        job = self.held.get(number)
+        if job is None:
+            return  # it has lost its lease, and said so
         try:
             if kind == "beat":
                 self._beat(number)
@@ -102,6 +106,7 @@ class Fleet:
             else:
                 self.leases.orders(job.id, job.epoch)
         except GraftError as error:
+            self.held.pop(number)
             self.violations.append(f"{kind} of worker {number}: {error.message}")
 
     def _beat(self, number: int) -> None:
