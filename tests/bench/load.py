@@ -294,7 +294,7 @@ def _violations(
     with database.reading() as connection:
         rows = [(spec["name"], job_id) for job_id, spec in connection.execute(select(jobs.c.id, jobs.c.spec))]
         submitted = select(job_events.c.job_id, func.count()).where(job_events.c.type == "submitted")
-        counts = dict(connection.execute(submitted.group_by(job_events.c.job_id)).tuples().all())
+        counts = dict(connection.execute(submitted.group_by(job_events.c.job_id)).all())
     found = [row for row in rows if row[1] not in set(held)]
     by_name = Counter(name for name, _ in found)
     yield from (f"{name} is {count} jobs" for name, count in by_name.items() if count > 1)
