@@ -9,7 +9,7 @@ COMPOSE ?= docker compose
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --root-user-action=ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo up down logs ps check test test-unit test-s3 test-load test-model failpoints chaos chaos-control races outages test-containers test-gpu mutants bench bench-gpu pins format clean
+.PHONY: help setup run demo up down logs ps check test test-unit test-s3 test-load test-model failpoints chaos chaos-control races outages test-containers test-gpu mutants bench bench-load bench-gpu pins format clean
 
 help: ## print this
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -96,6 +96,10 @@ test-gpu: $(VENV)/.ready-dev ## on a CUDA machine: the trainer's kernels, compil
 bench: $(VENV)/.ready-dev ## the CPU part of the benchmarks: how long a refusal takes, and the trainer on a tiny base
 	@PYTHONPATH=. $(BIN)/python tests/bench/refusal.py --out .graft/bench/refusal.json
 	@PYTHONPATH=. $(BIN)/python tests/bench/compare.py --set tiny --out-dir .graft/bench
+
+bench-load: $(VENV)/.ready-dev ## jobs a second beside a beating fleet: [DB=postgres|sqlite] [SECONDS=30] [WORKERS=200] [APIS=2] [OUT=]
+	@PYTHONPATH=. $(BIN)/python tests/bench/load.py --db $(or $(DB),postgres) --seconds $(or $(SECONDS),30) \
+		--workers $(or $(WORKERS),200) --apis $(or $(APIS),2) $(if $(OUT),--out $(OUT))
 
 bench-gpu: $(VENV)/.ready-dev ## on a CUDA machine, an hour: Graft beside the usual recipes, as a table, a plot and JSON
 	@$(PIP) trl matplotlib

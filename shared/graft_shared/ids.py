@@ -36,4 +36,8 @@ def is_id(text: str, prefix: str) -> bool:
 
 
 def _random() -> str:
-    return "".join(secrets.choice(_ALPHABET) for _ in range(_LENGTH))
+    number, letters = secrets.randbelow(len(_ALPHABET) ** _LENGTH), []  # one draw: each asks the system
+    for _ in range(_LENGTH):
+        number, index = divmod(number, len(_ALPHABET))
+        letters.append(_ALPHABET[index])
+    return "".join(letters)

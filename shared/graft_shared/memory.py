@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any
 
 from graft_shared.catalogue import FAMILIES, ModelShape
-from graft_shared.specs import JobSpec, Optim
+from graft_shared.specs import JobSpec, Lora, Optim, Quantization
 
 GIB = 1024**3
 
@@ -52,6 +53,8 @@ CONTEXT_BYTES = int(0.85 * GIB)  # outside the allocator: CUDA context and kerne
 HOST_BOUND = 2e12
 MOST_GRAPH_TOKENS = 16_384  # beyond, no layer is so small that launching it would matter
 LOW, HIGH = 0.93, 1.08
+# Admission tries the same plans for each job: a spec asks for 30 of them at most, a refusal for some of each base.
+ESTIMATES_REMEMBERED = 4096
 
 
 class Recompute(StrEnum):
@@ -139,21 +142,28 @@ def estimate(
     Args:
         evaluation_tokens: Of the largest microbatch that only a loss is wanted of; the plan's own if not given.
     """
-    targets = shape.resolve_targets(spec.lora.target_modules)
-    adapter = adapter_parameters(shape, targets, spec.lora.r)
-    weights, rest = base_bytes(shape, spec, targets)
+    return _estimate(shape, spec.lora, spec.quantization, plan, evaluation_tokens)
+
+
+@lru_cache(maxsize=ESTIMATES_REMEMBERED)
+def _estimate(
+    shape: ModelShape, lora: Lora, quantization: Quantization, plan: TrainingPlan, evaluation_tokens: int | None
+) -> MemoryEstimate:
+    targets = shape.resolve_targets(lora.target_modules)
+    adapter = adapter_parameters(shape, targets, lora.r)
+    weights, rest = base_bytes(shape, lora, quantization, targets)
     on_host = embeddings_on_host(shape, plan)
     tokens = size_for(plan.microbatch_tokens)
     kept, checkpoints = _layers_kept(shape, plan)
-    copies = adapter_copies(shape, targets, spec.lora.r)
-    per_layer = tokens * activation_bytes_per_token(shape, targets, spec.lora.r)
+    copies = adapter_copies(shape, targets, lora.r)
+    per_layer = tokens * activation_bytes_per_token(shape, targets, lora.r)
     held = {
         "base_weights": weights,
         "unquantised_weights": rest - on_host,
         "adapters": BYTES_PER_ADAPTER_WEIGHT * adapter + int(HALF * copies * max(1, kept)),
         "gradients": BYTES_PER_ADAPTER_GRADIENT * adapter,
         "optimizer": int(OPTIMIZER_BYTES[plan.optim] * adapter),
-        "dequantisation_scratch": scratch_bytes(shape, spec, targets),
+        "dequantisation_scratch": scratch_bytes(shape, lora, quantization, targets),
     }
     backward = int(tokens * backward_bytes_per_token(shape, targets))
     if checkpoints and not kept:  # else a layer that was kept is done with when the first is computed again
@@ -174,7 +184,7 @@ def estimate(
     components["loading"] = max(0, max(loading, making) - sum(components.values()))
     body = sum(components.values())
     slack = ALLOCATOR_BYTES + int(ALLOCATOR_SHARE * body)
-    if not spec.quantization.load_in_4bit:
+    if not quantization.load_in_4bit:
         slack += int(RELAID_SHARE * weights)
     return MemoryEstimate(components={**components, "context_and_allocator": CONTEXT_BYTES + slack})
 
@@ -229,27 +239,27 @@ def adapter_copies(shape: ModelShape, targets: tuple[str, ...], r: int) -> int:
     )
 
 
-def base_bytes(shape: ModelShape, spec: JobSpec, targets: tuple[str, ...]) -> tuple[int, int]:
+def base_bytes(shape: ModelShape, lora: Lora, quantization: Quantization, targets: tuple[str, ...]) -> tuple[int, int]:
     """Bytes of the quantised layers, and of all that stays in 16 bits (embeddings, head, norms, experts).
 
     A weight that is not quantised is laid out with room for its adapter's columns.
     """
     quantised = shape.num_hidden_layers * shape.linear_parameters
     plain = shape.parameters - quantised
-    if not spec.quantization.load_in_4bit:
-        columns = _columns_by_name(targets, spec.lora.r)
+    if not quantization.load_in_4bit:
+        columns = _columns_by_name(targets, lora.r)
         room = sum(linear.out_features * columns.get(linear.name, 0) for linear in shape.linears)
         return HALF * (quantised + shape.num_hidden_layers * room), HALF * plain
-    double = spec.quantization.bnb_4bit_use_double_quant
+    double = quantization.bnb_4bit_use_double_quant
     per_weight = BYTES_PER_4BIT_WEIGHT_DOUBLE_QUANTISED if double else BYTES_PER_4BIT_WEIGHT
     return int(per_weight * quantised), HALF * plain
 
 
-def scratch_bytes(shape: ModelShape, spec: JobSpec, targets: tuple[str, ...]) -> int:
+def scratch_bytes(shape: ModelShape, lora: Lora, quantization: Quantization, targets: tuple[str, ...]) -> int:
     """The largest layer's weight in 16 bits, as wide as products take it: 4-bit weights are dequantised into it."""
-    if not spec.quantization.load_in_4bit:
+    if not quantization.load_in_4bit:
         return 0
-    columns = _columns_by_name(targets, spec.lora.r)
+    columns = _columns_by_name(targets, lora.r)
     return HALF * max(
         linear.out_features * (linear.in_features + columns.get(linear.name, 0)) for linear in shape.linears
     )

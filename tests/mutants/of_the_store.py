@@ -382,8 +382,8 @@ TENANTS = [
         _JOBS,
         "jobs-of-all-tenants",
         "whoever knows an id reads and cancels another tenant's job",
-        "query = select(jobs).where(jobs.c.tenant == tenant, jobs.c.id == job_id, jobs.c.deleted_at.is_(None))",
-        "query = select(jobs).where(jobs.c.id == job_id, jobs.c.deleted_at.is_(None))",
+        'jobs.c.tenant == bindparam("of"), jobs.c.id == bindparam("job"), jobs.c.deleted_at',
+        'jobs.c.id == bindparam("job"), jobs.c.deleted_at',
     ),
     _of(
         _JOBS,

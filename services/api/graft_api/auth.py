@@ -38,7 +38,9 @@ def read_keys(text: str) -> dict[str, str]:
     return keys
 
 
-def tenant(here: Here, credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)] = None) -> str:
+async def tenant(
+    here: Here, credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)] = None
+) -> str:
     """The tenant of this request: the key's, or `default` in a service without keys.
 
     Raises:

@@ -8,11 +8,12 @@ from graft_shared.store.outbox import Outbox, Webhook
 from graft_shared.store.resends import Sending
 from graft_shared.store.sweeps import DueSweep, Sweeps
 from graft_shared.store.totals import Backlog, Totals
-from graft_shared.store.workers import LiveWorker, Workers
+from graft_shared.store.workers import Crew, LiveWorker, Workers
 
 __all__ = [
     "UPLOAD_LIFE",
     "Backlog",
+    "Crew",
     "Database",
     "DueSweep",
     "Files",

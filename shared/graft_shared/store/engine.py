@@ -21,6 +21,10 @@ from graft_shared.errors import StoreUnavailable
 
 BUSY_TIMEOUT_SECONDS = 30  # a SQLite writer waits this long for another; our transactions take milliseconds
 
+# At most so many connections for a process, made when they are needed and kept: to make one takes longer than most of
+# our transactions. By default five are kept, and under load the others are made and ended again and again.
+POOL = {"pool_size": 15, "max_overflow": 0}
+
 
 class now(GenericFunction[float]):  # noqa: N801 (reads as SQL)
     """The database's clock: Unix seconds, at the moment of evaluation."""
@@ -40,6 +44,13 @@ def _now_postgresql(element: now, compiler: Any, **kw: Any) -> str:
     return "(extract(epoch from clock_timestamp())::double precision)"
 
 
+# PostgreSQL's transactions read what is committed when each statement begins: for looks they add two round trips only.
+_LOOKS: dict[str, dict[str, Any]] = {
+    "postgresql": {"isolation_level": "AUTOCOMMIT"},
+    "sqlite": {"graft_read_only": True},
+}
+
+
 @dataclass(frozen=True)
 class Database:
     """An opened database. Every foreign exception leaves as StoreUnavailable."""
@@ -54,8 +65,8 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """One consistent look; on SQLite it does not stand in a writer's way."""
-        with _translated(), self.engine.connect().execution_options(graft_read_only=True) as connection:
+        """A look: on SQLite at one moment, in no writer's way; on PostgreSQL each statement at its own."""
+        with _translated(), self.engine.connect().execution_options(**_LOOKS[self.engine.name]) as connection:
             yield connection
 
     def ping(self) -> None:
@@ -85,13 +96,15 @@ def open_database(url: str) -> Database:
     parsed = make_url(re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", url))
     backend = parsed.get_backend_name()
     if backend == "sqlite":
+        pool = {}  # a database in memory has one of its own kind
         if parsed.database:
             Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-        engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_SECONDS})
+            pool = POOL
+        engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_SECONDS}, **pool)
         event.listen(engine, "connect", _configure_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
     elif backend == "postgresql":
-        engine = create_engine(parsed, pool_pre_ping=True, connect_args={"connect_timeout": 5})
+        engine = create_engine(parsed, pool_pre_ping=True, connect_args={"connect_timeout": 5}, **POOL)
     else:
         raise ValueError(f"GRAFT_DATABASE_URL names {backend!r}: use postgresql+psycopg://… or sqlite:///…")
     return Database(engine)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, func, insert, or_, select, true
+from sqlalchemy import BindParameter, ColumnElement, Select, and_, bindparam, func, insert, or_, select, true
 from sqlalchemy.engine import Connection, RowMapping
 from sqlalchemy.exc import IntegrityError
 
@@ -23,7 +23,7 @@ from graft_shared.jobs import TERMINAL_STATES, Job, JobEvent, JobState, JobStatu
 from graft_shared.store.engine import Database, as_datetime, now, one_at_a_time
 from graft_shared.store.outbox import put_in_outbox
 from graft_shared.store.resends import Sending, made_before
-from graft_shared.store.rows import add_event, compare_and_set, event_from, job_from
+from graft_shared.store.rows import add_event, compare_and_set, event_from, insert_event, job_from
 from graft_shared.store.tables import files, job_events, jobs
 
 PRIORITY_RANKS = {"low": 0, "normal": 1, "high": 2}
@@ -80,11 +80,10 @@ class Jobs:
                     if made is not None:
                         return job_from(made), False
                 _hold_files(connection, new)
-                _insert_job(connection, new)
-                add_event(
-                    connection, new.id, 0, "submitted", "The job was accepted.", data={"gpu_class": new.gpu_class}
-                )
-                return job_from(_row(connection, new.tenant, new.id)), True
+                row = _insert_job(connection, new)
+                facts = {"gpu_class": new.gpu_class}
+                insert_event(connection, new.id, 1, 0, "submitted", "The job was accepted.", data=facts)
+                return job_from(row), True
         except IntegrityError:
             if new.idempotency_key is None:
                 raise
@@ -262,18 +261,14 @@ class Jobs:
         """This job's place among those of its stage and class that wait for a worker, from 1; None if it does not."""
         if not job.may_be_claimed:
             return None
-        rank = PRIORITY_RANKS[job.spec["priority"]]
-        this = jobs.alias()
-        moment = select(this.c.created_at).where(this.c.id == job.id).scalar_subquery()
-        ahead = or_(jobs.c.priority > rank, and_(jobs.c.priority == rank, jobs.c.created_at < moment))
-        same_queue = jobs.c.gpu_class == job.gpu_class if job.stage is Stage.TRAIN else true()
-        waits = and_(jobs.c.state == JobState.QUEUED.value, ~jobs.c.pause_requested)
-        query = select(func.count()).where(waits, jobs.c.stage == job.stage.value, same_queue, ahead)
+        this = {"job": job.id, "rank": PRIORITY_RANKS[job.spec["priority"]], "gpu": job.gpu_class}
         with self._database.reading() as connection:
-            return int(connection.execute(query).scalar_one()) + 1
+            return int(connection.execute(_AHEAD[job.stage], this).scalar_one()) + 1
 
     def waits_until(self, job: Job) -> datetime | None:
         """When a job that went back to the queue after a failed run may be tried again; None when it may be now."""
+        if job.epoch == 0:
+            return None  # it has never run
         query = select(jobs.c.not_before).where(
             jobs.c.id == job.id, jobs.c.state == JobState.QUEUED.value, jobs.c.not_before > now()
         )
@@ -282,38 +277,60 @@ class Jobs:
         return as_datetime(moment) if moment is not None else None
 
 
-def _insert_job(connection: Connection, new: NewJob) -> None:
-    connection.execute(
-        insert(jobs).values(
-            id=new.id,
-            tenant=new.tenant,
-            state=JobState.QUEUED.value,
-            stage=Stage.PREPARE.value,
-            epoch=0,
-            attempt=0,
-            max_attempts=new.spec["max_attempts"],
-            runs_without_progress=0,
-            priority=PRIORITY_RANKS[new.spec["priority"]],
-            gpu_class=new.gpu_class,
-            base_model=new.spec["base_model"],
-            idempotency_key=new.idempotency_key,
-            request_sha256=new.request_sha256,
-            spec=new.spec,
-            plan=new.plan,
-            placement=new.placement,
-            metadata=new.spec["metadata"],
-            cancel_requested=False,
-            pause_requested=False,
-            progress={},
-            metrics={},
-            memory={},
-            warnings=new.warnings,
-            next_event=0,
-            created_at=now(),
-            not_before=now(),
-            sent_before=new.sending.sent_before if new.sending is not None else None,
-        )
+def _ahead(stage: Stage) -> Select[int]:
+    """How many jobs of this stage go before a job: of its class, where that matters."""
+    this = jobs.alias()
+    moment = select(this.c.created_at).where(this.c.id == bindparam("job")).scalar_subquery()
+    rank: BindParameter[int] = bindparam("rank")
+    ahead = or_(jobs.c.priority > rank, and_(jobs.c.priority == rank, jobs.c.created_at < moment))
+    waits = and_(jobs.c.state == JobState.QUEUED.value, ~jobs.c.pause_requested, jobs.c.stage == stage.value)
+    query = select(func.count()).where(waits, ahead)
+    return query.where(jobs.c.gpu_class == bindparam("gpu")) if stage is Stage.TRAIN else query
+
+
+# Built once, as `rows.py` says.
+_AHEAD = {stage: _ahead(stage) for stage in Stage}
+_INSERT = (
+    insert(jobs)
+    .values(
+        state=JobState.QUEUED.value,
+        stage=Stage.PREPARE.value,
+        epoch=0,
+        attempt=0,
+        runs_without_progress=0,
+        cancel_requested=False,
+        pause_requested=False,
+        progress={},
+        metrics={},
+        memory={},
+        next_event=1,  # that it was submitted
+        created_at=now(),
+        not_before=now(),
     )
+    .returning(jobs)
+)
+_ONE = select(jobs).where(jobs.c.tenant == bindparam("of"), jobs.c.id == bindparam("job"), jobs.c.deleted_at.is_(None))
+_ONE_LOCKED = _ONE.with_for_update()
+
+
+def _insert_job(connection: Connection, new: NewJob) -> RowMapping:
+    values = {
+        "id": new.id,
+        "tenant": new.tenant,
+        "max_attempts": new.spec["max_attempts"],
+        "priority": PRIORITY_RANKS[new.spec["priority"]],
+        "gpu_class": new.gpu_class,
+        "base_model": new.spec["base_model"],
+        "idempotency_key": new.idempotency_key,
+        "request_sha256": new.request_sha256,
+        "spec": new.spec,
+        "plan": new.plan,
+        "placement": new.placement,
+        "metadata": new.spec["metadata"],
+        "warnings": new.warnings,
+        "sent_before": new.sending.sent_before if new.sending is not None else None,
+    }
+    return connection.execute(_INSERT, values).mappings().one()
 
 
 def _hold_files(connection: Connection, new: NewJob) -> None:
@@ -326,8 +343,8 @@ def _hold_files(connection: Connection, new: NewJob) -> None:
 
 
 def _row(connection: Connection, tenant: str, job_id: str, *, lock: bool = False) -> RowMapping:
-    query = select(jobs).where(jobs.c.tenant == tenant, jobs.c.id == job_id, jobs.c.deleted_at.is_(None))
-    row = connection.execute(query.with_for_update() if lock else query).mappings().one_or_none()
+    this = {"of": tenant, "job": job_id}
+    row = connection.execute(_ONE_LOCKED if lock else _ONE, this).mappings().one_or_none()
     if row is None:
         raise JobNotFound(job_id=job_id)
     return row

@@ -273,10 +273,11 @@ class Leases:
                 connection.execute(rung)
         return bells
 
-    def mark_rung(self, job_id: str) -> None:
-        """Remember that this job's bell was rung just now."""
+    def mark_rung(self, *job_ids: str) -> None:
+        """Remember that the bells of these jobs were rung just now."""
+        rung = update(jobs).where(jobs.c.id.in_(sorted(job_ids))).values(bell_rung_at=now())
         with self._database.writing() as connection:
-            connection.execute(update(jobs).where(jobs.c.id == job_id).values(bell_rung_at=now()))
+            connection.execute(rung)
 
     def _fence(self, whose: Any, message: str) -> list[Job]:
         failure = Failure(reason=FailureReason.WORKER_LOST, message=message)

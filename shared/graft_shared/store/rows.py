@@ -5,13 +5,22 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import insert, update
+from sqlalchemy import bindparam, insert, update
 from sqlalchemy.engine import Connection, RowMapping
 
 from graft_shared.errors import LeaseLost
 from graft_shared.jobs import Checkpoint, Job, JobEvent, JobState, Phase, Stage, StoredObject
 from graft_shared.store.engine import as_datetime, now
 from graft_shared.store.tables import job_events, jobs
+
+# Statements that every request needs are built once: building one takes longer than SQLite takes to run it.
+_NEXT_EVENT = (
+    update(jobs)
+    .where(jobs.c.id == bindparam("event_of"))
+    .values(next_event=jobs.c.next_event + 1)
+    .returning(jobs.c.next_event)
+)
+_INSERT_EVENT = insert(job_events).values(created_at=now())
 
 
 def job_from(row: RowMapping) -> Job:
@@ -98,21 +107,24 @@ def add_event(
     data: dict[str, Any] | None = None,
 ) -> None:
     """Append to the job's history, in the transaction of what it tells about; numbers are gapless within the job."""
-    number = connection.execute(
-        update(jobs).where(jobs.c.id == job_id).values(next_event=jobs.c.next_event + 1).returning(jobs.c.next_event)
-    ).scalar_one()
-    connection.execute(
-        insert(job_events).values(
-            job_id=job_id,
-            id=number,
-            epoch=epoch,
-            type=type,
-            level=level,
-            message=message,
-            data=data or {},
-            created_at=now(),
-        )
-    )
+    number = connection.execute(_NEXT_EVENT, {"event_of": job_id}).scalar_one()
+    insert_event(connection, job_id, number, epoch, type, message, level=level, data=data)
+
+
+def insert_event(
+    connection: Connection,
+    job_id: str,
+    number: int,
+    epoch: int,
+    type: str,
+    message: str,
+    *,
+    level: str = "info",
+    data: dict[str, Any] | None = None,
+) -> None:
+    """Write the event of a number that the job's row counts already."""
+    event = {"job_id": job_id, "id": number, "epoch": epoch, "type": type, "level": level, "message": message}
+    connection.execute(_INSERT_EVENT, {**event, "data": data or {}})
 
 
 def _checkpoint_from(value: dict[str, Any] | None) -> Checkpoint | None:

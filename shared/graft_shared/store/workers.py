@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import delete, insert, or_, select, update
+from sqlalchemy import Text, cast, delete, func, insert, or_, select, update
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
 
@@ -33,6 +34,15 @@ class LiveWorker:
     def takes(self, stage: Stage, gpu_class: str) -> bool:
         """Whether it may claim such a job; preparing needs no GPU, so there classes do not count."""
         return stage in self.stages and (stage is Stage.PREPARE or gpu_class in self.takes_classes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crew:
+    """Live workers of one class that do the same."""
+
+    gpu_class: str
+    stages: tuple[Stage, ...]
+    size: int
 
 
 class Workers:
@@ -98,6 +108,15 @@ class Workers:
         with self._database.reading() as connection:
             return _alive(connection)
 
+    def crews(self) -> list[Crew]:
+        """Count the live workers by what they do: all that a waiting job's user is told of them."""
+        with self._database.reading() as connection:
+            found = connection.execute(_CREWS).all()
+        return [
+            Crew(gpu_class=gpu_class, stages=tuple(Stage(stage) for stage in json.loads(stages)), size=size)
+            for gpu_class, stages, size in found
+        ]
+
     def idle(self) -> list[LiveWorker]:
         """Return the live workers that hold no job; each has one slot."""
         with self._database.reading() as connection:
@@ -111,8 +130,13 @@ def name_of(holder: str) -> str:
     return holder.partition("/")[0]
 
 
+_SEEN_LATELY = workers.c.seen_at > now() - ALIVE_FOR.total_seconds()
+_STAGES = cast(workers.c.stages, Text)  # PostgreSQL groups by no JSON
+_CREWS = select(workers.c.gpu_class, _STAGES, func.count()).where(_SEEN_LATELY).group_by(workers.c.gpu_class, _STAGES)
+
+
 def _alive(connection: Connection) -> list[LiveWorker]:
-    query = select(workers).where(workers.c.seen_at > now() - ALIVE_FOR.total_seconds()).order_by(workers.c.name)
+    query = select(workers).where(_SEEN_LATELY).order_by(workers.c.name)
     return [
         LiveWorker(
             name=row["name"],

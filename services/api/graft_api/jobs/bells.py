@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import threading
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 from graft_shared.dispatch import Doorbell, queue_for
@@ -24,24 +25,32 @@ class Bells:
         self._doorbell = doorbell
         self._leases = leases
         self._ringer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="bells")
-        self._room = threading.BoundedSemaphore(MAX_WAITING)
+        self._waiting: deque[Job] = deque()
 
     def ring(self, job: Job) -> None:
         """Wake a worker soon. Never raises and never waits."""
-        if self._room.acquire(blocking=False):
-            self._ringer.submit(self._ring, job)
+        if len(self._waiting) < MAX_WAITING:
+            self._waiting.append(job)
+            self._ringer.submit(self._ring_all)
         else:
             log_event(logger, "bell_dropped", level=logging.WARNING, job_id=job.id)
 
     def close(self) -> None:
         """Drop what has not been rung."""
+        self._waiting.clear()
         self._ringer.shutdown(wait=False, cancel_futures=True)
 
-    def _ring(self, job: Job) -> None:
+    def _ring_all(self) -> None:
+        """Ring for all that wait by now, and mark them in one transaction, because each waits for the disk."""
+        rung = []
+        with contextlib.suppress(IndexError):  # closed meanwhile
+            for _ in range(len(self._waiting)):
+                job = self._waiting.popleft()
+                if self._doorbell.ring(job.id, queue_for(job.stage, job.gpu_class)):
+                    rung.append(job.id)
+        if not rung:
+            return
         try:
-            if self._doorbell.ring(job.id, queue_for(job.stage, job.gpu_class)):
-                self._leases.mark_rung(job.id)
+            self._leases.mark_rung(*rung)
         except NeighbourUnavailable as error:
-            log_event(logger, "bell_not_marked", level=logging.WARNING, job_id=job.id, reason=error.message)
-        finally:
-            self._room.release()
+            log_event(logger, "bells_not_marked", level=logging.WARNING, job_ids=rung, reason=error.message)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 from enum import StrEnum
+from typing import TypeVar
 
 from graft_api.jobs.schemas import Queue
 from graft_shared.capacity import CapacityTable
 from graft_shared.jobs import Job, JobState, JobStatus, Stage
-from graft_shared.store import Backlog, Jobs, LiveWorker
+from graft_shared.store import Backlog, Crew, Jobs, LiveWorker
+
+Working = TypeVar("Working", Crew, LiveWorker)
 
 PAUSED = "Paused: once it is resumed it goes on, in its old place."
 
@@ -22,25 +25,25 @@ class Wait(StrEnum):
     IN_LINE = "in_line"  # for a worker that is busy, or about to take it
 
 
-def queue_of(job: Job, jobs: Jobs, workers: Sequence[LiveWorker], table: CapacityTable) -> Queue | None:
+def queue_of(job: Job, jobs: Jobs, crews: Sequence[Crew], table: CapacityTable) -> Queue | None:
     """The place and the reason of a job that waits, or that nobody alive will train; None for any other.
 
     A paused job has no place: it waits for its user.
     """
     if job.status is JobStatus.PAUSED:
         return Queue(position=None, reason=PAUSED)
-    trainers = workers_for(Stage.TRAIN, job.gpu_class, workers, table)
+    trainers = workers_for(Stage.TRAIN, job.gpu_class, crews, table)
     untrained = job.stage is Stage.PREPARE and not trainers
     later = f"Once prepared, it waits for a worker of class {job.gpu_class}: none is alive."
     position = jobs.queue_position(job)
     if position is None:
         return Queue(position=None, reason=later) if untrained and job.state is JobState.RUNNING else None
-    able = workers_for(job.stage, job.gpu_class, workers, table)
-    reason = reason_to_wait(job, position, len(able), jobs.waits_until(job))
+    able = workers_for(job.stage, job.gpu_class, crews, table)
+    reason = reason_to_wait(job, position, sum(crew.size for crew in able), jobs.waits_until(job))
     return Queue(position=position, reason=f"{reason} {later}" if untrained else reason)
 
 
-def workers_for(stage: Stage, gpu_class: str, workers: Sequence[LiveWorker], table: CapacityTable) -> list[LiveWorker]:
+def workers_for(stage: Stage, gpu_class: str, workers: Sequence[Working], table: CapacityTable) -> list[Working]:
     """The live workers that would claim such a job: larger GPUs take smaller classes too, any of them prepares."""
     able = [worker for worker in workers if stage in worker.stages]
     return able if stage is Stage.PREPARE else [w for w in able if _takes(w.gpu_class, gpu_class, table)]

@@ -28,10 +28,11 @@ SERIES = ("loss", "eval_loss", "grad_norm", "learning_rate", "tokens_per_second"
 
 
 def job_bodies(jobs: Sequence[Job], here: Neighbours) -> list[JobBody]:
-    """Jobs as their users see them; the fleet and the database's clock are looked at once."""
+    """Jobs as their users see them; the fleet and the database's clock are looked at once, and if they matter."""
     waiting = any(job.state is JobState.QUEUED or job.status is JobStatus.VALIDATING_FILES for job in jobs)
-    workers, moment = here.workers.alive() if waiting else [], here.database.now()
-    return [_body(job, queue_of(job, here.jobs, workers, here.capacity), moment) for job in jobs]
+    crews = here.workers.crews() if waiting else []
+    moment = here.database.now() if any(job.is_training for job in jobs) else None
+    return [_body(job, queue_of(job, here.jobs, crews, here.capacity), moment) for job in jobs]
 
 
 def job_body(job: Job, here: Neighbours) -> JobBody:
@@ -75,7 +76,7 @@ def plan_body(plan: TrainingPlan) -> dict[str, object]:
     return {"mode": plan.mode, **plan.to_dict()}
 
 
-def _body(job: Job, queue: Queue | None, moment: datetime) -> JobBody:
+def _body(job: Job, queue: Queue | None, moment: datetime | None) -> JobBody:
     estimate = job.placement.get("estimate", {})
     return JobBody(
         id=job.id,
@@ -106,9 +107,11 @@ def _body(job: Job, queue: Queue | None, moment: datetime) -> JobBody:
     )
 
 
-def _cost(job: Job, moment: datetime) -> float | None:
+def _cost(job: Job, moment: datetime | None) -> float | None:
+    """What it has cost until this moment, which is known when a job is in training."""
     price_per_hour = job.placement.get("gpu", {}).get("price_per_hour")
-    return None if price_per_hour is None else job.gpu_seconds_until(moment) * price_per_hour / 3600
+    gpu_seconds = job.gpu_seconds if moment is None else job.gpu_seconds_until(moment)
+    return None if price_per_hour is None else gpu_seconds * price_per_hour / 3600
 
 
 def _adapter(job: Job) -> AdapterLink | None:
