@@ -54,5 +54,6 @@ class FakeClock:
         connection.create_function("julianday", 1, lambda _: self.now / 86400 + 2440587.5)
 
     def _fake_clock_timestamp(self, connection: Connection) -> None:
-        connection.exec_driver_sql(f"select set_config('faked.now', '{self.now!r}', true)")
-        connection.exec_driver_sql("set local search_path = faked, pg_catalog, public")
+        # Of the session: a look has no transaction that would hold them. Whoever begins sets them anew.
+        connection.exec_driver_sql(f"select set_config('faked.now', '{self.now!r}', false)")
+        connection.exec_driver_sql("set search_path = faked, pg_catalog, public")

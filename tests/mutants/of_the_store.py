@@ -57,12 +57,8 @@ FENCES = [
         _LEASES,
         "orders-ignore-the-epoch",
         "a late worker hears the orders of the run after it, and goes on",
-        """            jobs.c.id == job_id, jobs.c.epoch == epoch, jobs.c.state == JobState.RUNNING.value
-        )
-        with self._database.reading()""",
-        """            jobs.c.id == job_id, jobs.c.state == JobState.RUNNING.value
-        )
-        with self._database.reading()""",
+        'jobs.c.id == bindparam("job"), jobs.c.epoch == bindparam("by"), jobs.c.state == JobState.RUNNING.value',
+        'jobs.c.id == bindparam("job"), jobs.c.state == JobState.RUNNING.value',
     ),
     _of(
         _LEASES,

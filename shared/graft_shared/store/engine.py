@@ -65,7 +65,7 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """A look: on SQLite at one moment, in no writer's way; on PostgreSQL each statement at its own."""
+        """A look: on SQLite at one moment and not in a writer's way, on PostgreSQL each statement at its own."""
         with _translated(), self.engine.connect().execution_options(**_LOOKS[self.engine.name]) as connection:
             yield connection
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, case, exists, func, literal, or_, select, true, update
+from sqlalchemy import ColumnElement, and_, bindparam, case, exists, func, literal, or_, select, true, update
 from sqlalchemy.engine import Connection, Row, RowMapping
 
 from graft_shared.capacity import Placement
@@ -106,11 +106,9 @@ class Leases:
         Raises:
             LeaseLost: Another epoch owns the job, or it has ended.
         """
-        query = select(jobs.c.cancel_requested, jobs.c.pause_requested).where(
-            jobs.c.id == job_id, jobs.c.epoch == epoch, jobs.c.state == JobState.RUNNING.value
-        )
+        this = {"job": job_id, "by": epoch}
         with self._database.reading() as connection:
-            row = connection.execute(query).mappings().one_or_none()
+            row = connection.execute(_ORDERS, this).mappings().one_or_none()
         if row is None:
             raise LeaseLost(job_id=job_id, epoch=epoch)
         return _orders(row)
@@ -290,6 +288,11 @@ class Leases:
                 fenced.append(job_from(_after(connection, row, failure, epoch)))
         return fenced
 
+
+# Built once, as `rows.py` says: every worker asks it each second.
+_ORDERS = select(jobs.c.cancel_requested, jobs.c.pause_requested).where(
+    jobs.c.id == bindparam("job"), jobs.c.epoch == bindparam("by"), jobs.c.state == JobState.RUNNING.value
+)
 
 _Kind = tuple[Stage, str | None]
 """A queue: a stage, and the class of its jobs where that matters."""
