@@ -121,7 +121,7 @@ class Postman:
             with _deadline(self._connection(parts)) as connection:
                 connection.request("POST", path, body=body.encode(), headers=headers)
                 status = connection.getresponse().status
-        except (OSError, UnicodeError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: no host's name
             raise NotTaken(f"{type(error).__name__}: {error}") from error
         if not 200 <= status < 300:
             raise NotTaken(f"it was answered {status}")

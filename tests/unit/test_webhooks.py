@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import standardwebhooks
 from sqlalchemy import update
@@ -141,6 +142,12 @@ def test_the_connection_goes_to_the_address_that_was_looked_at(monkeypatch: pyte
     assert (asked, connected) == (["rebound.example"], [("93.184.215.14", 443)])
 
 
+@pytest.mark.parametrize("host", [".example.com", "a..example.com", "x" * 64 + ".example.com"])
+def test_a_host_that_cannot_be_looked_up_ends_its_delivery_and_no_sender(host: str) -> None:
+    with pytest.raises(NotTaken):
+        send(f"https://{host}/")
+
+
 @pytest.mark.parametrize("status", [302, 404, 500])
 def test_what_is_not_taken_is_not_followed_elsewhere(receiver: Receiver, status: int) -> None:
     receiver.status = status
@@ -205,6 +212,8 @@ def test_a_jobs_end_is_told_once_and_signed(api: ApiService, receiver: Receiver)
     secret = api.http.get("/webhooks/secret").json()["secret"]
     told = standardwebhooks.Webhook(secret).verify(body, headers)
     assert (told["type"], told["data"]) == ("fine_tuning.job.cancelled", {"id": job_id})
+    event = openai.OpenAI(api_key="unused").webhooks.unwrap(body, headers, secret=secret)
+    assert (event.type, event.data.id) == ("fine_tuning.job.cancelled", job_id)
     (known,) = api.http.get(f"/jobs/{job_id}/webhooks").json()
     assert known["id"] == headers["webhook-id"] == told["id"]
     assert (known["tries"], known["next_try_at"], known["error"]) == (1, None, None)
