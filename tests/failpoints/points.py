@@ -158,8 +158,8 @@ _SUBMIT: tuple[Point, ...] = (
     _api(
         "in_submit_transaction",
         _AFTER,
-        "graft_shared.store.jobs:add_event",
-        matters=_event("submitted"),
+        "graft_shared.store.jobs:insert_event",
+        matters=lambda call: call.args[4] == "submitted",
         raised=Raised.HARMLESS,
     ),
     _api("after_submit_commit", _AFTER, "graft_shared.store.jobs:Jobs.submit", raised=Raised.HARMLESS),
