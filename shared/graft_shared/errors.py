@@ -22,6 +22,7 @@ GraftError
 ├── Conflict                       right in itself, too late or too early
 │   ├── JobFinished
 │   ├── JobNotEnded
+│   ├── JobInUse
 │   ├── JobCancelling
 │   ├── AdapterNotReady
 │   ├── FileInUse
@@ -141,6 +142,10 @@ class JobFinished(Conflict):
 
 class JobNotEnded(Conflict):
     """The job '{job_id}' is '{status}', and only a job that has ended can be deleted. Cancel it first."""
+
+
+class JobInUse(Conflict):
+    """The job '{reader_id}' goes on from the adapter of '{job_id}', and has not copied it yet. Wait, or cancel it."""
 
 
 class JobCancelling(Conflict):

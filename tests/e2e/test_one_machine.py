@@ -36,6 +36,16 @@ def test_a_killed_broker_costs_latency_and_no_job(fleet: Fleet) -> None:
     assert ended["status"] == "succeeded", ended["error"]
 
 
+def test_a_job_goes_on_from_the_adapter_of_another_that_is_deleted_meanwhile(fleet: Fleet) -> None:
+    first = fleet.wait(fleet.post(a_job(fleet))["id"])
+    second = fleet.post(a_job(fleet, adapter={"job": first["id"]}, training={"max_steps": 5}))
+    wait_until(lambda: fleet.deleted(first["id"]), seconds=60, what="a copy of its adapter", every=0.1)
+    ended = fleet.wait(second["id"])
+    assert ended["status"] == "succeeded", ended["error"]
+    begun = next(event for event in fleet.events(second["id"]) if "eval_loss" in event["data"])
+    assert begun["data"]["eval_loss"] == pytest.approx(first["metrics"]["eval_loss"], rel=1e-4)
+
+
 def test_a_trainer_killed_in_mid_training_goes_on_from_its_last_checkpoint(fleet: Fleet) -> None:
     job = fleet.post(a_job(fleet, training={"max_steps": 400, "save_steps": 20}))
     wait_until(lambda: fleet.checkpoints(job["id"]) >= 2, seconds=120, what="two checkpoints", every=0.1)

@@ -85,6 +85,7 @@ class TrainRequest(_Message):
     validation_file: str | None
     checkpoint_path: str | None
     lease_seconds: float = 0.0
+    adapter_path: str | None = None  # a PEFT folder: the earlier adapter that it goes on from
     quantised_dir: str | None = None  # kept on this host for this revision of the base: its 4-bit weights, once made
 
 

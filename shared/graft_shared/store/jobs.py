@@ -16,6 +16,7 @@ from graft_shared.errors import (
     InvalidParameter,
     JobCancelling,
     JobFinished,
+    JobInUse,
     JobNotEnded,
     JobNotFound,
 )
@@ -43,6 +44,7 @@ class NewJob:
     idempotency_key: str | None = None
     warnings: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)  # that it reads, by the parameter that names each
+    adapter_of: str | None = None  # the job whose adapter it goes on from
     sending: Sending | None = None  # of a request without a key, whose client counts
 
 
@@ -70,7 +72,7 @@ class Jobs:
 
         Raises:
             IdempotencyConflict: The key was used with another body.
-            InvalidParameter: A file that it reads has been deleted meanwhile.
+            InvalidParameter: A file that it reads, or the job whose adapter it goes on from, was deleted meanwhile.
         """
         try:
             with self._database.writing() as connection:
@@ -80,6 +82,7 @@ class Jobs:
                     if made is not None:
                         return job_from(made), False
                 _hold_files(connection, new)
+                _hold_adapter(connection, new)
                 row = _insert_job(connection, new)
                 facts = {"gpu_class": new.gpu_class}
                 insert_event(connection, new.id, 1, 0, "submitted", "The job was accepted.", data=facts)
@@ -248,12 +251,16 @@ class Jobs:
         Raises:
             JobNotFound: No such job, or another tenant's.
             JobNotEnded: It waits, runs or is paused.
+            JobInUse: A job that goes on from its adapter has not copied it yet.
         """
         with self._database.writing() as connection:
             row = _row(connection, tenant, job_id, lock=True)
             state = JobState(row["state"])
             if state not in TERMINAL_STATES:
                 raise JobNotEnded(job_id=job_id, status=job_from(row).status.value)
+            reader = connection.execute(_READER, {"of": tenant, "job": job_id}).scalar_one_or_none()
+            if reader is not None:
+                raise JobInUse(job_id=job_id, reader_id=reader)
             gone = {"deleted_at": now(), "sweep_at": now(), "idempotency_key": None}
             compare_and_set(connection, job_id, row["epoch"], state, **gone)
 
@@ -313,6 +320,19 @@ _ONE = select(jobs).where(jobs.c.tenant == bindparam("of"), jobs.c.id == bindpar
 _ONE_LOCKED = _ONE.with_for_update()
 
 
+_READER = (  # the oldest job that has yet to copy the adapter of a job
+    select(jobs.c.id)
+    .where(
+        jobs.c.tenant == bindparam("of"),
+        jobs.c.state.in_([JobState.QUEUED.value, JobState.RUNNING.value]),
+        jobs.c.stage == Stage.PREPARE.value,
+        jobs.c.spec[("adapter", "job")].as_string() == bindparam("job"),
+    )
+    .order_by(jobs.c.created_at)
+    .limit(1)
+)
+
+
 def _insert_job(connection: Connection, new: NewJob) -> RowMapping:
     values = {
         "id": new.id,
@@ -340,6 +360,18 @@ def _hold_files(connection: Connection, new: NewJob) -> None:
     for param, file_id in new.files.items():
         if file_id not in there:
             raise InvalidParameter(param=param, reason=f"there is no file '{file_id}' any more; it has been deleted")
+
+
+def _hold_adapter(connection: Connection, new: NewJob) -> None:
+    """See that the earlier job is there, and keep it from being deleted before the new one is known."""
+    if new.adapter_of is None:
+        return
+    there = select(jobs.c.id).where(
+        jobs.c.tenant == new.tenant, jobs.c.id == new.adapter_of, jobs.c.deleted_at.is_(None)
+    )
+    if connection.execute(there.with_for_update(read=True)).scalar_one_or_none() is None:
+        reason = f"there is no job '{new.adapter_of}' any more; it has been deleted"
+        raise InvalidParameter(param="adapter.job", reason=reason)
 
 
 def _row(connection: Connection, tenant: str, job_id: str, *, lock: bool = False) -> RowMapping:

@@ -41,6 +41,10 @@ def train_request(job: Job, workdir: Path, neighbours: Neighbours, kept: ExitSta
         if split in prepared:
             splits[split] = workdir / f"{split}.safetensors"
             neighbours.base_models.cache.fetch(neighbours.bucket, StoredObject(**prepared[split]), splits[split])
+    adapter_path = None
+    if "adapter" in prepared:
+        adapter_path = workdir / "earlier-adapter"
+        fetch_folder(neighbours.bucket, StoredObject(**prepared["adapter"]), adapter_path)
     checkpoint_path = None
     if job.checkpoint is not None:
         checkpoint_path = workdir / "resume" / f"step-{job.checkpoint.step}"
@@ -57,6 +61,7 @@ def train_request(job: Job, workdir: Path, neighbours: Neighbours, kept: ExitSta
         train_file=str(splits["train"]),
         validation_file=str(splits["validation"]) if "validation" in splits else None,
         checkpoint_path=str(checkpoint_path) if checkpoint_path else None,
+        adapter_path=str(adapter_path) if adapter_path else None,
         lease_seconds=neighbours.settings.lease_seconds,
         quantised_dir=str(base.quantised_dir),
     )

@@ -43,6 +43,7 @@ def write_card(request: TrainRequest, folder: Path, metrics: dict[str, Any], ver
     bits = f"4-bit {quantization['bnb_4bit_quant_type'].upper()}" if quantization["load_in_4bit"] else "16-bit"
     rows = [
         ("base model", f"{request.base_model}, revision {request.base_revision}, {bits}"),
+        *([("goes on from", f"the adapter of {spec['adapter']['job']}")] if spec.get("adapter") else []),
         ("LoRA", f"r={lora['r']}, alpha={lora['lora_alpha']:g}, dropout={lora['lora_dropout']:g}"),
         ("target modules", ", ".join(request.target_modules)),
         (
