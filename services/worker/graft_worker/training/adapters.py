@@ -34,7 +34,7 @@ def attach_adapter(model: Any, lora: Lora, target_modules: list[str], *, base_mo
     _require_linears(model, target_modules)
     adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     adapted.peft_config["default"].base_model_name_or_path = base_model
-    if re.fullmatch(r"[0-9a-f]{40}", revision):  # a hub commit; a registered folder has none that the hub knows
+    if is_hub_commit(revision):
         adapted.peft_config["default"].revision = revision
     return adapted
 
@@ -54,6 +54,11 @@ def _require_linears(model: Any, target_modules: list[str]) -> None:
         if not all(isinstance(module, torch.nn.Linear) and module is not head for module in modules):
             reason = f"{target} is not a linear layer of the base's blocks"
             raise InvalidParameter(param="lora.target_modules", reason=reason)
+
+
+def is_hub_commit(revision: str) -> bool:
+    """Whether the hub knows this revision: a commit. A registered folder's is made of its content."""
+    return re.fullmatch(r"[0-9a-f]{40}", revision) is not None
 
 
 def go_on_from(model: PeftModel, folder: Path) -> None:
