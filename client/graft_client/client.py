@@ -130,12 +130,42 @@ class GraftClient:
         answer: Document = self._transport.json("POST", f"/jobs/{_part(job_id)}/resume")
         return answer
 
+    def delete(self, job_id: str) -> None:
+        """Remove a job that has ended, with its history and its artifacts; GraftAPIError `job_not_ended` before."""
+        self._transport.json("DELETE", f"/jobs/{_part(job_id)}")
+
     def events(self, job_id: str, *, after: int | str | None = None, page_size: int = 200) -> Iterator[Document]:
         """Go through a job's events, oldest first, starting behind the event `after`."""
         filters: dict[str, str | int] = {"limit": page_size}
         if after is not None:
             filters["after"] = after
         yield from self._pages(f"/jobs/{_part(job_id)}/events", filters)
+
+    def checkpoints(self, job_id: str, *, page_size: int = 50) -> Iterator[Document]:
+        """Go through the checkpoints that a job committed, newest first."""
+        yield from self._pages(f"/jobs/{_part(job_id)}/checkpoints", {"limit": page_size})
+
+    def metrics(self, job_id: str) -> Document:
+        """Return a job's series by step: losses, gradient norms, learning rates, speeds."""
+        return self._get(f"/jobs/{_part(job_id)}/metrics")
+
+    def logs(self, job_id: str) -> str:
+        """Return the log of a job's last run, also while it runs."""
+        return self._transport.send("GET", f"/jobs/{_part(job_id)}/logs", dict).text
+
+    def webhooks(self, job_id: str) -> list[Document]:
+        """Return what was sent about a job's end, and how far it has come."""
+        answer: list[Document] = self._get(f"/jobs/{_part(job_id)}/webhooks")["data"]
+        return answer
+
+    def webhook_secret(self) -> str:
+        """Return what this tenant's webhooks are signed with, `whsec_…`, for the receiver to verify."""
+        return str(self._get("/webhooks/secret")["secret"])
+
+    def test_webhook(self, url: str) -> Document:
+        """Send a message that is about nothing; returns whether it was taken, and why not."""
+        answer: Document = self._transport.json("POST", "/webhooks/test", json={"url": url})
+        return answer
 
     def adapter(self, job_id: str) -> Document:
         """Return the manifest of a succeeded job's adapter, with a link per file."""
@@ -183,6 +213,14 @@ class GraftClient:
 
             answer: Document = self._transport.send("POST", "/files", options).json()
         return answer
+
+    def files(self, *, page_size: int = 50) -> Iterator[Document]:
+        """Go through the uploaded files, newest first."""
+        yield from self._pages("/files", {"limit": page_size})
+
+    def delete_file(self, file_id: str) -> None:
+        """Remove a file; GraftAPIError `file_in_use` while a job has not prepared its data from it."""
+        self._transport.json("DELETE", f"/files/{_part(file_id)}")
 
     def file(self, file_id: str) -> Document:
         """Return the description of an uploaded file."""
