@@ -186,7 +186,7 @@ def logs(job: JobId) -> None:
 def show_webhooks(job: JobId, as_json: AsJson = False) -> None:
     """Show what was sent about a job's end, and how far it has come."""
     with _client() as client:
-        found = client.webhooks(job)
+        found = list(client.webhooks(job))
         _answer(found, tables.rows_table(found), as_json=as_json)
 
 

@@ -153,10 +153,9 @@ class GraftClient:
         """Return the log of a job's last run, also while it runs."""
         return self._transport.send("GET", f"/jobs/{_part(job_id)}/logs", dict).text
 
-    def webhooks(self, job_id: str) -> list[Document]:
-        """Return what was sent about a job's end, and how far it has come."""
-        answer: list[Document] = self._get(f"/jobs/{_part(job_id)}/webhooks")["data"]
-        return answer
+    def webhooks(self, job_id: str) -> Iterator[Document]:
+        """Go through what was sent about a job's end, and how far it has come."""
+        yield from self._get(f"/jobs/{_part(job_id)}/webhooks")["data"]
 
     def webhook_secret(self) -> str:
         """Return what this tenant's webhooks are signed with, `whsec_…`, for the receiver to verify."""
