@@ -12,7 +12,7 @@ from peft import PeftModel
 from graft_worker.protocol import TrainRequest
 from graft_worker.training.adapters import is_hub_commit
 
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -49,7 +49,7 @@ vllm serve {base_model}{revision_flag} --enable-lora --max-lora-rank {max_rank} 
 def write_adapter(model: PeftModel, request: TrainRequest, folder: Path) -> None:
     """Save weights, config and tokenizer; nothing in the folder names a path of this machine."""
     model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
-    for pattern in _TOKENIZER_FILES:
+    for pattern in TOKENIZER_FILES:
         for path in Path(request.base_path).glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
