@@ -77,6 +77,11 @@ def adapter_prefix(tenant: str, job_id: str, epoch: int) -> str:
     return f"{epoch_prefix(tenant, job_id, epoch)}adapter/"
 
 
+def merged_prefix(tenant: str, job_id: str, epoch: int) -> str:
+    """The folder of the merged model that this epoch made."""
+    return f"{epoch_prefix(tenant, job_id, epoch)}merged/"
+
+
 def log_key(tenant: str, job_id: str, epoch: int) -> str:
     """Where the trainer's log of this epoch lies."""
     return f"{epoch_prefix(tenant, job_id, epoch)}trainer.log"

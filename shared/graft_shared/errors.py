@@ -16,6 +16,7 @@ GraftError
 │   └── IdempotencyConflict
 ├── NotFound
 │   ├── JobNotFound
+│   ├── MergedModelNotFound
 │   ├── FileNotFound
 │   ├── BaseModelNotFound
 │   └── ObjectNotFound
@@ -23,6 +24,7 @@ GraftError
 │   ├── JobFinished
 │   ├── JobNotEnded
 │   ├── JobInUse
+│   ├── MergedModelInUse
 │   ├── JobCancelling
 │   ├── AdapterNotReady
 │   ├── FileInUse
@@ -120,6 +122,10 @@ class JobNotFound(NotFound):
     """There is no job '{job_id}'."""
 
 
+class MergedModelNotFound(NotFound):
+    """Nobody has asked for the merged model of '{job_id}'. POST /jobs/{job_id}/merged does."""
+
+
 class FileNotFound(NotFound):
     """There is no file '{file_id}'."""
 
@@ -146,6 +152,10 @@ class JobNotEnded(Conflict):
 
 class JobInUse(Conflict):
     """The job '{reader_id}' goes on from the adapter of '{job_id}', and has not copied it yet. Wait, or cancel it."""
+
+
+class MergedModelInUse(Conflict):
+    """The adapter of '{job_id}' is being merged. Wait until that has ended: GET /jobs/{job_id}/merged tells."""
 
 
 class JobCancelling(Conflict):

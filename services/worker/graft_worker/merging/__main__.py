@@ -7,7 +7,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from graft_shared.jobs import FailureReason
+from graft_shared.jobs import FailureReason, Phase
 from graft_worker.parent import die_with_parent
 from graft_worker.protocol import (
     EventWriter,
@@ -15,6 +15,7 @@ from graft_worker.protocol import (
     FailureEvent,
     MergedEvent,
     MergeRequest,
+    PhaseEvent,
     read_request,
 )
 
@@ -25,6 +26,7 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     workdir = Path(sys.argv[1])
     events = EventWriter()
+    events.emit(PhaseEvent(phase=Phase.MERGING))
     request = MergeRequest.model_validate(read_request(workdir))
 
     from graft_worker.merging.merge import NoRoom, merge

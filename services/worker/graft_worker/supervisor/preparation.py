@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from graft_shared.artifacts import MANIFEST_NAME, AdapterManifest, earlier_adapter_key, prepared_key
-from graft_shared.buckets import fetch
+from graft_shared.artifacts import earlier_adapter_key, prepared_key
 from graft_shared.dispatch import queue_for
 from graft_shared.errors import FileNotFound, InvalidParameter
-from graft_shared.jobs import Job, StoredObject
+from graft_shared.jobs import Job
 from graft_shared.specs import DatasetSource, JobSpec
 from graft_worker.protocol import PreparedEvent, PrepareRequest
+from graft_worker.supervisor.adapters import fetch_adapter
 from graft_worker.supervisor.folders import store_folder
 from graft_worker.supervisor.neighbours import Neighbours
 from graft_worker.supervisor.patience import Patience
@@ -36,7 +36,7 @@ def prepare_request(job: Job, workdir: Path, neighbours: Neighbours, kept: ExitS
         validation_file = workdir / "validation.jsonl"
         _fetch_rows(job.tenant, DatasetSource(file=spec.validation.file), validation_file, neighbours)
     if spec.adapter is not None:
-        _fetch_adapter(job.tenant, spec.adapter.job, workdir / EARLIER_ADAPTER, neighbours)
+        fetch_adapter(job.tenant, spec.adapter.job, workdir / EARLIER_ADAPTER, neighbours, only=ADAPTER_FILES)
     return PrepareRequest(
         job_id=job.id,
         spec=job.spec,
@@ -94,22 +94,6 @@ def _fetch_rows(tenant: str, source: DatasetSource, path: Path, neighbours: Neig
             token=token.get_secret_value() if token else None,
             max_bytes=neighbours.settings.max_file_bytes,
         )
-
-
-def _fetch_adapter(tenant: str, job_id: str, folder: Path, neighbours: Neighbours) -> None:
-    """Fetch and prove the weights and the config of an earlier job's adapter."""
-    earlier = neighbours.leases.read(job_id)
-    if earlier is None or earlier.tenant != tenant or earlier.adapter is None:
-        raise InvalidParameter(param="adapter.job", reason=f"the adapter of '{job_id}' is gone")
-    folder.mkdir()
-    manifest_path = folder / MANIFEST_NAME
-    fetch(neighbours.bucket, StoredObject(**earlier.adapter["manifest"]), manifest_path)
-    manifest = AdapterManifest.model_validate_json(manifest_path.read_text())
-    manifest_path.unlink()
-    for file in manifest.files:
-        if file.name in ADAPTER_FILES:
-            key = earlier.adapter["prefix"] + file.name
-            fetch(neighbours.bucket, StoredObject(key=key, size=file.size, sha256=file.sha256), folder / file.name)
 
 
 def _import_object(uri: str, path: Path, neighbours: Neighbours) -> None:
