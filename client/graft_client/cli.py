@@ -1,7 +1,7 @@
 """The `graft` command: submit, watch and bring home fine-tunes from a terminal.
 
-Exit codes: 0 done, 1 the watched job or the tested webhook failed, 2 something the user can correct, 3 the watched job
-was cancelled, 4 the service is at fault.
+Exit codes: 0 done, 1 the watched job, the merge or the tested webhook failed, 2 something the user can correct, 3 the
+watched job was cancelled, 4 the service is at fault.
 """
 
 from __future__ import annotations
@@ -220,6 +220,24 @@ def download(
     with _client() as client:
         folder = client.download(job, to or Path(job))
         _answer({"job": job, "path": str(folder)}, f"Adapter of {job} is in {folder}", as_json=as_json)
+
+
+@app.command()
+def merge(
+    job: JobId,
+    to: Annotated[Path | None, typer.Option("--to", help="The folder to make; ./JOB-merged by default.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Merge a job's adapter into its base in full precision, and bring it home; exit code 1 where it cannot be made."""
+    with _client() as client:
+        if client.merge(job)["status"] != "succeeded":
+            _notice(f"The adapter of {job} is being merged.")
+        merged = client.wait_merged(job)
+        if merged["status"] != "succeeded":
+            _notice(f"[red]error[/red] {merged['error']['message']}")
+            sys.exit(EXIT_FAILED)
+        folder = client.download_merged(job, to or Path(f"{job}-merged"))
+        _answer({"job": job, "path": str(folder)}, f"The merged model of {job} is in {folder}", as_json=as_json)
 
 
 @app.command()

@@ -181,6 +181,34 @@ class GraftClient:
         """
         return download_adapter(self._transport, f"/jobs/{_part(job_id)}/adapter", Path(to))
 
+    def merge(self, job_id: str) -> Document:
+        """Ask for a job's merged model and return it: its base in full precision, with the adapter in its weights.
+
+        Asking twice is asking once. GraftAPIError `adapter_not_ready` until the job has succeeded.
+        """
+        answer: Document = self._transport.json("POST", f"/jobs/{_part(job_id)}/merged")
+        return answer
+
+    def merged(self, job_id: str) -> Document:
+        """Return how far a job's merged model is and, once it is made, a link per file."""
+        return self._get(f"/jobs/{_part(job_id)}/merged")
+
+    def wait_merged(self, job_id: str, *, timeout_seconds: float | None = None, poll_seconds: float = 1.0) -> Document:
+        """Return a job's merged model once it is made, or could not be.
+
+        Raises:
+            WaitedTooLong: It is not made within `timeout_seconds`.
+        """
+        return self._ended(f"/jobs/{_part(job_id)}/merged", job_id, timeout_seconds, poll_seconds)
+
+    def download_merged(self, job_id: str, to: str | Path) -> Path:
+        """Bring a job's merged model into the folder `to`; as `download`."""
+        return download_adapter(self._transport, f"/jobs/{_part(job_id)}/merged", Path(to))
+
+    def delete_merged(self, job_id: str) -> None:
+        """Remove a job's merged model; the adapter stays."""
+        self._transport.json("DELETE", f"/jobs/{_part(job_id)}/merged")
+
     def estimate(self, spec: Mapping[str, Any]) -> Document:
         """Return what `submit` would decide for this spec, without a job."""
         answer: Document = self._transport.json("POST", "/jobs/estimate", json=_sendable(spec))
@@ -246,16 +274,20 @@ class GraftClient:
         Raises:
             WaitedTooLong: It has not ended within `timeout_seconds`.
         """
+        return self._ended(f"/jobs/{_part(job_id)}", job_id, timeout_seconds, poll_seconds)
+
+    def _ended(self, path: str, job_id: str, timeout_seconds: float | None, poll_seconds: float) -> Document:
+        """What stands at `path`, once its status is an end."""
         clock = self._transport.clock
         started = clock()
         patience: float | None = None
         while True:
-            job = self._get(f"/jobs/{_part(job_id)}", patience_seconds=patience)
+            found = self._get(path, patience_seconds=patience)
             patience = WATCH_PATIENCE_SECONDS
-            if job["status"] in TERMINAL_STATUSES:
-                return job
+            if found["status"] in TERMINAL_STATUSES:
+                return found
             if timeout_seconds is not None and clock() - started >= timeout_seconds:
-                raise WaitedTooLong(f"Job {job_id} is still '{job['status']}' after {timeout_seconds:g} s.")
+                raise WaitedTooLong(f"Job {job_id} is still '{found['status']}' after {timeout_seconds:g} s.")
             self._transport.sleep(poll_seconds)
 
     def _get(self, path: str, *, patience_seconds: float | None = None) -> Document:

@@ -379,3 +379,22 @@ def test_webhooks_are_shown_and_tried_out(service: FakeService, monkeypatch: pyt
     assert graft("webhooks", "test", "https://a.test/", monkeypatch=monkeypatch)[0] == 0
     code, out, _ = graft("webhooks", "test", "https://a.test/", monkeypatch=monkeypatch)
     assert (code, out) == (1, "It was not taken: it answered 404\n")
+
+
+def test_a_merged_model_is_waited_for_and_brought_home(
+    service: FakeService, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    service.jobs = [{"id": "ftjob-1"}]
+    route = "/jobs/ftjob-1/merged"
+    service.answers[f"POST {route}"] = [httpx.Response(202, json={"status": "queued"})]
+    waiting = [httpx.Response(200, json={"status": status}) for status in ("queued", "running", "succeeded")]
+    service.answers[f"GET {route}"] = [*waiting, httpx.Response(200, json=service.manifest())]
+    code, out, err = graft("merge", "ftjob-1", "--to", str(tmp_path / "home"), monkeypatch=monkeypatch)
+    assert code == 0, err
+    assert str(tmp_path / "home") in out.replace("\n", "")
+    assert (tmp_path / "home" / "adapter_model.safetensors").stat().st_size == 7000
+    failed = {"status": "failed", "error": {"code": "host_out_of_memory", "message": "It needs 18 GB."}}
+    service.answers[f"POST {route}"] = [httpx.Response(202, json={"status": "queued"})]
+    service.answers[f"GET {route}"] = [httpx.Response(200, json=failed)]
+    code, _, err = graft("merge", "ftjob-1", monkeypatch=monkeypatch)
+    assert code == 1 and "It needs 18 GB." in err

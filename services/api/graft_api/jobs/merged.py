@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 
 from fastapi import APIRouter, Request
+from fastapi.responses import StreamingResponse
 
 from graft_api.auth import Tenant
 from graft_api.deps import Here
 from graft_api.errors import documented
 from graft_api.jobs.adapter import linked_files, read_adapter
+from graft_api.jobs.endpoints import TAR, tar_of
 from graft_api.jobs.schemas import JobError, MergedModelBody, MergedModelDeleted
 from graft_shared.ids import new_merge_id
 from graft_shared.jobs import Job
@@ -30,6 +32,17 @@ def create_merged(request: Request, job_id: str, tenant: Tenant, here: Here) -> 
 def get_merged(request: Request, job_id: str, tenant: Tenant, here: Here) -> MergedModelBody:
     """Return how far it is and, once it is made, a link per file."""
     return _body(here.merges.get(tenant, job_id), here, str(request.base_url))
+
+
+@router.get(
+    "/archive",
+    summary="The merged model as one .tar",
+    response_class=StreamingResponse,
+    responses={**TAR, **documented(404, 409)},
+)
+def get_merged_archive(job_id: str, tenant: Tenant, here: Here) -> StreamingResponse:
+    """Stream its files and its manifest, each proven by its sha256 on the way; 409 until it is made."""
+    return tar_of(here.merges.get(tenant, job_id), here, name=f"{job_id}-merged")
 
 
 @router.delete("", summary="Delete a merged model", responses=documented(404, 409))
