@@ -70,6 +70,11 @@ class Service:
                 if not page["has_more"]:
                     return events
 
+    def deleted(self, job_id: str) -> bool:
+        """Try to delete a job, and tell whether it is gone."""
+        with self.client() as client:
+            return client.delete(f"/jobs/{job_id}").status_code == 200
+
     def checkpoints(self, job_id: str) -> int:
         return sum(event["type"] == "checkpoint" for event in self.events(job_id))
 

@@ -1,7 +1,7 @@
 """The `graft` command: submit, watch and bring home fine-tunes from a terminal.
 
-Exit codes: 0 done, 1 the watched job failed, 2 something the user can correct, 3 the watched job was cancelled, 4 the
-service is at fault.
+Exit codes: 0 done, 1 the watched job, the merge or the tested webhook failed, 2 something the user can correct, 3 the
+watched job was cancelled, 4 the service is at fault.
 """
 
 from __future__ import annotations
@@ -61,6 +61,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog="The service is found at GRAFT_URL (http://127.0.0.1:8000), with the key in GRAFT_API_KEY.",
 )
+
+webhooks_app = typer.Typer(help="How a job's end is told to a receiver of yours.", no_args_is_help=True)
+app.add_typer(webhooks_app, name="webhooks")
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id, ftjob-…")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the service's answer as JSON.")]
@@ -153,6 +156,61 @@ def resume(job: JobId, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def delete(
+    jobs: Annotated[list[str], typer.Argument(metavar="JOB…", help="Ids of jobs that have ended.")],
+    as_json: AsJson = False,
+) -> None:
+    """Remove jobs that have ended, with their history and their artifacts."""
+    with _client() as client:
+        for job in jobs:
+            client.delete(job)
+            _answer({"id": job, "deleted": True}, f"{job} is deleted.", as_json=as_json)
+
+
+@app.command()
+def checkpoints(job: JobId, as_json: AsJson = False) -> None:
+    """List what a job has saved, newest first."""
+    with _client() as client:
+        found = list(client.checkpoints(job))
+        _answer(found, tables.checkpoints_table(found), as_json=as_json)
+
+
+@app.command()
+def logs(job: JobId) -> None:
+    """Print the log of a job's last run, also while it runs."""
+    with _client() as client:
+        print(client.logs(job), end="")
+
+
+@webhooks_app.command("show")
+def show_webhooks(job: JobId, as_json: AsJson = False) -> None:
+    """Show what was sent about a job's end, and how far it has come."""
+    with _client() as client:
+        found = list(client.webhooks(job))
+        _answer(found, tables.rows_table(found), as_json=as_json)
+
+
+@webhooks_app.command("secret")
+def show_webhook_secret(as_json: AsJson = False) -> None:
+    """Print what webhooks are signed with; the receiver verifies by it."""
+    with _client() as client:
+        secret = client.webhook_secret()
+        _answer({"secret": secret}, secret, as_json=as_json)
+
+
+@webhooks_app.command("test")
+def test_webhook(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Where the receiver listens.")], as_json: AsJson = False
+) -> None:
+    """Send a message that is about nothing; exit code 1 where it is not taken."""
+    with _client() as client:
+        found = client.test_webhook(url)
+        said = "It was taken." if found["delivered"] else f"It was not taken: {found['reason']}"
+        _answer(found, said, as_json=as_json)
+        sys.exit(0 if found["delivered"] else EXIT_FAILED)
+
+
+@app.command()
 def download(
     job: JobId,
     to: Annotated[Path | None, typer.Option("--to", help="The folder to make; ./JOB by default.")] = None,
@@ -162,6 +220,24 @@ def download(
     with _client() as client:
         folder = client.download(job, to or Path(job))
         _answer({"job": job, "path": str(folder)}, f"Adapter of {job} is in {folder}", as_json=as_json)
+
+
+@app.command()
+def merge(
+    job: JobId,
+    to: Annotated[Path | None, typer.Option("--to", help="The folder to make; ./JOB-merged by default.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Merge a job's adapter into its base in full precision, and bring it home; exit code 1 where it cannot be made."""
+    with _client() as client:
+        if client.merge(job)["status"] != "succeeded":
+            _notice(f"The adapter of {job} is being merged.")
+        merged = client.wait_merged(job)
+        if merged["status"] != "succeeded":
+            _notice(f"[red]error[/red] {merged['error']['message']}")
+            sys.exit(EXIT_FAILED)
+        folder = client.download_merged(job, to or Path(f"{job}-merged"))
+        _answer({"job": job, "path": str(folder)}, f"The merged model of {job} is in {folder}", as_json=as_json)
 
 
 @app.command()

@@ -130,12 +130,41 @@ class GraftClient:
         answer: Document = self._transport.json("POST", f"/jobs/{_part(job_id)}/resume")
         return answer
 
+    def delete(self, job_id: str) -> None:
+        """Remove a job that has ended, with its history and its artifacts; GraftAPIError `job_not_ended` before."""
+        self._transport.json("DELETE", f"/jobs/{_part(job_id)}")
+
     def events(self, job_id: str, *, after: int | str | None = None, page_size: int = 200) -> Iterator[Document]:
         """Go through a job's events, oldest first, starting behind the event `after`."""
         filters: dict[str, str | int] = {"limit": page_size}
         if after is not None:
             filters["after"] = after
         yield from self._pages(f"/jobs/{_part(job_id)}/events", filters)
+
+    def checkpoints(self, job_id: str, *, page_size: int = 50) -> Iterator[Document]:
+        """Go through the checkpoints that a job committed, newest first."""
+        yield from self._pages(f"/jobs/{_part(job_id)}/checkpoints", {"limit": page_size})
+
+    def metrics(self, job_id: str) -> Document:
+        """Return a job's series by step: losses, gradient norms, learning rates, speeds."""
+        return self._get(f"/jobs/{_part(job_id)}/metrics")
+
+    def logs(self, job_id: str) -> str:
+        """Return the log of a job's last run, also while it runs."""
+        return self._transport.send("GET", f"/jobs/{_part(job_id)}/logs", dict).text
+
+    def webhooks(self, job_id: str) -> Iterator[Document]:
+        """Go through what was sent about a job's end, and how far it has come."""
+        yield from self._get(f"/jobs/{_part(job_id)}/webhooks")["data"]
+
+    def webhook_secret(self) -> str:
+        """Return what this tenant's webhooks are signed with, `whsec_…`, for the receiver to verify."""
+        return str(self._get("/webhooks/secret")["secret"])
+
+    def test_webhook(self, url: str) -> Document:
+        """Send a message that is about nothing; returns whether it was taken, and why not."""
+        answer: Document = self._transport.json("POST", "/webhooks/test", json={"url": url})
+        return answer
 
     def adapter(self, job_id: str) -> Document:
         """Return the manifest of a succeeded job's adapter, with a link per file."""
@@ -151,6 +180,34 @@ class GraftClient:
             DownloadCorrupt: Bytes arrived, twice, that are not the promised ones.
         """
         return download_adapter(self._transport, f"/jobs/{_part(job_id)}/adapter", Path(to))
+
+    def merge(self, job_id: str) -> Document:
+        """Ask for a job's merged model and return it: its base in full precision, with the adapter in its weights.
+
+        Asking twice is asking once. GraftAPIError `adapter_not_ready` until the job has succeeded.
+        """
+        answer: Document = self._transport.json("POST", f"/jobs/{_part(job_id)}/merged")
+        return answer
+
+    def merged(self, job_id: str) -> Document:
+        """Return how far a job's merged model is and, once it is made, a link per file."""
+        return self._get(f"/jobs/{_part(job_id)}/merged")
+
+    def wait_merged(self, job_id: str, *, timeout_seconds: float | None = None, poll_seconds: float = 1.0) -> Document:
+        """Return a job's merged model once it is made, or could not be.
+
+        Raises:
+            WaitedTooLong: It is not made within `timeout_seconds`.
+        """
+        return self._ended(f"/jobs/{_part(job_id)}/merged", job_id, timeout_seconds, poll_seconds)
+
+    def download_merged(self, job_id: str, to: str | Path) -> Path:
+        """Bring a job's merged model into the folder `to`; as `download`."""
+        return download_adapter(self._transport, f"/jobs/{_part(job_id)}/merged", Path(to))
+
+    def delete_merged(self, job_id: str) -> None:
+        """Remove a job's merged model; the adapter stays."""
+        self._transport.json("DELETE", f"/jobs/{_part(job_id)}/merged")
 
     def estimate(self, spec: Mapping[str, Any]) -> Document:
         """Return what `submit` would decide for this spec, without a job."""
@@ -184,6 +241,14 @@ class GraftClient:
             answer: Document = self._transport.send("POST", "/files", options).json()
         return answer
 
+    def files(self, *, page_size: int = 50) -> Iterator[Document]:
+        """Go through the uploaded files, newest first."""
+        yield from self._pages("/files", {"limit": page_size})
+
+    def delete_file(self, file_id: str) -> None:
+        """Remove a file; GraftAPIError `file_in_use` while a job has not prepared its data from it."""
+        self._transport.json("DELETE", f"/files/{_part(file_id)}")
+
     def file(self, file_id: str) -> Document:
         """Return the description of an uploaded file."""
         return self._get(f"/files/{_part(file_id)}")
@@ -209,16 +274,20 @@ class GraftClient:
         Raises:
             WaitedTooLong: It has not ended within `timeout_seconds`.
         """
+        return self._ended(f"/jobs/{_part(job_id)}", job_id, timeout_seconds, poll_seconds)
+
+    def _ended(self, path: str, job_id: str, timeout_seconds: float | None, poll_seconds: float) -> Document:
+        """What stands at `path`, once its status is an end."""
         clock = self._transport.clock
         started = clock()
         patience: float | None = None
         while True:
-            job = self._get(f"/jobs/{_part(job_id)}", patience_seconds=patience)
+            found = self._get(path, patience_seconds=patience)
             patience = WATCH_PATIENCE_SECONDS
-            if job["status"] in TERMINAL_STATUSES:
-                return job
+            if found["status"] in TERMINAL_STATUSES:
+                return found
             if timeout_seconds is not None and clock() - started >= timeout_seconds:
-                raise WaitedTooLong(f"Job {job_id} is still '{job['status']}' after {timeout_seconds:g} s.")
+                raise WaitedTooLong(f"Job {job_id} is still '{found['status']}' after {timeout_seconds:g} s.")
             self._transport.sleep(poll_seconds)
 
     def _get(self, path: str, *, patience_seconds: float | None = None) -> Document:

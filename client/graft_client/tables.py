@@ -95,6 +95,23 @@ def jobs_table(jobs: Iterable[dict[str, Any]]) -> Table:
     return table
 
 
+def checkpoints_table(checkpoints: Iterable[dict[str, Any]]) -> Table:
+    """Checkpoints, one a line."""
+    table = _whole_words("checkpoint", "step", "size", "loss", "held-out loss", "created", "")
+    for checkpoint in checkpoints:
+        metrics = checkpoint["metrics"]
+        table.add_row(
+            checkpoint["id"],
+            str(checkpoint["step"]),
+            gib(checkpoint["size"]),
+            _text(metrics.get("train_loss")),
+            _text(metrics.get("eval_loss")),
+            moment(checkpoint["created_at"]),
+            "the job goes on from it" if checkpoint["is_stored"] else "",
+        )
+    return table
+
+
 def estimate_view(estimate: dict[str, Any]) -> RenderableType:
     """Where a job would go, and what would fill the card."""
     memory = estimate.get("memory") or {}

@@ -62,6 +62,11 @@ def prepared_key(tenant: str, job_id: str, epoch: int, name: str) -> str:
     return f"{epoch_prefix(tenant, job_id, epoch)}prepared/{name}"
 
 
+def earlier_adapter_key(tenant: str, job_id: str, epoch: int) -> str:
+    """Where a job keeps the adapter that it goes on from: one tar, made while its data is prepared."""
+    return prepared_key(tenant, job_id, epoch, "adapter.tar")
+
+
 def checkpoint_key(tenant: str, job_id: str, epoch: int, step: int) -> str:
     """Where the checkpoint after optimizer step `step` lies: one tar."""
     return f"{epoch_prefix(tenant, job_id, epoch)}checkpoints/step-{step}.tar"
@@ -70,6 +75,11 @@ def checkpoint_key(tenant: str, job_id: str, epoch: int, step: int) -> str:
 def adapter_prefix(tenant: str, job_id: str, epoch: int) -> str:
     """The folder of the adapter that this epoch trained."""
     return f"{epoch_prefix(tenant, job_id, epoch)}adapter/"
+
+
+def merged_prefix(tenant: str, job_id: str, epoch: int) -> str:
+    """The folder of the merged model that this epoch made."""
+    return f"{epoch_prefix(tenant, job_id, epoch)}merged/"
 
 
 def log_key(tenant: str, job_id: str, epoch: int) -> str:

@@ -12,7 +12,6 @@ from graft_shared.jobs import Stage
 from graft_shared.logs import log_event
 
 RING_TASK = "graft.ring"
-PREPARE_QUEUE = "prepare"
 
 # Redis answers within milliseconds; a black hole must not hold up a POST.
 BROKER_TRANSPORT_OPTIONS: dict[str, Any] = {
@@ -39,7 +38,7 @@ class Doorbell(Protocol):
 
 def queue_for(stage: Stage, gpu_class: str) -> str:
     """The queue that the next claim of a job is rung on."""
-    return PREPARE_QUEUE if stage is Stage.PREPARE else gpu_class
+    return gpu_class if stage is Stage.TRAIN else stage.value
 
 
 class CeleryDoorbell:

@@ -16,12 +16,15 @@ GraftError
 │   └── IdempotencyConflict
 ├── NotFound
 │   ├── JobNotFound
+│   ├── MergedModelNotFound
 │   ├── FileNotFound
 │   ├── BaseModelNotFound
 │   └── ObjectNotFound
 ├── Conflict                       right in itself, too late or too early
 │   ├── JobFinished
 │   ├── JobNotEnded
+│   ├── JobInUse
+│   ├── MergedModelInUse
 │   ├── JobCancelling
 │   ├── AdapterNotReady
 │   ├── FileInUse
@@ -119,6 +122,10 @@ class JobNotFound(NotFound):
     """There is no job '{job_id}'."""
 
 
+class MergedModelNotFound(NotFound):
+    """Nobody has asked for the merged model of '{job_id}'. POST /jobs/{job_id}/merged does."""
+
+
 class FileNotFound(NotFound):
     """There is no file '{file_id}'."""
 
@@ -141,6 +148,14 @@ class JobFinished(Conflict):
 
 class JobNotEnded(Conflict):
     """The job '{job_id}' is '{status}', and only a job that has ended can be deleted. Cancel it first."""
+
+
+class JobInUse(Conflict):
+    """The job '{reader_id}' goes on from the adapter of '{job_id}', and has not copied it yet. Wait, or cancel it."""
+
+
+class MergedModelInUse(Conflict):
+    """The adapter of '{job_id}' is being merged. Wait until that has ended: GET /jobs/{job_id}/merged tells."""
 
 
 class JobCancelling(Conflict):

@@ -25,6 +25,11 @@ def new_webhook_id() -> str:
     return "evt_" + _random()
 
 
+def new_merge_id() -> str:
+    """Return a fresh id of what merges an adapter; it names objects and log lines, and no route."""
+    return "merge-" + _random()
+
+
 def new_request_id() -> str:
     """Return a fresh id for one HTTP request."""
     return "req-" + _random()

@@ -43,6 +43,7 @@ class Stage(StrEnum):
 
     PREPARE = "prepare"
     TRAIN = "train"
+    MERGE = "merge"  # of a job of its own kind: see `store/merges.py`
 
 
 class JobStatus(StrEnum):
@@ -69,6 +70,7 @@ class Phase(StrEnum):
     TRAINING = "training"
     EVALUATING = "evaluating"
     PROVING = "proving"
+    MERGING = "merging"
     PUBLISHING = "publishing"
 
 
@@ -308,6 +310,7 @@ class Job:
     claimed_at: datetime | None  # when its present run began, or its last one
     lease_expires_at: datetime | None
     gpu_seconds: float  # that training held a GPU, over all runs that have ended
+    merges: str | None = None  # the job whose adapter it merges into its base; None: it is a fine-tune
     deleted_at: datetime | None = None  # its tenant sees it no more; the row stays until its objects are gone
 
     @property

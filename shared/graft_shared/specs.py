@@ -85,6 +85,12 @@ class DatasetSource(_Part):
         return self
 
 
+class AdapterSource(_Part):
+    """An earlier adapter to go on from, by the job that trained it."""
+
+    job: Annotated[str, Field(pattern=r"^ftjob-[A-Za-z0-9]{1,64}$")]
+
+
 class Validation(_Part):
     """Held-out rows: a share of the dataset, or a file of their own."""
 
@@ -201,6 +207,7 @@ class JobSpec(_Part):
     revision: Annotated[str, Field(pattern=REVISION_PATTERN)] = "main"
     dataset: DatasetSource
     validation: Validation | None = None
+    adapter: AdapterSource | None = None
     quantization: Quantization = Quantization()
     lora: Lora = Lora()
     training: Training = Training()

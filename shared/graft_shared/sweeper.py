@@ -65,7 +65,7 @@ def _pointed_at(job: Job) -> set[str]:
     keys = {job.checkpoint.object.key} if job.checkpoint is not None else set()
     if job.state not in TERMINAL_STATES:
         prepared = job.prepared or {}
-        keys |= {prepared[split]["key"] for split in ("train", "validation") if split in prepared}
+        keys |= {prepared[part]["key"] for part in ("train", "validation", "adapter") if part in prepared}
     return keys
 
 

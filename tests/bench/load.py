@@ -32,7 +32,8 @@ import httpx
 import redis
 from sqlalchemy import func, select, text
 
-from graft_shared.dispatch import PREPARE_QUEUE
+from graft_shared.dispatch import queue_for
+from graft_shared.jobs import Stage
 from graft_shared.store import Database, open_database
 from graft_shared.store.migrate import migrate
 from graft_shared.store.tables import job_events, jobs
@@ -117,7 +118,7 @@ def play(folder: Path, wanted: Wanted) -> dict[str, Any]:
                 1000 * cpu / max(1, sum((posts["statuses"] + gets["statuses"]).values())), 2
             ),
             "client_cpu_share": [round(client["cpu_seconds"] / seconds, 2) for client in clients],
-            "bells_in_redis": redis.Redis.from_url(service.redis.url).llen(PREPARE_QUEUE),
+            "bells_in_redis": redis.Redis.from_url(service.redis.url).llen(queue_for(Stage.PREPARE, "")),
             "violations": [*_violations(service.database, held, accepted, posts["statuses"]), *beats["violations"]],
         }
 

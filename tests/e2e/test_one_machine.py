@@ -9,7 +9,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from graft_client import GraftClient
 from tests.factories import make_tiny_base
 from tests.fleet import Fleet, a_job
 from tests.invariants import assert_history_holds, steps_redone
@@ -34,6 +36,29 @@ def test_a_killed_broker_costs_latency_and_no_job(fleet: Fleet) -> None:
     os.kill(broker, signal.SIGKILL)
     ended = fleet.wait(fleet.post(a_job(fleet, training={"max_steps": 3}))["id"])
     assert ended["status"] == "succeeded", ended["error"]
+
+
+def test_a_job_goes_on_from_the_adapter_of_another_that_is_deleted_meanwhile(fleet: Fleet) -> None:
+    first = fleet.wait(fleet.post(a_job(fleet))["id"])
+    second = fleet.post(a_job(fleet, adapter={"job": first["id"]}, training={"max_steps": 5}))
+    wait_until(lambda: fleet.deleted(first["id"]), seconds=60, what="a copy of its adapter", every=0.1)
+    ended = fleet.wait(second["id"])
+    assert ended["status"] == "succeeded", ended["error"]
+    begun = next(event for event in fleet.events(second["id"]) if "eval_loss" in event["data"])
+    assert begun["data"]["eval_loss"] == pytest.approx(first["metrics"]["eval_loss"], rel=1e-4)
+
+
+def test_an_adapter_is_merged_into_its_base_and_loads_without_peft(fleet: Fleet, tmp_path: Path) -> None:
+    job = fleet.wait(fleet.post(a_job(fleet, training={"max_steps": 3}))["id"])
+    with GraftClient(fleet.url) as client:
+        assert client.merge(job["id"])["status"] == "queued"
+        merged = client.wait_merged(job["id"], timeout_seconds=120)
+        assert merged["status"] == "succeeded", merged["error"]
+        folder = client.download_merged(job["id"], tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.model_type == "llama" and AutoTokenizer.from_pretrained(folder)("hello")["input_ids"]
+    assert merged["proof"]["logits_difference"] < 1e-3
+    assert fleet.deleted(job["id"])
 
 
 def test_a_trainer_killed_in_mid_training_goes_on_from_its_last_checkpoint(fleet: Fleet) -> None:

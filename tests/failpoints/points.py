@@ -134,6 +134,7 @@ _ADD_EVENT = "graft_shared.store.leases:add_event"
 _LEASES = "graft_shared.store.leases:Leases"
 _RUN = "graft_worker.supervisor.run:Run"
 _PREPARATION = "graft_worker.supervisor.preparation"
+_PUBLISHING = "graft_worker.supervisor.publishing"
 _TRAINING = "graft_worker.supervisor.training_run"
 _PUT = "graft_shared.buckets.directory:DirectoryBucket._put"
 _BELL = "tests.failpoints.bells:FolderBell.ring"
@@ -239,7 +240,7 @@ _TRAIN: tuple[Point, ...] = (
     _trainer("after_child_ended", _BEFORE, "graft_worker.supervisor.run:failure_of"),
     _trainer("before_publish", _BEFORE, f"{_TRAINING}:publish"),
     _trainer("mid_adapter_upload", _AMID, _PUT, matters=_key_with("/adapter/adapter_model")),
-    _trainer("between_files_and_manifest", _BEFORE, f"{_TRAINING}:AdapterManifest.to_bytes"),
+    _trainer("between_files_and_manifest", _BEFORE, f"{_PUBLISHING}:AdapterManifest.to_bytes"),
     _trainer("mid_manifest_upload", _AMID, _PUT, matters=_key_with("/adapter/manifest")),
     _trainer("after_manifest_before_settle", _BEFORE, f"{_LEASES}.settle_success"),
     _trainer("in_settle_transaction", _AFTER, _ADD_EVENT, matters=_event("succeeded")),

@@ -54,7 +54,7 @@ class FakeService:
             "/jobs": lambda: _page(self.jobs, request),
             "/jobs/ftjob-1": lambda: self.jobs[0],
             "/jobs/ftjob-1/events": lambda: _page(self.events, request),
-            "/jobs/ftjob-1/adapter": self._manifest,
+            "/jobs/ftjob-1/adapter": self.manifest,
         }
         if path == "/jobs/ftjob-1/adapter/archive":
             return httpx.Response(200, content=self._archive())
@@ -67,7 +67,7 @@ class FakeService:
         job = self.by_key.setdefault(key, {"id": f"ftjob-{len(self.by_key) + 1}", "status": "queued"})
         return httpx.Response(202, json=job)
 
-    def _manifest(self) -> dict[str, Any]:
+    def manifest(self) -> dict[str, Any]:
         generation = next(self.link_generation)
         self.valid_links = {f"{STORE}/{generation}/{name}" for name in ADAPTER}
         files = [

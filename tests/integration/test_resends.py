@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 
-from graft_shared.errors import FileInUse, InvalidParameter
-from graft_shared.jobs import StoredObject
-from graft_shared.store import Database, Files, JobQuery, Jobs, NewJob, Sending
+from graft_shared.errors import FileInUse, InvalidParameter, JobInUse
+from graft_shared.jobs import Stage, StoredObject
+from graft_shared.store import Database, Files, JobQuery, Jobs, Leases, NewJob, Sending
 from tests.store_factories import a_new_job
 
 PATIENCE = timedelta(minutes=10)
@@ -82,6 +82,35 @@ def test_a_file_is_not_deleted_under_a_job_that_is_being_submitted(database: Dat
 
         outcome = at_once([submit, delete])
         assert outcome in (["submitted", "in use"], ["refused dataset.file", "deleted"]), number
+
+
+def test_a_job_is_not_deleted_under_one_that_goes_on_from_its_adapter(database: Database) -> None:
+    jobs, leases = Jobs(database), Leases(database, lease=timedelta(minutes=1))
+    for number in range(10):
+        earlier, _ = jobs.submit(a_new_job(sha=f"earlier {number}"))
+        jobs.cancel("default", earlier.id)  # an end is an end; what it left does not matter to the store
+        new = replace(a_new_job(adapter={"job": earlier.id}), adapter_of=earlier.id)
+
+        def submit(new: NewJob = new) -> str:
+            try:
+                return f"submitted {jobs.submit(new)[0].id}"
+            except InvalidParameter as error:
+                return f"refused {error.param}"
+
+        def delete(job_id: str = earlier.id) -> str:
+            try:
+                jobs.delete("default", job_id)
+            except JobInUse as error:
+                return f"in use by {error.facts['reader_id']}"
+            return "deleted"
+
+        outcome = at_once([submit, delete])
+        assert outcome in ([f"submitted {new.id}", f"in use by {new.id}"], ["refused adapter.job", "deleted"]), number
+        if outcome[1] != "deleted":
+            claimed = leases.claim("w", stage=Stage.PREPARE, gpu_classes=())
+            assert claimed is not None
+            leases.hand_to_training(claimed.id, claimed.epoch, {"report": {}})
+            assert delete() == "deleted", "it has a copy of its own by now"
 
 
 def at_once(calls: list[Callable[[], str]]) -> list[str]:

@@ -702,6 +702,36 @@ def test_wherever_a_run_is_told_to_stop_it_goes_on_to_the_same_bytes(
     assert facts[0] == facts[1]
 
 
+def test_a_run_goes_on_from_an_earlier_adapter(base: Path, train_file: Path, tmp_path: Path) -> None:
+    held_out = str(make_prepared_split(tmp_path / "held_out.safetensors", ROWS[:9]))
+    spec = {"lora": {"r": 4}, "validation": {"split": 0.1}, "training": {"eval_steps": 4}}
+    first = Recorder()
+    train(tmp_path / "first", a_request(base, train_file, spec=spec, validation_file=held_out), first, Stopper())
+    earlier = str(tmp_path / "first" / "adapter")
+    request = a_request(base, train_file, spec=spec, validation_file=held_out, adapter_path=earlier)
+    second = Recorder()
+    train(tmp_path / "second", request, second, Stopper())
+
+    def held_out_losses(recorder: Recorder) -> list[float]:
+        return [event.eval_loss for event in recorder.events if isinstance(event, EvaluationEvent)]
+
+    assert held_out_losses(second)[0] == held_out_losses(first)[-1], "it begins where the earlier one ended"
+    assert held_out_losses(second)[-1] < held_out_losses(second)[0]
+    other = request.model_copy(update={"spec": {**request.spec, "lora": {**request.spec["lora"], "r": 8}}})
+    with pytest.raises(InvalidParameter, match=r"adapter\.job"):
+        train(tmp_path / "other", other, Recorder(), Stopper())
+
+
+def test_a_run_that_changes_nothing_in_an_earlier_adapter_has_trained_nothing(
+    base: Path, train_file: Path, tmp_path: Path
+) -> None:
+    train(tmp_path / "first", a_request(base, train_file), Recorder(), Stopper())
+    spec = {"training": {"max_steps": 1, "learning_rate": 1e-30}}
+    request = a_request(base, train_file, spec=spec, adapter_path=str(tmp_path / "first" / "adapter"))
+    with pytest.raises(NotProven, match="as it was before training"):
+        train(tmp_path / "second", request, Recorder(), Stopper())
+
+
 def test_a_run_whose_held_out_loss_does_not_fall_stops_early(base: Path, train_file: Path, tmp_path: Path) -> None:
     held_out = make_prepared_split(tmp_path / "held_out.safetensors", [[300 - token for token in row] for row in ROWS])
     spec = {

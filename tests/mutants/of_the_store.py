@@ -375,18 +375,18 @@ TENANTS = [
         'if row["request_sha256"] == "":',
     ),
     _of(
-        _JOBS,
+        "shared/graft_shared/store/rows.py",
         "jobs-of-all-tenants",
         "whoever knows an id reads and cancels another tenant's job",
-        'jobs.c.tenant == bindparam("of"), jobs.c.id == bindparam("job"), jobs.c.deleted_at',
-        'jobs.c.id == bindparam("job"), jobs.c.deleted_at',
+        'select(jobs).where(jobs.c.tenant == bindparam("of"), jobs.c.id == bindparam("job"), ',
+        'select(jobs).where(jobs.c.id == bindparam("job"), ',
     ),
     _of(
         _JOBS,
         "lists-of-all-tenants",
         "everybody's jobs are listed for everybody",
-        "wanted = select(jobs).where(jobs.c.tenant == tenant, jobs.c.deleted_at.is_(None), *_conditions(query))",
-        "wanted = select(jobs).where(jobs.c.deleted_at.is_(None), *_conditions(query))",
+        "wanted = select(jobs).where(jobs.c.tenant == tenant, is_there(), *_conditions(query))",
+        "wanted = select(jobs).where(is_there(), *_conditions(query))",
     ),
     _of(
         _JOBS,

@@ -176,6 +176,7 @@ GUARD = [
     ),
 ]
 
+_PUBLISHING = "services/worker/graft_worker/supervisor/publishing.py"
 _TRAINING = "services/worker/graft_worker/supervisor/training_run.py"
 _BUCKET = "shared/graft_shared/buckets/base.py"
 ARTIFACTS = [
@@ -204,7 +205,7 @@ ARTIFACTS = [
         f"{_SUPERVISOR}a_checkpoint_that_reads_back_differently_is_not_the_jobs",
     ),
     _of(
-        _TRAINING,
+        _PUBLISHING,
         "a-file-is-not-read-back",
         "an adapter's file that the bucket has spoilt is published",
         "    stored = neighbours.bucket.put_file(key, path)\n    read_back(neighbours.bucket, stored)\n",
@@ -212,7 +213,7 @@ ARTIFACTS = [
         f"{_SUPERVISOR}an_adapter_that_reads_back_differently_is_no_success",
     ),
     _of(
-        _TRAINING,
+        _PUBLISHING,
         "manifest-first",
         "a manifest promises files that are not there",
         "    proofs = []\n    for path in sorted(",

@@ -343,3 +343,58 @@ def test_an_id_is_shown_whole_however_narrow_the_terminal(width: str, monkeypatc
     print_whole(Console(file=printed), jobs_table([job]))
     assert job["id"] in printed.getvalue()
     assert job["base_model"] in printed.getvalue()
+
+
+def test_jobs_are_deleted_one_by_one_and_the_first_that_cannot_be_says_so(
+    service: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.answers["DELETE /jobs/ftjob-1"] = [httpx.Response(200, json={"id": "ftjob-1", "deleted": True})]
+    service.answers["DELETE /jobs/ftjob-2"] = [error(409, "job_not_ended", "The job 'ftjob-2' is 'running'.")]
+    code, out, err = graft("delete", "ftjob-1", "ftjob-2", "ftjob-3", monkeypatch=monkeypatch)
+    assert (code, out) == (2, "ftjob-1 is deleted.\n")
+    assert "ftjob-2" in err and not service.heard("DELETE", "/jobs/ftjob-3")
+
+
+def test_checkpoints_and_the_log_are_shown(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = {"id": "ftckpt-1", "step": 40, "size": 3 * 1024**3, "created_at": 1.7e9, "is_stored": True}
+    page = {"data": [checkpoint | {"metrics": {"train_loss": 1.25, "eval_loss": None}}], "has_more": False}
+    service.answers["GET /jobs/ftjob-1/checkpoints"] = [httpx.Response(200, json=page)]
+    code, out, _ = graft("checkpoints", "ftjob-1", monkeypatch=monkeypatch)
+    assert code == 0
+    for expected in ("ftckpt-1", "40", "3.00 GiB", "1.25", "the job goes on from it"):
+        assert expected in out
+    service.answers["GET /jobs/ftjob-1/logs"] = [httpx.Response(200, text="step 1\nstep 2\n")]
+    assert graft("logs", "ftjob-1", monkeypatch=monkeypatch)[:2] == (0, "step 1\nstep 2\n")
+
+
+def test_webhooks_are_shown_and_tried_out(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = {"id": "msg-1", "url": "https://a.test/", "type": "x", "tries": 2, "error": "it answered 500"}
+    service.answers["GET /jobs/ftjob-1/webhooks"] = [httpx.Response(200, json={"data": [sent], "has_more": False})]
+    code, out, _ = graft("webhooks", "show", "ftjob-1", monkeypatch=monkeypatch)
+    assert code == 0 and "msg-1" in out and "it answered 500" in out
+    service.answers["GET /webhooks/secret"] = [httpx.Response(200, json={"secret": "whsec_abc"})]
+    assert graft("webhooks", "secret", monkeypatch=monkeypatch)[:2] == (0, "whsec_abc\n")
+    answers = [{"delivered": True, "reason": None}, {"delivered": False, "reason": "it answered 404"}]
+    service.answers["POST /webhooks/test"] = [httpx.Response(200, json=answer) for answer in answers]
+    assert graft("webhooks", "test", "https://a.test/", monkeypatch=monkeypatch)[0] == 0
+    code, out, _ = graft("webhooks", "test", "https://a.test/", monkeypatch=monkeypatch)
+    assert (code, out) == (1, "It was not taken: it answered 404\n")
+
+
+def test_a_merged_model_is_waited_for_and_brought_home(
+    service: FakeService, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    service.jobs = [{"id": "ftjob-1"}]
+    route = "/jobs/ftjob-1/merged"
+    service.answers[f"POST {route}"] = [httpx.Response(202, json={"status": "queued"})]
+    waiting = [httpx.Response(200, json={"status": status}) for status in ("queued", "running", "succeeded")]
+    service.answers[f"GET {route}"] = [*waiting, httpx.Response(200, json=service.manifest())]
+    code, out, err = graft("merge", "ftjob-1", "--to", str(tmp_path / "home"), monkeypatch=monkeypatch)
+    assert code == 0, err
+    assert str(tmp_path / "home") in out.replace("\n", "")
+    assert (tmp_path / "home" / "adapter_model.safetensors").stat().st_size == 7000
+    failed = {"status": "failed", "error": {"code": "host_out_of_memory", "message": "It needs 18 GB."}}
+    service.answers[f"POST {route}"] = [httpx.Response(202, json={"status": "queued"})]
+    service.answers[f"GET {route}"] = [httpx.Response(200, json=failed)]
+    code, _, err = graft("merge", "ftjob-1", monkeypatch=monkeypatch)
+    assert code == 1 and "It needs 18 GB." in err

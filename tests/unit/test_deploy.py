@@ -102,7 +102,7 @@ def test_each_image_is_built_by_one_service_and_the_others_never_pull_it(tmp_pat
 
 def test_everything_waits_for_the_tables_and_for_a_bucket_that_answers(tmp_path: Path) -> None:
     services = config(tmp_path, COMPOSE_PROFILES="cpu,gpu0")["services"]
-    for name in ("api", "reconciler", "prepare", "worker-cpu", "worker-gpu-0"):
+    for name in ("api", "reconciler", "prepare", "merge", "worker-cpu", "worker-gpu-0"):
         for gate in ("migrate", "bucket"):
             assert services[name]["depends_on"][gate]["condition"] == "service_completed_successfully", name
 
@@ -110,12 +110,12 @@ def test_everything_waits_for_the_tables_and_for_a_bucket_that_answers(tmp_path:
 def test_the_hubs_token_is_given_to_those_alone_that_ask_the_hub(tmp_path: Path) -> None:
     services = config(tmp_path, COMPOSE_PROFILES="cpu,gpu0", HUB_TOKEN="hf_secret")["services"]
     told = {name for name, service in services.items() if "hf_secret" in json.dumps(service)}
-    assert told == {"api", "prepare", "worker-cpu", "worker-gpu-0"}
+    assert told == {"api", "prepare", "merge", "worker-cpu", "worker-gpu-0"}
 
 
 def test_a_workers_cache_can_be_set(tmp_path: Path) -> None:
     services = config(tmp_path, COMPOSE_PROFILES="cpu,gpu0", CACHE_MAX_BYTES="1000")["services"]
-    for name in ("prepare", "worker-cpu", "worker-gpu-0"):
+    for name in ("prepare", "merge", "worker-cpu", "worker-gpu-0"):
         assert services[name]["environment"]["GRAFT_CACHE_MAX_BYTES"] == "1000"
     default = config(tmp_path)["services"]["prepare"]["environment"]["GRAFT_CACHE_MAX_BYTES"]
     assert int(default) == WorkerSettings().cache_max_bytes
@@ -157,7 +157,7 @@ def test_every_service_is_hardened_and_every_worker_drains_before_it_is_killed()
         assert service["read_only"], name
         assert service["cap_drop"] == ["ALL"], name
         assert service["security_opt"] == ["no-new-privileges:true"], name
-        if "worker" in name or name == "prepare":
+        if "worker" in name or name in ("prepare", "merge"):
             assert service["stop_grace_period"] == "90s", name
 
 

@@ -215,6 +215,7 @@ def test_the_service_prepares_and_has_one_worker_per_gpu_and_one_for_the_cpu(tmp
     does = {name: (facts["GRAFT_WORKER_STAGE"], facts["GRAFT_WORKER_DEVICE"]) for name, facts in workers.items()}
     assert does == {
         "prepare": ("prepare", "cpu"),
+        "merge": ("merge", "cpu"),
         "cpu": ("train", "cpu"),
         "gpu-0": ("train", "cuda:0"),
         "gpu-1": ("train", "cuda:1"),

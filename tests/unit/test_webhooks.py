@@ -214,7 +214,7 @@ def test_a_jobs_end_is_told_once_and_signed(api: ApiService, receiver: Receiver)
     assert (told["type"], told["data"]) == ("fine_tuning.job.cancelled", {"id": job_id})
     event = openai.OpenAI(api_key="unused").webhooks.unwrap(body, headers, secret=secret)
     assert (event.type, event.data.id) == ("fine_tuning.job.cancelled", job_id)
-    (known,) = api.http.get(f"/jobs/{job_id}/webhooks").json()
+    (known,) = api.http.get(f"/jobs/{job_id}/webhooks").json()["data"]
     assert known["id"] == headers["webhook-id"] == told["id"]
     assert (known["tries"], known["next_try_at"], known["error"]) == (1, None, None)
     assert known["delivered_at"] is not None
@@ -228,7 +228,7 @@ def test_what_is_not_taken_is_sent_again_under_the_same_id_and_given_up_in_the_e
     for tries in range(1, len(PAUSES) + 2):
         assert sender_of(api).send_due() == 1
         assert sender_of(api).send_due() == 0, "it waits"
-        (known,) = api.http.get(f"/jobs/{job_id}/webhooks").json()
+        (known,) = api.http.get(f"/jobs/{job_id}/webhooks").json()["data"]
         assert (known["tries"], known["delivered_at"], known["error"]) == (tries, None, "it was answered 503")
         assert (known["next_try_at"] is None) == (tries == len(PAUSES) + 1)
         due_now(api)
@@ -252,7 +252,7 @@ def test_a_late_sender_does_not_undo_what_another_has_delivered(api: ApiService,
     due_now(api)
     sender_of(api).send_due()
     outbox.failed(late, "too slow")
-    (known,) = api.http.get(f"/jobs/{job_id}/webhooks").json()
+    (known,) = api.http.get(f"/jobs/{job_id}/webhooks").json()["data"]
     assert known["delivered_at"] is not None
     assert known["next_try_at"] is None
 
@@ -260,7 +260,7 @@ def test_a_late_sender_does_not_undo_what_another_has_delivered(api: ApiService,
 def test_jobs_without_a_webhook_leave_nothing_in_the_outbox(api: ApiService) -> None:
     job_id = str(api.new_job()["id"])
     api.http.post(f"/jobs/{job_id}/cancel")
-    assert api.http.get(f"/jobs/{job_id}/webhooks").json() == []
+    assert api.http.get(f"/jobs/{job_id}/webhooks").json()["data"] == []
     assert sender_of(api).send_due() == 0
 
 

@@ -20,6 +20,7 @@ from graft_api.errors import DOCUMENTED, install_handlers
 from graft_api.exchanges import Exchanges
 from graft_api.files import endpoints as file_routes
 from graft_api.jobs import endpoints as job_routes
+from graft_api.jobs import merged as merged_routes
 from graft_api.jobs.bells import Bells
 from graft_api.models import endpoints as model_routes
 from graft_api.models.bases import BaseModels, HubConfigs
@@ -32,7 +33,7 @@ from graft_shared.catalogue import Catalogue
 from graft_shared.defaults import load_capacity, load_catalogue
 from graft_shared.dispatch import CeleryDoorbell, Doorbell
 from graft_shared.specs import JobSpec
-from graft_shared.store import Database, Files, Jobs, Leases, Outbox, Totals, Workers, open_database
+from graft_shared.store import Database, Files, Jobs, Leases, Merges, Outbox, Totals, Workers, open_database
 from graft_shared.webhooks import Postman
 
 DESCRIPTION = (
@@ -70,6 +71,7 @@ def neighbours_of(
         keys=read_keys(settings.api_keys.get_secret_value()),
         database=database,
         jobs=Jobs(database),
+        merges=Merges(database),
         files=Files(database),
         workers=Workers(database),
         totals=Totals(database),
@@ -108,7 +110,7 @@ def create_app(neighbours: Neighbours) -> FastAPI:
 
 
 def _add_routes(app: FastAPI, bucket: Bucket) -> None:
-    native = (job_routes, webhook_routes, file_routes, model_routes, capacity_routes, metrics)
+    native = (job_routes, merged_routes, webhook_routes, file_routes, model_routes, capacity_routes, metrics)
     for routes in (*native, compatible_files, compatible_jobs, compatible_models):
         app.include_router(routes.router, dependencies=[Depends(tenant)])
     app.include_router(health.router)

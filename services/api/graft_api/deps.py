@@ -20,7 +20,7 @@ from graft_shared.buckets import Bucket
 from graft_shared.capacity import CapacityTable
 from graft_shared.dispatch import Doorbell
 from graft_shared.errors import BadRequest, MalformedBody, UnknownParameter
-from graft_shared.store import Database, Files, Jobs, Outbox, Totals, Workers
+from graft_shared.store import Database, Files, Jobs, Merges, Outbox, Totals, Workers
 from graft_shared.webhooks import Postman
 
 
@@ -32,6 +32,7 @@ class Neighbours:
     keys: Mapping[str, str]  # API keys and their tenants; empty: no authentication, and loopback only
     database: Database
     jobs: Jobs
+    merges: Merges
     files: Files
     workers: Workers
     totals: Totals

@@ -60,7 +60,7 @@ class Figures(Collector):
     def _queues(self, workers: Sequence[LiveWorker]) -> Iterator[GaugeMetricFamily]:
         queued = GaugeMetricFamily(
             "graft_queued_jobs",
-            "Jobs that wait, by what they wait for. Preparing is one queue, of no GPU class.",
+            "Jobs that wait, by what they wait for. Preparing and merging are queues of no GPU class.",
             labels=["stage", "gpu_class", "reason"],
         )
         oldest = GaugeMetricFamily(
@@ -81,7 +81,11 @@ class Figures(Collector):
         """Those of the store, and the empty ones."""
         found = {(backlog.stage, backlog.gpu_class): backlog for backlog in self._here.totals.backlogs()}
         classes = self._named(gpu_class for _, gpu_class in found if gpu_class is not None)
-        for stage, gpu_class in [(Stage.PREPARE, None), *((Stage.TRAIN, name) for name in classes)]:
+        for stage, gpu_class in [
+            (Stage.PREPARE, None),
+            (Stage.MERGE, None),
+            *((Stage.TRAIN, name) for name in classes),
+        ]:
             empty = Backlog(stage=stage, gpu_class=gpu_class, length=0, delayed=0, oldest_seconds=0.0)
             yield found.get((stage, gpu_class), empty)
 

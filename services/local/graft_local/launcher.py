@@ -81,6 +81,7 @@ def service(
         here("api", "graft_api", "--host", host, "--port", str(port), wave=_API, ready=partial(_answers, host, port)),
         here("reconciler", "graft_shared.reconciler", wave=_RECONCILER),
         _worker("prepare", "cpu", environment, stage="prepare"),
+        _worker("merge", "cpu", environment, stage="merge"),
         _worker("cpu", "cpu", environment),
         *(_worker(f"gpu-{gpu.index}", f"cuda:{gpu.index}", environment) for gpu in gpus),
     ]

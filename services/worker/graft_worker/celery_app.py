@@ -26,7 +26,7 @@ from celery.signals import (
 from graft_shared.buckets import open_bucket
 from graft_shared.capacity import CapacityTable
 from graft_shared.defaults import load_capacity
-from graft_shared.dispatch import BROKER_TRANSPORT_OPTIONS, PREPARE_QUEUE, RING_TASK, CeleryDoorbell
+from graft_shared.dispatch import BROKER_TRANSPORT_OPTIONS, RING_TASK, CeleryDoorbell, queue_for
 from graft_shared.errors import StoreUnavailable, WorkerNameTaken
 from graft_shared.jobs import Stage
 from graft_shared.logs import configure_logging, log_event
@@ -99,7 +99,7 @@ class BesideTheBell(bootsteps.StartStopStep):
 
 def worker_arguments(settings: WorkerSettings, device: Device) -> list[str]:
     """The command line of the Celery worker: one prefork child, the queues that its device serves."""
-    queues = (PREPARE_QUEUE,) if device.stage is Stage.PREPARE else device.takes_classes
+    queues = device.takes_classes if device.stage is Stage.TRAIN else (queue_for(device.stage, device.gpu_class),)
     return [
         "--quiet",
         "worker",

@@ -35,7 +35,7 @@ class Device:
 
 
 def find_device(wanted: str, stage: Stage, table: CapacityTable) -> Device:
-    """Return the device that the settings name; preparing is always done on the CPU.
+    """Return the device that the settings name; preparing and merging are always done on the CPU.
 
     Raises:
         NoSuchDevice: There is no such GPU, it is smaller than every class of the table, or torch is not installed.
@@ -43,7 +43,10 @@ def find_device(wanted: str, stage: Stage, table: CapacityTable) -> Device:
     if stage is Stage.PREPARE:
         return _cpu(stage, table)
     if importlib.util.find_spec("torch") is None:
-        raise NoSuchDevice("Training needs torch: install graft-worker[train], or set GRAFT_WORKER_STAGE=prepare.")
+        needs = "Merging" if stage is Stage.MERGE else "Training"
+        raise NoSuchDevice(f"{needs} needs torch: install graft-worker[train], or set GRAFT_WORKER_STAGE=prepare.")
+    if stage is Stage.MERGE:
+        return _cpu(stage, table)
     gpus = _gpus()
     if wanted == "cpu" or (wanted == "auto" and not gpus):
         return _cpu(stage, table)

@@ -1,17 +1,18 @@
 """All that the supervisor and its child process share: a request in, one JSON event a line out, and exit codes.
 
-The child (`python -m graft_worker.preparing WORKDIR` or `python -m graft_worker.training WORKDIR`) reads
+The child (`python -m graft_worker.preparing WORKDIR`, `… .training WORKDIR` or `… .merging WORKDIR`) reads
 `WORKDIR/request.json`, writes only under WORKDIR, prints events on standard output and all else on standard error.
 A trainer without WORKDIR is a spare one: it imports what it will need and waits for a line with WORKDIR on standard
 input; from there on it is as if it had been started there (the supervisor moves its log there too).
 
     WORKDIR/
-      request.json        PrepareRequest or TrainRequest
+      request.json        PrepareRequest, TrainRequest or MergeRequest
       deadline            8 bytes: the lease's deadline on CLOCK_BOOTTIME, a little-endian double; rewritten in place
       checkpoints/        step-<n>/ written by the trainer: temp folder, fsync, rename, then the `checkpoint` event
       adapter/            the finished PEFT folder
       trainer.log         the child's standard error
       tmp/                the child's TMPDIR
+      merged/             what merging leaves: a folder as `save_pretrained` writes it
       prepared/           what preparing leaves: train.safetensors, validation.safetensors, report.json
 
 A prepared split is one safetensors file of three flat tensors: `input_ids` int32 [tokens], `loss_mask` uint8 [tokens]
@@ -85,7 +86,18 @@ class TrainRequest(_Message):
     validation_file: str | None
     checkpoint_path: str | None
     lease_seconds: float = 0.0
+    adapter_path: str | None = None  # a PEFT folder: the earlier adapter that it goes on from
     quantised_dir: str | None = None  # kept on this host for this revision of the base: its 4-bit weights, once made
+
+
+class MergeRequest(_Message):
+    """Merge an adapter into its full-precision base. Paths are absolute and on this machine."""
+
+    job_id: str
+    base_path: str
+    base_model: str
+    base_revision: str
+    adapter_path: str
 
 
 class PhaseEvent(_Message):
@@ -164,6 +176,14 @@ class TrainedEvent(_Message):
     versions: dict[str, str]
 
 
+class MergedEvent(_Message):
+    """The merged model lies in `merged/` and reads back as it was written."""
+
+    event: Literal["merged"] = "merged"
+    proof: dict[str, Any]
+    versions: dict[str, str]
+
+
 Event = Annotated[
     PhaseEvent
     | ProgressEvent
@@ -172,7 +192,8 @@ Event = Annotated[
     | WarningEvent
     | FailureEvent
     | PreparedEvent
-    | TrainedEvent,
+    | TrainedEvent
+    | MergedEvent,
     Field(discriminator="event"),
 ]
 _EVENT: TypeAdapter[Event] = TypeAdapter(Event)

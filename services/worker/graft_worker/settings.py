@@ -20,7 +20,8 @@ class WorkerSettings(SharedSettings):
     worker_device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda:\d+)$")
     """`auto` takes the first GPU, else the CPU."""
     worker_stage: Stage = Stage.TRAIN
-    """`train`, or `prepare`: rows to tokens, which needs neither a GPU nor torch."""
+    """`train`; `prepare`: rows to tokens, which needs neither a GPU nor torch; or `merge`: adapters into their bases on
+    the CPU, which needs as much of the host's memory as the base in full precision."""
 
     spare_trainer: Annotated[bool | None, BeforeValidator(lambda value: None if value == "" else value)] = None
     """Keep a trainer ready that has done its imports; by default where there is a GPU. It takes half a GB of memory."""

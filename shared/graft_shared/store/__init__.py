@@ -4,6 +4,7 @@ from graft_shared.store.engine import Database, open_database
 from graft_shared.store.files import UPLOAD_LIFE, Files, Order, StoredFile
 from graft_shared.store.jobs import JobQuery, Jobs, NewJob
 from graft_shared.store.leases import Leases, Orders
+from graft_shared.store.merges import Merges
 from graft_shared.store.outbox import Outbox, Webhook
 from graft_shared.store.resends import Sending
 from graft_shared.store.sweeps import DueSweep, Sweeps
@@ -21,6 +22,7 @@ __all__ = [
     "Jobs",
     "Leases",
     "LiveWorker",
+    "Merges",
     "NewJob",
     "Order",
     "Orders",

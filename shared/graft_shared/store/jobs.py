@@ -16,17 +16,27 @@ from graft_shared.errors import (
     InvalidParameter,
     JobCancelling,
     JobFinished,
+    JobInUse,
     JobNotEnded,
-    JobNotFound,
 )
 from graft_shared.jobs import TERMINAL_STATES, Job, JobEvent, JobState, JobStatus, Stage
 from graft_shared.store.engine import Database, as_datetime, now, one_at_a_time
+from graft_shared.store.merges import forget_merged
 from graft_shared.store.outbox import put_in_outbox
 from graft_shared.store.resends import Sending, made_before
-from graft_shared.store.rows import add_event, compare_and_set, event_from, insert_event, job_from
+from graft_shared.store.rows import (
+    FRESH,
+    PRIORITY_RANKS,
+    add_event,
+    compare_and_set,
+    event_from,
+    insert_event,
+    is_alive,
+    is_there,
+    job_from,
+    job_row,
+)
 from graft_shared.store.tables import files, job_events, jobs
-
-PRIORITY_RANKS = {"low": 0, "normal": 1, "high": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +53,7 @@ class NewJob:
     idempotency_key: str | None = None
     warnings: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)  # that it reads, by the parameter that names each
+    adapter_of: str | None = None  # the job whose adapter it goes on from
     sending: Sending | None = None  # of a request without a key, whose client counts
 
 
@@ -70,7 +81,7 @@ class Jobs:
 
         Raises:
             IdempotencyConflict: The key was used with another body.
-            InvalidParameter: A file that it reads has been deleted meanwhile.
+            InvalidParameter: A file that it reads, or the job whose adapter it goes on from, was deleted meanwhile.
         """
         try:
             with self._database.writing() as connection:
@@ -80,6 +91,7 @@ class Jobs:
                     if made is not None:
                         return job_from(made), False
                 _hold_files(connection, new)
+                _hold_adapter(connection, new)
                 row = _insert_job(connection, new)
                 facts = {"gpu_class": new.gpu_class}
                 insert_event(connection, new.id, 1, 0, "submitted", "The job was accepted.", data=facts)
@@ -120,7 +132,7 @@ class Jobs:
             JobNotFound: No such job, or another tenant's.
         """
         with self._database.reading() as connection:
-            return job_from(_row(connection, tenant, job_id))
+            return job_from(job_row(connection, tenant, job_id))
 
     def list(self, tenant: str, query: JobQuery) -> tuple[list[Job], bool]:
         """Return one page of jobs, newest first, and whether there are more.
@@ -129,9 +141,9 @@ class Jobs:
             JobNotFound: `query.after` is no job of this tenant.
         """
         with self._database.reading() as connection:
-            wanted = select(jobs).where(jobs.c.tenant == tenant, jobs.c.deleted_at.is_(None), *_conditions(query))
+            wanted = select(jobs).where(jobs.c.tenant == tenant, is_there(), *_conditions(query))
             if query.after is not None:
-                last = _row(connection, tenant, query.after)
+                last = job_row(connection, tenant, query.after)
                 older = jobs.c.created_at < last["created_at"]
                 same_moment = and_(jobs.c.created_at == last["created_at"], jobs.c.id < last["id"])
                 wanted = wanted.where(or_(older, same_moment))
@@ -146,7 +158,7 @@ class Jobs:
             JobNotFound: No such job, or another tenant's.
         """
         with self._database.reading() as connection:
-            _row(connection, tenant, job_id)
+            job_row(connection, tenant, job_id)
             query = (
                 select(job_events)
                 .where(job_events.c.job_id == job_id, job_events.c.id > after)
@@ -166,7 +178,7 @@ class Jobs:
         """
         older = job_events.c.id < before if before is not None else true()
         with self._database.reading() as connection:
-            _row(connection, tenant, job_id)
+            job_row(connection, tenant, job_id)
             query = select(job_events).where(job_events.c.job_id == job_id, older)
             query = query.order_by(job_events.c.id.desc()).limit(limit + 1)
             page = connection.execute(query).mappings().all()
@@ -180,7 +192,7 @@ class Jobs:
             JobFinished: It has ended already, and not by a cancel.
         """
         with self._database.writing() as connection:
-            row = _row(connection, tenant, job_id, lock=True)
+            row = job_row(connection, tenant, job_id, lock=True)
             state = JobState(row["state"])
             if state is JobState.CANCELLED or (state is JobState.RUNNING and row["cancel_requested"]):
                 return job_from(row)
@@ -194,7 +206,7 @@ class Jobs:
             else:
                 compare_and_set(connection, job_id, row["epoch"], state, cancel_requested=True)
                 add_event(connection, job_id, row["epoch"], "cancel_requested", "The worker was asked to stop.")
-            return job_from(_row(connection, tenant, job_id))
+            return job_from(job_row(connection, tenant, job_id))
 
     def pause(self, tenant: str, job_id: str) -> Job:
         """Pause a queued job at once; ask the worker of a running one to save and leave. Asking twice is asking once.
@@ -204,7 +216,7 @@ class Jobs:
             JobFinished, JobCancelling: It is too late.
         """
         with self._database.writing() as connection:
-            row = _row(connection, tenant, job_id, lock=True)
+            row = job_row(connection, tenant, job_id, lock=True)
             _require_future(row)
             if row["pause_requested"]:
                 return job_from(row)
@@ -229,7 +241,7 @@ class Jobs:
             JobFinished, JobCancelling: It is too late.
         """
         with self._database.writing() as connection:
-            row = _row(connection, tenant, job_id, lock=True)
+            row = job_row(connection, tenant, job_id, lock=True)
             _require_future(row)
             if not row["pause_requested"]:
                 return job_from(row)
@@ -248,12 +260,18 @@ class Jobs:
         Raises:
             JobNotFound: No such job, or another tenant's.
             JobNotEnded: It waits, runs or is paused.
+            JobInUse: A job that goes on from its adapter has not copied it yet.
+            MergedModelInUse: Its adapter is being merged.
         """
         with self._database.writing() as connection:
-            row = _row(connection, tenant, job_id, lock=True)
+            row = job_row(connection, tenant, job_id, lock=True)
             state = JobState(row["state"])
             if state not in TERMINAL_STATES:
                 raise JobNotEnded(job_id=job_id, status=job_from(row).status.value)
+            reader = connection.execute(_READER, {"of": tenant, "job": job_id}).scalar_one_or_none()
+            if reader is not None:
+                raise JobInUse(job_id=job_id, reader_id=reader)
+            forget_merged(connection, job_id)
             gone = {"deleted_at": now(), "sweep_at": now(), "idempotency_key": None}
             compare_and_set(connection, job_id, row["epoch"], state, **gone)
 
@@ -290,27 +308,19 @@ def _ahead(stage: Stage) -> Select[int]:
 
 # Built once, as `rows.py` says.
 _AHEAD = {stage: _ahead(stage) for stage in Stage}
-_INSERT = (
-    insert(jobs)
-    .values(
-        state=JobState.QUEUED.value,
-        stage=Stage.PREPARE.value,
-        epoch=0,
-        attempt=0,
-        runs_without_progress=0,
-        cancel_requested=False,
-        pause_requested=False,
-        progress={},
-        metrics={},
-        memory={},
-        next_event=1,  # that it was submitted
-        created_at=now(),
-        not_before=now(),
+_INSERT = insert(jobs).values(stage=Stage.PREPARE.value, **FRESH).returning(jobs)
+
+_READER = (  # the oldest job that has yet to copy the adapter of a job
+    select(jobs.c.id)
+    .where(
+        jobs.c.tenant == bindparam("of"),
+        is_alive(),
+        jobs.c.stage == Stage.PREPARE.value,
+        jobs.c.spec[("adapter", "job")].as_string() == bindparam("job"),
     )
-    .returning(jobs)
+    .order_by(jobs.c.created_at)
+    .limit(1)
 )
-_ONE = select(jobs).where(jobs.c.tenant == bindparam("of"), jobs.c.id == bindparam("job"), jobs.c.deleted_at.is_(None))
-_ONE_LOCKED = _ONE.with_for_update()
 
 
 def _insert_job(connection: Connection, new: NewJob) -> RowMapping:
@@ -342,12 +352,16 @@ def _hold_files(connection: Connection, new: NewJob) -> None:
             raise InvalidParameter(param=param, reason=f"there is no file '{file_id}' any more; it has been deleted")
 
 
-def _row(connection: Connection, tenant: str, job_id: str, *, lock: bool = False) -> RowMapping:
-    this = {"of": tenant, "job": job_id}
-    row = connection.execute(_ONE_LOCKED if lock else _ONE, this).mappings().one_or_none()
-    if row is None:
-        raise JobNotFound(job_id=job_id)
-    return row
+def _hold_adapter(connection: Connection, new: NewJob) -> None:
+    """See that the earlier job is there, and keep it from being deleted before the new one is known."""
+    if new.adapter_of is None:
+        return
+    there = select(jobs.c.id).where(
+        jobs.c.tenant == new.tenant, jobs.c.id == new.adapter_of, jobs.c.deleted_at.is_(None)
+    )
+    if connection.execute(there.with_for_update(read=True)).scalar_one_or_none() is None:
+        reason = f"there is no job '{new.adapter_of}' any more; it has been deleted"
+        raise InvalidParameter(param="adapter.job", reason=reason)
 
 
 def _require_future(row: RowMapping) -> None:
@@ -375,7 +389,7 @@ def _conditions(query: JobQuery) -> list[ColumnElement[bool]]:
 
 def _has_status(status: JobStatus) -> ColumnElement[bool]:
     """The same reading of state, stage and flags as `Job.status`, in SQL."""
-    alive = jobs.c.state.in_([JobState.QUEUED.value, JobState.RUNNING.value])
+    alive = is_alive()
     if status is JobStatus.CANCELLING:
         return and_(alive, jobs.c.cancel_requested)
     paused_as = {JobStatus.PAUSING: JobState.RUNNING, JobStatus.PAUSED: JobState.QUEUED}

@@ -85,7 +85,7 @@ class Leases:
                 lease_expires_at=now() + self._lease,
                 sweep_at=now() + SWEEP_EVERY.total_seconds(),
             )
-            message = "Preparing the data began." if stage is Stage.PREPARE else "Training was taken up."
+            message = _CLAIMED[stage]
             facts = {"worker": worker, "stage": stage.value, "attempt": row["attempt"]}
             add_event(connection, row["id"], epoch, "claimed", message, data=facts)
             return job_from(row)
@@ -294,6 +294,12 @@ _ORDERS = select(jobs.c.cancel_requested, jobs.c.pause_requested).where(
     jobs.c.id == bindparam("job"), jobs.c.epoch == bindparam("by"), jobs.c.state == JobState.RUNNING.value
 )
 
+_CLAIMED = {
+    Stage.PREPARE: "Preparing the data began.",
+    Stage.TRAIN: "Training was taken up.",
+    Stage.MERGE: "Merging began.",
+}
+
 _Kind = tuple[Stage, str | None]
 """A queue: a stage, and the class of its jobs where that matters."""
 
@@ -301,8 +307,7 @@ _Kind = tuple[Stage, str | None]
 def _kinds_taken(idle: Sequence[LiveWorker]) -> list[_Kind]:
     kinds: set[_Kind] = set()
     for worker in idle:
-        if Stage.PREPARE in worker.stages:
-            kinds.add((Stage.PREPARE, None))
+        kinds.update((stage, None) for stage in worker.stages if stage is not Stage.TRAIN)
         if Stage.TRAIN in worker.stages:
             kinds.update((Stage.TRAIN, gpu_class) for gpu_class in worker.takes_classes)
     return sorted(kinds, key=str)  # in one order, so that two reconcilers do not wait for each other

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import bindparam, insert, update
+from sqlalchemy import ColumnElement, and_, bindparam, insert, select, update
 from sqlalchemy.engine import Connection, RowMapping
 
-from graft_shared.errors import LeaseLost
+from graft_shared.errors import JobNotFound, LeaseLost
 from graft_shared.jobs import Checkpoint, Job, JobEvent, JobState, Phase, Stage, StoredObject
 from graft_shared.store.engine import as_datetime, now
 from graft_shared.store.tables import job_events, jobs
@@ -21,6 +21,35 @@ _NEXT_EVENT = (
     .returning(jobs.c.next_event)
 )
 _INSERT_EVENT = insert(job_events).values(created_at=now())
+PRIORITY_RANKS = {"low": 0, "normal": 1, "high": 2}
+FRESH: dict[str, Any] = {  # what a row begins with, whatever it is
+    "state": JobState.QUEUED.value,
+    "epoch": 0,
+    "attempt": 0,
+    "runs_without_progress": 0,
+    "cancel_requested": False,
+    "pause_requested": False,
+    "progress": {},
+    "metrics": {},
+    "memory": {},
+    "next_event": 1,  # that it was submitted
+    "created_at": now(),
+    "not_before": now(),
+}
+
+
+def is_alive() -> ColumnElement[bool]:
+    """It waits or runs."""
+    return jobs.c.state.in_([JobState.QUEUED.value, JobState.RUNNING.value])
+
+
+def is_there() -> ColumnElement[bool]:
+    """A fine-tune that was not deleted: what a tenant calls a job."""
+    return and_(jobs.c.deleted_at.is_(None), jobs.c.merges.is_(None))
+
+
+_ONE = select(jobs).where(jobs.c.tenant == bindparam("of"), jobs.c.id == bindparam("job"), is_there())
+_ONE_LOCKED = _ONE.with_for_update()
 
 
 def job_from(row: RowMapping) -> Job:
@@ -55,6 +84,7 @@ def job_from(row: RowMapping) -> Job:
         claimed_at=as_datetime(row["claimed_at"]) if row["claimed_at"] else None,
         lease_expires_at=as_datetime(row["lease_expires_at"]) if row["lease_expires_at"] else None,
         gpu_seconds=row["gpu_seconds"],
+        merges=row["merges"],
         deleted_at=as_datetime(row["deleted_at"]) if row["deleted_at"] else None,
     )
 
@@ -131,3 +161,12 @@ def _checkpoint_from(value: dict[str, Any] | None) -> Checkpoint | None:
     if value is None:
         return None
     return Checkpoint(step=value["step"], epoch=value["epoch"], object=StoredObject(**value["object"]))
+
+
+def job_row(connection: Connection, tenant: str, job_id: str, *, lock: bool = False) -> RowMapping:
+    """The row of a tenant's job; raises JobNotFound."""
+    this = {"of": tenant, "job": job_id}
+    row = connection.execute(_ONE_LOCKED if lock else _ONE, this).mappings().one_or_none()
+    if row is None:
+        raise JobNotFound(job_id=job_id)
+    return row

@@ -76,9 +76,11 @@ jobs = Table(
     Column("pause_requested", Boolean, nullable=False, server_default=false()),
     Column("sweep_at", Double),  # when to look for what its runs left in the bucket; null: there is nothing
     Column("sent_before", Integer),  # how often, by a client that names no key but counts; null: any other client
+    Column("merges", String(64)),  # the job whose adapter it merges; null: a fine-tune
     Column("deleted_at", Double),  # its tenant sees it no more; the row goes once its objects have gone
     UniqueConstraint("tenant", "idempotency_key"),
     Index(None, "state", "stage", "gpu_class"),
+    Index(None, "merges"),
     Index(None, "sweep_at"),
     Index(None, "tenant", "created_at"),
 )

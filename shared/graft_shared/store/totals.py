@@ -31,14 +31,15 @@ class Totals:
         self._database = database
 
     def jobs(self) -> Mapping[tuple[JobStatus, str], int]:
-        """How many jobs there are by status and GPU class, those that have ended included."""
+        """How many fine-tunes there are by status and GPU class, those that have ended included."""
+        tuned = jobs.c.stage != Stage.MERGE.value
         kind = (jobs.c.state, jobs.c.stage, jobs.c.gpu_class)
         ended = jobs.c.state.in_([state.value for state in TERMINAL_STATES])
         alive = jobs.c.state.in_([JobState.QUEUED.value, JobState.RUNNING.value])
         # Two queries: an index alone answers the first, which counts all that ever ran; rows are wide.
-        of_ended = select(*kind, false(), false(), func.count()).where(ended).group_by(*kind)
+        of_ended = select(*kind, false(), false(), func.count()).where(ended, tuned).group_by(*kind)
         flagged = (*kind, jobs.c.cancel_requested, jobs.c.pause_requested)
-        of_alive = select(*flagged, func.count()).where(alive).group_by(*flagged)
+        of_alive = select(*flagged, func.count()).where(alive, tuned).group_by(*flagged)
         counts: Counter[tuple[JobStatus, str]] = Counter()
         with self._database.reading() as connection:
             for query in (of_ended, of_alive):

@@ -32,8 +32,8 @@ class LiveWorker:
     seen_at: datetime
 
     def takes(self, stage: Stage, gpu_class: str) -> bool:
-        """Whether it may claim such a job; preparing needs no GPU, so there classes do not count."""
-        return stage in self.stages and (stage is Stage.PREPARE or gpu_class in self.takes_classes)
+        """Whether it may claim such a job; only training needs a GPU, so elsewhere classes do not count."""
+        return stage in self.stages and (stage is not Stage.TRAIN or gpu_class in self.takes_classes)
 
 
 @dataclass(frozen=True, kw_only=True)

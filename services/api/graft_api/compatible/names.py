@@ -9,12 +9,14 @@ from graft_shared.errors import GraftError, InvalidParameter
 from graft_shared.jobs import Job
 
 _JOB_PREFIX = "ftjob-"
-_MODEL = re.compile(r"ft:[^:]+:[^:]+:[^:]*:(?P<job>[A-Za-z0-9]{1,64})")
+_MODEL = re.compile(r"ft:(?P<base>[^:]+):[^:]+:[^:]*:(?P<job>[A-Za-z0-9]{1,64})")
 _HYPERPARAMETERS = "method.supervised.hyperparameters"
 
 # Parameters of a job's spec, and what they are called in the request that was translated into it.
 PARAMS = {
     "base_model": "model",
+    "adapter": "model",
+    "adapter.job": "model",
     "dataset": "training_file",
     "dataset.file": "training_file",
     "validation": "validation_file",
@@ -38,6 +40,12 @@ def job_of_model(model: str) -> str | None:
     """The id of the job that an adapter's name tells of; None for a name of another kind."""
     found = _MODEL.fullmatch(model)
     return _JOB_PREFIX + found["job"] if found else None
+
+
+def base_and_job_of_model(model: str) -> tuple[str, str | None]:
+    """The base model that a name tells of and, of an adapter's name, the job that made it."""
+    found = _MODEL.fullmatch(model)
+    return (found["base"], _JOB_PREFIX + found["job"]) if found else (model, None)
 
 
 def param_name(param: str | None) -> str | None:

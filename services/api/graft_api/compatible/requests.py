@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from graft_api.compatible.names import base_and_job_of_model
 from graft_api.parsing import error_of
 from graft_shared.errors import InvalidParameter
 from graft_shared.specs import Training
@@ -63,7 +64,9 @@ class FineTuningRequest(_Part):
 
     model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
 
-    model: str = Field(description="A base model that GET /v1/models lists, or that the operator allows from the hub.")
+    model: str = Field(
+        description="A base model or an adapter of GET /v1/models, or a base that the operator allows from the hub."
+    )
     training_file: str
     validation_file: str | None = None
     suffix: Annotated[str, Field(min_length=1, max_length=64)] | None = None
@@ -86,14 +89,16 @@ def native_body(body: Any) -> dict[str, Any]:
     training = _training(_hyperparameters(request))
     if request.seed is not None:
         training["seed"] = request.seed
+    base_model, earlier_job = base_and_job_of_model(request.model)
     optional = {
+        "adapter": {"job": earlier_job} if earlier_job is not None else None,
         "validation": {"file": request.validation_file} if request.validation_file is not None else None,
         "training": training or None,
         "name": request.suffix,
         "metadata": request.metadata,
     }
     given = {name: value for name, value in optional.items() if value is not None}
-    return {"base_model": request.model, "dataset": {"file": request.training_file}, **given}
+    return {"base_model": base_model, "dataset": {"file": request.training_file}, **given}
 
 
 def _parsed(body: Any) -> FineTuningRequest:

@@ -56,24 +56,28 @@ def read_adapter(job: Job, bucket: Bucket) -> StoredAdapter:
 def adapter_body(adapter: StoredAdapter, bucket: Bucket, settings: ApiSettings, base_url: str) -> AdapterBody:
     """The manifest with a link per file; `base_url` is the address that the user reached the API at."""
     manifest = adapter.manifest
-    files = [
-        AdapterFile(
-            **file.model_dump(),
-            url=bucket.presign(adapter.prefix + file.name, expires=settings.link_life, base_url=base_url),
-        )
-        for file in manifest.files
-    ]
     return AdapterBody(
         job_id=manifest.job_id,
         epoch=manifest.epoch,
         base_model=manifest.base_model,
         base_revision=manifest.base_revision,
-        files=files,
+        files=linked_files(adapter, bucket, settings, base_url),
         links_expire_at=int(time.time() + settings.link_seconds),
         archive=f"/jobs/{manifest.job_id}/adapter/archive",
         proof=manifest.proof,
         versions=manifest.versions,
     )
+
+
+def linked_files(adapter: StoredAdapter, bucket: Bucket, settings: ApiSettings, base_url: str) -> list[AdapterFile]:
+    """Every file that the manifest names, each with a link."""
+    return [
+        AdapterFile(
+            **file.model_dump(),
+            url=bucket.presign(adapter.prefix + file.name, expires=settings.link_life, base_url=base_url),
+        )
+        for file in adapter.manifest.files
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

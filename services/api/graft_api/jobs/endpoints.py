@@ -10,7 +10,7 @@ from fastapi.responses import PlainTextResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from graft_api.auth import Tenant
-from graft_api.deps import Here, JsonBody
+from graft_api.deps import Here, JsonBody, Neighbours
 from graft_api.errors import documented
 from graft_api.jobs import service
 from graft_api.jobs.adapter import Archive, adapter_body, read_adapter
@@ -34,7 +34,7 @@ from graft_api.parsing import parse_spec
 from graft_api.streams import chunks_of
 from graft_shared.artifacts import log_key
 from graft_shared.errors import InvalidParameter, NotFound, ObjectNotFound, VramCapacityExceeded
-from graft_shared.jobs import TERMINAL_STATES, JobStatus, Stage
+from graft_shared.jobs import TERMINAL_STATES, Job, JobStatus, Stage
 from graft_shared.store import JobQuery
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
@@ -62,7 +62,7 @@ _EVENT_STREAM: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
     204: {"description": "The job has ended and `Last-Event-ID` was its last event: do not come back."},
 }
-_TAR: dict[int | str, dict[str, Any]] = {200: {"content": {"application/x-tar": {}}}}
+TAR: dict[int | str, dict[str, Any]] = {200: {"content": {"application/x-tar": {}}}}
 
 UnixSeconds = Annotated[int | None, Query(ge=0, le=MAX_UNIX_SECONDS, description="Unix seconds.")]
 
@@ -240,17 +240,21 @@ def get_adapter(request: Request, job_id: str, tenant: Tenant, here: Here) -> Ad
 
 
 @router.get(
-    "/{job_id}/adapter/archive", summary="The adapter as one .tar", response_class=StreamingResponse, responses=_TAR
+    "/{job_id}/adapter/archive", summary="The adapter as one .tar", response_class=StreamingResponse, responses=TAR
 )
 def get_archive(job_id: str, tenant: Tenant, here: Here) -> StreamingResponse:
     """Stream the adapter's files and its manifest, each proven by its sha256 on the way."""
-    job = here.jobs.get(tenant, job_id)
+    return tar_of(here.jobs.get(tenant, job_id), here, name=job_id)
+
+
+def tar_of(job: Job, here: Neighbours, *, name: str) -> StreamingResponse:
+    """The answer that streams what a job has made, under one folder of this name."""
     mtime = int((job.finished_at or job.created_at).timestamp())
-    archive = Archive(adapter=read_adapter(job, here.bucket), bucket=here.bucket, folder=job.id, mtime=mtime)
+    archive = Archive(adapter=read_adapter(job, here.bucket), bucket=here.bucket, folder=name, mtime=mtime)
     archive.check()
     headers = {
         "content-length": str(archive.size),
-        "content-disposition": f'attachment; filename="{job.id}.tar"',
+        "content-disposition": f'attachment; filename="{name}.tar"',
         "cache-control": "private, no-store",
     }
     return StreamingResponse(archive.chunks(), media_type="application/x-tar", headers=headers)

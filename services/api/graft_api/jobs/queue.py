@@ -46,7 +46,7 @@ def queue_of(job: Job, jobs: Jobs, crews: Sequence[Crew], table: CapacityTable) 
 def workers_for(stage: Stage, gpu_class: str, workers: Sequence[Working], table: CapacityTable) -> list[Working]:
     """The live workers that would claim such a job: larger GPUs take smaller classes too, any of them prepares."""
     able = [worker for worker in workers if stage in worker.stages]
-    return able if stage is Stage.PREPARE else [w for w in able if _takes(w.gpu_class, gpu_class, table)]
+    return [w for w in able if _takes(w.gpu_class, gpu_class, table)] if stage is Stage.TRAIN else able
 
 
 def lengths_by_reason(backlog: Backlog, able_workers: int) -> dict[Wait, int]:

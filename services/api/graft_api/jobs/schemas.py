@@ -184,6 +184,32 @@ class AdapterBody(BaseModel):
     versions: dict[str, str]
 
 
+class MergedModelBody(BaseModel):
+    """The full-precision base with a job's adapter in its weights: how far it is, and its files once it is made."""
+
+    object: Literal["merged_model"] = "merged_model"
+    job_id: str
+    status: JobStatus
+    phase: Phase | None
+    created_at: UnixSeconds
+    finished_at: UnixSeconds | None
+    base_model: str
+    base_revision: str
+    error: JobError | None
+    files: list[AdapterFile]
+    links_expire_at: UnixSeconds | None = Field(description="Null until it has succeeded.")
+    proof: dict[str, Any]
+    versions: dict[str, str]
+
+
+class MergedModelDeleted(BaseModel):
+    """A merged model that is no more."""
+
+    job_id: str
+    object: Literal["merged_model"] = "merged_model"
+    deleted: Literal[True] = True
+
+
 class MemoryForecast(BaseModel):
     """Bytes on the device at the worst moment, by component."""
 

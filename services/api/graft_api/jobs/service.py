@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from graft_api.deps import Neighbours
+from graft_api.jobs.earlier import going_on
 from graft_api.jobs.schemas import SpeedForecast
 from graft_api.parsing import parse_spec
 from graft_shared.capacity import Placement, within_positions
@@ -79,9 +80,10 @@ def admit(tenant: str, spec: JobSpec, here: Neighbours) -> tuple[JobSpec, ModelS
 
     Raises:
         UnknownBaseModel, GatedBaseModel, UnsupportedBaseModel, BaseModelUnavailable: Of the base.
-        InvalidParameter: A file, bucket, class, target or length that does not exist here.
+        InvalidParameter: A file, bucket, class, target, length or earlier adapter that does not exist here.
         VramCapacityExceeded: No GPU class holds it.
     """
+    spec = going_on(tenant, spec, here.jobs)
     shape = here.bases.resolve(spec.base_model, spec.revision)
     placement = here.capacity.place(shape, spec, here.bases.catalogue)
     _check_sources(tenant, spec, here)
@@ -130,6 +132,7 @@ def _new_job(
         idempotency_key=key,
         warnings=[dict(warning) for warning in placement.warnings],
         files={param: file_id for param, file_id in _files_of(spec) if file_id is not None},
+        adapter_of=spec.adapter.job if spec.adapter is not None else None,
     )
 
 

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from graft_api.auth import Tenant
 from graft_api.deps import Here, JsonBody
 from graft_api.jobs.service import WEBHOOKS_ARE_OFF
+from graft_api.paging import Page, envelope
 from graft_api.parsing import error_of
 from graft_api.webhooks.schemas import SigningSecret, WebhookBody, WebhookTest, WebhookTested
 from graft_shared.errors import InvalidParameter, NotFound, UnknownParameter
@@ -53,9 +54,10 @@ def test_webhook(body: JsonBody, tenant: Tenant, here: Here) -> WebhookTested:
 
 
 @router.get("/jobs/{job_id}/webhooks", summary="What was sent about a job's end", tags=["jobs"])
-def list_webhooks(job_id: str, tenant: Tenant, here: Here) -> list[WebhookBody]:
+def list_webhooks(job_id: str, tenant: Tenant, here: Here) -> Page[WebhookBody]:
     """Return the job's webhook and how far it has come; nothing before the job's end, or without a `webhook_url`."""
-    return [_body(webhook) for webhook in here.outbox.of_job(tenant, job_id)]
+    bodies = [_body(webhook) for webhook in here.outbox.of_job(tenant, job_id)]
+    return envelope(bodies, [body.id for body in bodies], has_more=False)
 
 
 def _url_of(body: Any) -> str:

@@ -8,16 +8,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from graft_shared.artifacts import prepared_key
+from graft_shared.artifacts import earlier_adapter_key, prepared_key
 from graft_shared.dispatch import queue_for
 from graft_shared.errors import FileNotFound, InvalidParameter
 from graft_shared.jobs import Job
 from graft_shared.specs import DatasetSource, JobSpec
 from graft_worker.protocol import PreparedEvent, PrepareRequest
+from graft_worker.supervisor.adapters import fetch_adapter
+from graft_worker.supervisor.folders import store_folder
 from graft_worker.supervisor.neighbours import Neighbours
 from graft_worker.supervisor.patience import Patience
 
 MODULE = "graft_worker.preparing"
+EARLIER_ADAPTER = "earlier-adapter"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # of all that was published, what training needs
 SPLITS = ("train.safetensors", "validation.safetensors")
 
 
@@ -31,6 +35,8 @@ def prepare_request(job: Job, workdir: Path, neighbours: Neighbours, kept: ExitS
     if spec.validation is not None and spec.validation.file is not None:
         validation_file = workdir / "validation.jsonl"
         _fetch_rows(job.tenant, DatasetSource(file=spec.validation.file), validation_file, neighbours)
+    if spec.adapter is not None:
+        fetch_adapter(job.tenant, spec.adapter.job, workdir / EARLIER_ADAPTER, neighbours, only=ADAPTER_FILES)
     return PrepareRequest(
         job_id=job.id,
         spec=job.spec,
@@ -58,6 +64,10 @@ def finish_preparation(
             key = prepared_key(job.tenant, job.id, job.epoch, name)
             put = partial(neighbours.bucket.put_file, key, path)
             stored[path.stem] = asdict(patience.wait_for(put))
+    earlier = workdir / EARLIER_ADAPTER
+    if earlier.exists():  # a copy of its own: the earlier job may be deleted from here on
+        key = earlier_adapter_key(job.tenant, job.id, job.epoch)
+        stored["adapter"] = asdict(patience.wait_for(partial(store_folder, neighbours.bucket, key, earlier)))
     handed = patience.wait_for(lambda: neighbours.leases.hand_to_training(job.id, job.epoch, stored))
     if handed.may_be_claimed and neighbours.doorbell.ring(job.id, queue_for(handed.stage, handed.gpu_class)):
         neighbours.leases.mark_rung(job.id)

@@ -34,6 +34,8 @@ from graft_worker.protocol import (
     EvaluationEvent,
     Event,
     FailureEvent,
+    MergedEvent,
+    MergeRequest,
     PhaseEvent,
     PreparedEvent,
     PrepareRequest,
@@ -42,7 +44,7 @@ from graft_worker.protocol import (
     TrainRequest,
     WarningEvent,
 )
-from graft_worker.supervisor import preparation, training_run
+from graft_worker.supervisor import merge_run, preparation, training_run
 from graft_worker.supervisor.child import Child, start_child
 from graft_worker.supervisor.neighbours import Neighbours
 from graft_worker.supervisor.outcome import failure_of, oom_kill_count, stopped
@@ -67,6 +69,8 @@ _REASONS: dict[type[GraftError], FailureReason] = {
     NeighbourUnavailable: FailureReason.ARTIFACT_UPLOAD_FAILED,
 }
 
+Request = PrepareRequest | TrainRequest | MergeRequest
+
 logger = logging.getLogger(__name__)
 
 
@@ -78,9 +82,9 @@ class Run:
         self._workdir = workdir
         self._neighbours = neighbours
         self._progress = ProgressRecorder(neighbours.leases, job)
-        self._result: PreparedEvent | TrainedEvent | None = None
+        self._result: PreparedEvent | TrainedEvent | MergedEvent | None = None
         self._last_words: FailureEvent | None = None
-        self._request: PrepareRequest | TrainRequest | None = None
+        self._request: Request | None = None
         self._log_uploaded_at = boottime()
 
     def run(self) -> None:
@@ -151,16 +155,21 @@ class Run:
         return failure
 
     def _start_child(self) -> Child:
-        trains = self._job.stage is Stage.TRAIN
-        spare = self._neighbours.spare.take(self._workdir) if trains else None
-        module = training_run.MODULE if trains else preparation.MODULE
+        stage = self._job.stage
+        spare = self._neighbours.spare.take(self._workdir) if stage is Stage.TRAIN else None
+        runs = {Stage.PREPARE: preparation, Stage.TRAIN: training_run, Stage.MERGE: merge_run}
+        module: str = runs[stage].MODULE
         cache_dir = self._neighbours.settings.cache_dir
         return spare or start_child(module, self._workdir, device=self._neighbours.device, cache_dir=cache_dir)
 
-    def _fetch(self, kept: ExitStack) -> PrepareRequest | TrainRequest:
-        if self._job.stage is Stage.PREPARE:
-            return preparation.prepare_request(self._job, self._workdir, self._neighbours, kept)
-        return training_run.train_request(self._job, self._workdir, self._neighbours, kept)
+    def _fetch(self, kept: ExitStack) -> Request:
+        match self._job.stage:
+            case Stage.PREPARE:
+                return preparation.prepare_request(self._job, self._workdir, self._neighbours, kept)
+            case Stage.TRAIN:
+                return training_run.train_request(self._job, self._workdir, self._neighbours, kept)
+            case Stage.MERGE:
+                return merge_run.merge_request(self._job, self._workdir, self._neighbours, kept)
 
     def _handle(self, event: Event | None, watch: Watch, patience: Patience) -> None:
         if watch.stop_reason is StopReason.LEASE_LOST:
@@ -183,20 +192,23 @@ class Run:
                     training_run.store_checkpoint(self._job, event, self._neighbours, patience)
             case FailureEvent():
                 self._last_words = event
-            case PreparedEvent() | TrainedEvent():
+            case PreparedEvent() | TrainedEvent() | MergedEvent():
                 self._result = event
             case _:
                 assert_never(event)
         if boottime() > self._log_uploaded_at + LOG_UPLOAD_SECONDS:
             self._upload_log()
 
-    def _finish(self, request: PrepareRequest | TrainRequest, patience: Patience) -> None:
+    def _finish(self, request: Request, patience: Patience) -> None:
         job, workdir, neighbours = self._job, self._workdir, self._neighbours
         if isinstance(self._result, PreparedEvent) and isinstance(request, PrepareRequest):
             preparation.finish_preparation(job, workdir, request, self._result, neighbours, patience)
         elif isinstance(self._result, TrainedEvent) and isinstance(request, TrainRequest):
             self._progress.phase(Phase.PUBLISHING)
-            training_run.publish(job, workdir, request, self._result, neighbours, patience)
+            training_run.publish_adapter(job, workdir, request, self._result, neighbours, patience)
+        elif isinstance(self._result, MergedEvent) and isinstance(request, MergeRequest):
+            self._progress.phase(Phase.PUBLISHING)
+            merge_run.publish_merged(job, workdir, request, self._result, neighbours, patience)
         else:
             raise ArtifactCorrupt("The child left with code 0 but brought no result.")
         log_event(logger, "job_carried_on", job_id=self._job.id, epoch=self._job.epoch, stage=self._job.stage.value)
@@ -227,7 +239,7 @@ class Run:
         """Keep the child's log readable for the user; best effort, the run does not hang on it."""
         path = self._workdir / LOG_NAME
         self._log_uploaded_at = boottime()
-        if self._job.stage is not Stage.TRAIN or not path.exists():
+        if self._job.stage is Stage.PREPARE or not path.exists():
             return
         try:
             self._neighbours.bucket.put_file(log_key(self._job.tenant, self._job.id, self._job.epoch), path)

@@ -6,16 +6,13 @@ import json
 import logging
 import shutil
 from contextlib import ExitStack
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-from graft_shared.artifacts import MANIFEST_NAME, AdapterManifest, FileProof, adapter_prefix, checkpoint_key
+from graft_shared.artifacts import AdapterManifest, adapter_prefix, checkpoint_key
 from graft_shared.buckets import read_back
 from graft_shared.capacity import CapacityTable, Placement
 from graft_shared.catalogue import ModelShape
-from graft_shared.errors import LeaseLost, NeighbourUnavailable, UnsupportedBaseModel
+from graft_shared.errors import NeighbourUnavailable, UnsupportedBaseModel
 from graft_shared.jobs import Checkpoint, Job, StoredObject
 from graft_shared.logs import log_event
 from graft_shared.memory import TrainingPlan
@@ -24,6 +21,7 @@ from graft_worker.protocol import CheckpointEvent, TrainedEvent, TrainRequest
 from graft_worker.supervisor.folders import fetch_folder, store_folder
 from graft_worker.supervisor.neighbours import Neighbours
 from graft_worker.supervisor.patience import Patience
+from graft_worker.supervisor.publishing import publish
 
 MODULE = "graft_worker.training"
 CHECKPOINT_PATIENCE_SECONDS = 20.0  # a checkpoint that cannot be stored soon is left to the next one
@@ -41,6 +39,10 @@ def train_request(job: Job, workdir: Path, neighbours: Neighbours, kept: ExitSta
         if split in prepared:
             splits[split] = workdir / f"{split}.safetensors"
             neighbours.base_models.cache.fetch(neighbours.bucket, StoredObject(**prepared[split]), splits[split])
+    adapter_path = None
+    if "adapter" in prepared:
+        adapter_path = workdir / "earlier-adapter"
+        fetch_folder(neighbours.bucket, StoredObject(**prepared["adapter"]), adapter_path)
     checkpoint_path = None
     if job.checkpoint is not None:
         checkpoint_path = workdir / "resume" / f"step-{job.checkpoint.step}"
@@ -57,6 +59,7 @@ def train_request(job: Job, workdir: Path, neighbours: Neighbours, kept: ExitSta
         train_file=str(splits["train"]),
         validation_file=str(splits["validation"]) if "validation" in splits else None,
         checkpoint_path=str(checkpoint_path) if checkpoint_path else None,
+        adapter_path=str(adapter_path) if adapter_path else None,
         lease_seconds=neighbours.settings.lease_seconds,
         quantised_dir=str(base.quantised_dir),
     )
@@ -92,56 +95,19 @@ def store_checkpoint(job: Job, event: CheckpointEvent, neighbours: Neighbours, p
     shutil.rmtree(folder)
 
 
-def publish(
+def publish_adapter(
     job: Job, workdir: Path, request: TrainRequest, trained: TrainedEvent, neighbours: Neighbours, patience: Patience
 ) -> None:
-    """Store the adapter, read it back, write the manifest last, and settle the job as succeeded.
-
-    Raises:
-        ArtifactCorrupt: The bucket gives back other bytes than it was given.
-        NeighbourUnavailable: Bucket or database stayed away longer than the operator's patience.
-        LeaseLost: Another epoch owns the job.
-    """
-    prefix = adapter_prefix(job.tenant, job.id, job.epoch)
-    proofs = []
-    for path in sorted((workdir / "adapter").iterdir()):
-        stored = patience.wait_for(partial(_store, prefix + path.name, path, neighbours))
-        proofs.append(FileProof(name=path.name, size=stored.size, sha256=stored.sha256))
+    """Store the adapter and settle the job as succeeded; raises as `publish`."""
     manifest = AdapterManifest(
         job_id=job.id,
         epoch=job.epoch,
         base_model=request.base_model,
         base_revision=request.base_revision,
-        files=tuple(proofs),
+        files=(),
         proof=trained.proof,
         versions=trained.versions,
     )
-    key = prefix + MANIFEST_NAME
-    written = patience.wait_for(lambda: neighbours.bucket.put_bytes(key, manifest.to_bytes()))
-    patience.wait_for(lambda: read_back(neighbours.bucket, written))
-    adapter = {
-        "uri": neighbours.bucket.uri(prefix.rstrip("/")),
-        "epoch": job.epoch,
-        "prefix": prefix,
-        "manifest": asdict(written),
-        "bytes": sum(proof.size for proof in proofs),
-    }
-    patience.wait_for(lambda: _settle(job, adapter, trained, neighbours))
-
-
-def _store(key: str, path: Path, neighbours: Neighbours) -> StoredObject:
-    stored = neighbours.bucket.put_file(key, path)
-    read_back(neighbours.bucket, stored)
-    return stored
-
-
-def _settle(job: Job, adapter: dict[str, Any], trained: TrainedEvent, neighbours: Neighbours) -> None:
-    try:
-        neighbours.leases.settle_success(
-            job.id, job.epoch, adapter=adapter, metrics=trained.metrics, memory=trained.memory
-        )
-    except LeaseLost:
-        # The answer to an earlier try may have been lost after its commit: then the row is ours already.
-        row = neighbours.leases.read(job.id)
-        if row is None or row.adapter is None or row.adapter["epoch"] != job.epoch:
-            raise
+    prefix = adapter_prefix(job.tenant, job.id, job.epoch)
+    folder = workdir / "adapter"
+    publish(job, folder, prefix, manifest, neighbours, patience, metrics=trained.metrics, memory=trained.memory)

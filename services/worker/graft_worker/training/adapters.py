@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 
 from graft_shared.errors import InvalidParameter
 from graft_shared.specs import Lora
+
+WEIGHTS_NAME = "adapter_model.safetensors"
 
 
 def attach_adapter(model: Any, lora: Lora, target_modules: list[str], *, base_model: str, revision: str) -> PeftModel:
@@ -30,7 +34,7 @@ def attach_adapter(model: Any, lora: Lora, target_modules: list[str], *, base_mo
     _require_linears(model, target_modules)
     adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     adapted.peft_config["default"].base_model_name_or_path = base_model
-    if re.fullmatch(r"[0-9a-f]{40}", revision):  # a hub commit; a registered folder has none that the hub knows
+    if is_hub_commit(revision):
         adapted.peft_config["default"].revision = revision
     return adapted
 
@@ -50,6 +54,28 @@ def _require_linears(model: Any, target_modules: list[str]) -> None:
         if not all(isinstance(module, torch.nn.Linear) and module is not head for module in modules):
             reason = f"{target} is not a linear layer of the base's blocks"
             raise InvalidParameter(param="lora.target_modules", reason=reason)
+
+
+def is_hub_commit(revision: str) -> bool:
+    """Whether the hub knows this revision: a commit. A registered folder's is made of its content."""
+    return re.fullmatch(r"[0-9a-f]{40}", revision) is not None
+
+
+def go_on_from(model: PeftModel, folder: Path) -> None:
+    """Give the fresh adapter the weights of an earlier one of the same form.
+
+    Raises:
+        InvalidParameter: It is of another form: some weight is missing, strange or of another size.
+    """
+    weights = load_file(folder / WEIGHTS_NAME)
+    wanted = {
+        name: tensor.shape for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
+    if {name: tensor.shape for name, tensor in weights.items()} != wanted:
+        raise InvalidParameter(
+            param="adapter.job", reason="its adapter has other targets or another rank than this job"
+        )
+    set_peft_model_state_dict(model, weights)
 
 
 def trainable(model: PeftModel) -> list[torch.nn.Parameter]:

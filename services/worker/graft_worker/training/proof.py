@@ -10,11 +10,11 @@ import torch
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 
+from graft_worker.training.adapters import WEIGHTS_NAME
 from graft_worker.training.batches import Microbatch
 from graft_worker.training.checkpoint import Progress
 from graft_worker.training.forward import Forward
 
-WEIGHTS_NAME = "adapter_model.safetensors"
 LOSS_TOLERANCE = 1e-3  # relative; the reloaded weights are the same numbers, kernels may order sums differently
 
 
@@ -23,9 +23,15 @@ class NotProven(Exception):
 
 
 def prove(
-    model: PeftModel, forward: Forward, sample: list[Microbatch], folder: Path, progress: Progress
+    model: PeftModel,
+    forward: Forward,
+    sample: list[Microbatch],
+    folder: Path,
+    progress: Progress,
+    *,
+    earlier: Path | None = None,
 ) -> dict[str, Any]:
-    """Check the files on disk against the trained model, on its base.
+    """Check the files on disk against the trained model on its base, and against the adapter that it went on from.
 
     Raises:
         NotProven: Non-finite numbers, nothing trained, or another loss after reloading.
@@ -35,7 +41,7 @@ def prove(
         raise NotProven("the adapter holds numbers that are not finite")
     if progress.tokens_learnt == 0:
         raise NotProven("no token was trained")
-    if not any(bool(tensor.any()) for name, tensor in weights.items() if "lora_B" in name):
+    if _is_untrained(weights, earlier):
         raise NotProven("the adapter is as it was before training")
     trained_loss = forward.mean_loss(sample)
     _forget(model)
@@ -51,6 +57,14 @@ def prove(
         "reloaded_loss": reloaded_loss,
         "tensors": len(weights),
     }
+
+
+def _is_untrained(weights: dict[str, torch.Tensor], earlier: Path | None) -> bool:
+    """Whether the adapter still is what it began as: without effect, or the earlier one."""
+    if earlier is None:
+        return not any(bool(tensor.any()) for name, tensor in weights.items() if "lora_B" in name)
+    before = load_file(earlier / WEIGHTS_NAME)
+    return all(torch.equal(tensor, before[name]) for name, tensor in weights.items())
 
 
 def _forget(model: PeftModel) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 from peft import PeftModel
 
 from graft_worker.protocol import TrainRequest
+from graft_worker.training.adapters import is_hub_commit
 
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -20,12 +21,35 @@ _TOKENIZER_FILES = (
     "chat_template*",
 )
 METRICS_NAME = "metrics.jsonl"
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what `--max-lora-rank` takes (vllm/config/lora.py)
+
+# How the folder that the card lies in is used.
+_USE = """
+## Use
+
+With PEFT, in Python, beside this folder:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained("{base_model}"{revision}, dtype="auto")
+model = PeftModel.from_pretrained(base, "{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+```
+
+With vLLM:
+
+```sh
+vllm serve {base_model}{revision_flag} --enable-lora --max-lora-rank {max_rank} --lora-modules {folder}={folder}
+```
+"""
 
 
 def write_adapter(model: PeftModel, request: TrainRequest, folder: Path) -> None:
     """Save weights, config and tokenizer; nothing in the folder names a path of this machine."""
     model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
-    for pattern in _TOKENIZER_FILES:
+    for pattern in TOKENIZER_FILES:
         for path in Path(request.base_path).glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
@@ -43,6 +67,7 @@ def write_card(request: TrainRequest, folder: Path, metrics: dict[str, Any], ver
     bits = f"4-bit {quantization['bnb_4bit_quant_type'].upper()}" if quantization["load_in_4bit"] else "16-bit"
     rows = [
         ("base model", f"{request.base_model}, revision {request.base_revision}, {bits}"),
+        *([("goes on from", f"the adapter of {spec['adapter']['job']}")] if spec.get("adapter") else []),
         ("LoRA", f"r={lora['r']}, alpha={lora['lora_alpha']:g}, dropout={lora['lora_dropout']:g}"),
         ("target modules", ", ".join(request.target_modules)),
         (
@@ -58,8 +83,20 @@ def write_card(request: TrainRequest, folder: Path, metrics: dict[str, Any], ver
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
     ]
     header = f"---\nbase_model: {request.base_model}\nlibrary_name: peft\ntags: [lora, qlora, graft]\n---\n"
-    title = spec.get("name") or request.job_id
+    title = " ".join((spec.get("name") or request.job_id).split())
     table = "".join(f"| {name} | {value} |\n" for name, value in rows)
     (folder / "README.md").write_text(
-        f"{header}\n# {title}\n\nA LoRA adapter, trained by Graft.\n\n| | |\n|---|---|\n{table}"
+        f"{header}\n# {title}\n\nA LoRA adapter, trained by Graft.\n\n| | |\n|---|---|\n{table}{_use(request)}"
+    )
+
+
+def _use(request: TrainRequest) -> str:
+    """The snippets; a revision is named where the hub knows it."""
+    at_hub = is_hub_commit(request.base_revision)
+    return _USE.format(
+        base_model=request.base_model,
+        folder=request.job_id,
+        revision=f', revision="{request.base_revision}"' if at_hub else "",
+        revision_flag=f" --revision {request.base_revision}" if at_hub else "",
+        max_rank=next(rank for rank in VLLM_RANKS if rank >= request.spec["lora"]["r"]),
     )

@@ -28,7 +28,7 @@ from graft_worker.protocol import (
     TrainRequest,
     WarningEvent,
 )
-from graft_worker.training.adapters import attach_adapter, trainable
+from graft_worker.training.adapters import attach_adapter, go_on_from, trainable
 from graft_worker.training.base import Precision, choose_precision, load_base
 from graft_worker.training.batches import (
     Microbatch,
@@ -173,6 +173,8 @@ def load(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guard
     layers = arrange_layers(forward.backbone, plan, backend=compiler, largest_microbatch=largest)
     if compiler is not None and precision.device.type == "cuda" and runs_as_graphs(largest, layers.weights):
         forward.graphs = Graphs(forward.hidden, layers, largest)
+    if request.adapter_path is not None and request.checkpoint_path is None:
+        go_on_from(model, Path(request.adapter_path))
     model.train()
     optimizer = FlatOptimizer(trainable(model), spec.training)
     progress = Progress(loss_scale=FIRST_LOSS_SCALE if precision.scales_loss else 1.0)
@@ -451,14 +453,16 @@ def finish(run: Run) -> None:
     write_adapter(run.model, run.request, folder)
     sample = run.validation or run.train
     batches = list(_batches(run, sample, np.unique(sample.learnt_rows)[:PROOF_ROWS]))
-    proof = prove(run.model, run.forward, batches, folder, progress)
+    earlier = Path(run.request.adapter_path) if run.request.adapter_path is not None else None
+    proof = prove(run.model, run.forward, batches, folder, progress, earlier=earlier)
     metrics: dict[str, Any] = {
         "train_loss": progress.last_loss,
         "steps": progress.step,
         "tokens_seen": progress.tokens_seen,
     }
     if progress.evaluations:
-        metrics["base_eval_loss"] = progress.evaluations[0]["eval_loss"]
+        first = "base_eval_loss" if run.request.adapter_path is None else "earlier_eval_loss"
+        metrics[first] = progress.evaluations[0]["eval_loss"]
         metrics["eval_loss"] = progress.evaluations[-1]["eval_loss"]
     used = versions()
     write_metrics(folder, progress.lines)

@@ -1,0 +1,1 @@
+"""The child that merges an adapter into its full-precision base, on the CPU."""
