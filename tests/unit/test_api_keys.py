@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from graft_api.auth import read_keys
+from graft_api.keys.static import read_keys
 from graft_shared.artifacts import log_key
 from graft_shared.ids import new_file_id, new_job_id
 from tests.api_service import LLAMA, ApiService, error_of, make_service, migrated_database

@@ -81,6 +81,7 @@ jobs = Table(
     Index(None, "state", "stage", "gpu_class"),
     Index(None, "sweep_at"),
     Index(None, "tenant", "created_at"),
+    Index(None, "tenant", "state", "stage"),
 )
 
 job_events = Table(
@@ -146,4 +147,39 @@ workers = Table(
     Column("seen_at", Double, nullable=False),
     Column("place", String(64)),
     Column("takes_classes", JSON),
+)
+
+tenants = Table(
+    "tenants",
+    metadata,
+    Column("name", String(64), primary_key=True),  # one that its operator has said something about
+    Column("share", Double, nullable=False),
+    Column("queued_jobs", Integer),  # of the quotas a null is the settings' default
+    Column("running_jobs", Integer),
+    Column("gpu_hours", Double),
+    Column("stored_bytes", BigInteger),
+)
+
+worker_time = Table(
+    "worker_time",
+    metadata,
+    Column("tenant", String(64), primary_key=True),
+    Column("stage", String(16), primary_key=True),
+    Column("day", Double, primary_key=True),  # on which runs ended; its first second, UTC
+    Column("seconds", Double, nullable=False),
+    Index(None, "stage", "day"),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", String(16), primary_key=True),
+    Column("tenant", String(64), nullable=False),
+    Column("digest", String(64), nullable=False),
+    Column("scopes", JSON, nullable=False),
+    Column("name", String(100), nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("expires_at", Double),
+    Column("revoked_at", Double),
+    Column("last_used_at", Double),
 )
