@@ -1,7 +1,8 @@
 """Whose a key is, told without asking the database for each request: live keys are held here for two seconds.
 
-A key that is revoked or has expired is refused, and one that was made is known, by every API within that time. While
-the database does not answer, keys that were known hold on for half a minute; then nobody can be told from a stranger.
+A key that is revoked or has expired is refused by every API within that time; one that is not known is looked for at
+once. While the database does not answer, keys that were known hold on for half a minute; then nobody can be told from
+a stranger.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from graft_shared.logs import log_event
 from graft_shared.store import Keys, StoredKey
 
 FRESH_SECONDS = 2.0
+NEWS_SECONDS = 0.1  # where a key is not known: it may have been made since; strangers cause no more looks than these
 STALE_SECONDS = 30.0
 USE_NOTED_EVERY = timedelta(minutes=10)  # by each API: when a key was used last is for the operator's eye
 DEFAULT_TENANT = "default"
@@ -80,10 +82,14 @@ class KeyRing:
             return Caller(tenant=DEFAULT_TENANT, scopes=ALL) if self._may_be_open else None
         if key is None and not self._may_be_open:
             return None
-        held = await self._fresh()
+        held = await self._not_older_than(FRESH_SECONDS)
         if self._may_be_open and not held.is_closed:
             return Caller(tenant=DEFAULT_TENANT, scopes=ALL)
-        return self._known(key, held, self._pepper) if key is not None else None
+        if key is None:
+            return None
+        if (key_id := making.id_of(key)) is not None and key_id not in held.keys:
+            held = await self._not_older_than(NEWS_SECONDS)
+        return self._known(key, held, self._pepper)
 
     def _known(self, key: str, held: _Held, pepper: SecretStr) -> Caller | None:
         stored = held.keys.get(making.id_of(key) or "")
@@ -93,17 +99,17 @@ class KeyRing:
         self._used.add(stored.id)
         return Caller(tenant=stored.tenant, scopes=frozenset(scope for scope in Scope if scope.value in stored.scopes))
 
-    async def _fresh(self) -> _Held:
+    async def _not_older_than(self, seconds: float) -> _Held:
         held = self._held
-        if held is not None and time.monotonic() < held.at + FRESH_SECONDS:
+        if held is not None and time.monotonic() < held.at + seconds:
             return held
-        return await run_in_threadpool(self._read)
+        return await run_in_threadpool(self._read, seconds)
 
-    def _read(self) -> _Held:
+    def _read(self, seconds: float) -> _Held:
         """Read the live keys, once for all requests that wait for it."""
         with self._reading:
             held, now = self._held, time.monotonic()
-            if held is not None and now < held.at + FRESH_SECONDS:
+            if held is not None and now < held.at + seconds:
                 return held
             if self._failure is None or now > self._failure[1] + FRESH_SECONDS:  # else it was just asked in vain
                 try:
