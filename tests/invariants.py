@@ -206,7 +206,8 @@ def budgets_hold(
 ) -> list[str]:
     """What began though its tenant's budget was used up, by the events of all jobs and the tenant of each.
 
-    Submissions are held, and claims for training. A job that comes back to a full queue is none of both.
+    Submissions are held, and claims for training. Jobs that came back to the queue from training are left out: their
+    events tell when they were about to, and whoever counted a moment later may have counted before that was committed.
     """
     leaves_first = sorted(
         (event["created_at"], event["type"] in ("submitted", "claimed"), job_id, event["id"], event)
@@ -219,7 +220,7 @@ def budgets_hold(
     began, seconds = dict[str, float](), Counter[str]()
     for at, _, job_id, _, event in leaves_first:
         tenant, budget = tenants[job_id], budgets[tenants[job_id]]
-        before, after = place[job_id], _place_after(event)
+        before, after = place[job_id], _place_after(place[job_id], event)
         place[job_id] = after
         if before == after:
             continue
@@ -240,10 +241,12 @@ def budgets_hold(
 _MOVES = ("submitted", "claimed", "requeued", "paused", "prepared", *TERMINAL_TYPES)
 
 
-def _place_after(event: Event) -> str:
+def _place_after(before: str, event: Event) -> str:
     if event["type"] in TERMINAL_TYPES:
         return "ended"
-    return "training" if event["type"] == "claimed" and event["data"]["stage"] == "train" else "queued"
+    if event["type"] == "claimed" and event["data"]["stage"] == "train":
+        return "training"
+    return "back" if before in ("training", "back") else "queued"
 
 
 def _exceeded(job_id: str, do: str, count: int, limit: int | None) -> list[str]:
