@@ -97,9 +97,84 @@ class StoreMachine(RuleBasedStateMachine):
     def a_counting_client_sends(self, tenant: str, sha: str, sent_before: int, first_sent_ago: float) -> None:
         self.both.submit(tenant, sha=sha, sent=(sent_before, first_sent_ago))
 
+    @precondition(lambda self: len(self.model.jobs) < MANY_JOBS)
+    @rule(
+        tenant=tenants,
+        sha=st.sampled_from(["again", "once more"]),
+        counts=st.permutations([0, 0, 1, 2]),
+        deleted=st.booleans(),
+        later=st.sampled_from([0.0, 100.0]),
+    )
+    def a_request_is_sent_again_and_again(
+        self, tenant: str, sha: str, counts: list[int], deleted: bool, later: float
+    ) -> None:
+        """In any order, by both tenants; and once what it made is gone, or was made long ago."""
+        job_id = f"ftjob-{len(self.model.jobs)}"
+        for count in counts[:2]:
+            self.both.submit(tenant, sha=sha, sent=(count, 30.0 * count))
+        if deleted and job_id in self.model.jobs:
+            self.both.cancel(tenant, job_id)
+            self.both.delete(tenant, job_id)
+        self.clock.now += later
+        for sender in TENANTS:
+            self.both.submit(sender, sha=sha, sent=(counts[2], 30.0 * counts[2]))
+
     @rule(tenant=tenants, pick=picks)
     def a_tenant_deletes(self, tenant: str, pick: int) -> None:
         self.both.delete(tenant, self.both.any_job(pick))
+
+    @precondition(lambda self: len(self.model.jobs) < MANY_JOBS)
+    @rule(tenant=tenants, sha=st.sampled_from(["x", "y"]))
+    def a_job_with_a_key_is_deleted_and_submitted_anew(self, tenant: str, sha: str) -> None:
+        """Its key is free again, though it was another body's."""
+        job_id = f"ftjob-{len(self.model.jobs)}"
+        self.both.submit(tenant, key="deleted", sha="x")
+        if job_id in self.model.jobs:
+            self.both.cancel(tenant, job_id)
+            self.both.delete(tenant, job_id)
+            self.both.cancel(tenant, job_id)
+            self.both.submit(tenant, key="deleted", sha=sha)
+
+    @rule(tenant=tenants, most=st.integers(1, 2), shares=st.tuples(*[st.sampled_from([0.5, 1.0, 2.0])] * 2))
+    def everybody_asks_for_their_place(self, tenant: str, most: int, shares: tuple[float, ...]) -> None:
+        """While something runs, one has a quota of runs, and shares differ."""
+        for each, share in zip(TENANTS, shares, strict=True):
+            self.both.say_of_tenant(each, {"share": share})
+        self.preparing_catches_up()
+        self.both.claim("large")
+        self.both.say_of_tenant(tenant, {"running_jobs": most})
+        self._all_ask_for_their_place()
+        self.both.claim("large")
+        self._all_ask_for_their_place()
+        self.both.say_of_tenant(tenant, {"running_jobs": None})
+
+    @rule(tenant=tenants, pick=picks)
+    def a_tenant_uses_up_its_gpu_hours(self, tenant: str, pick: int) -> None:
+        self.both.say_of_tenant(tenant, {"gpu_hours": self.model.gpu_seconds(tenant) / 3600 + 0.01})
+        self.both.claim("large")
+        self.clock.now += 40.0
+        self.both.claim("large")
+        self.both.submit(tenant)
+        self._all_ask_for_their_place()
+        self.both.say_of_tenant(tenant, {"gpu_hours": None})
+
+    @rule(tenant=tenants, left=st.integers(0, 1), prepared=st.booleans())
+    def a_tenant_fills_its_queue(self, tenant: str, left: int, prepared: bool) -> None:
+        if prepared:
+            self.both.submit(tenant, priority="high")
+            self.both.claim("p")
+        self.both.say_of_tenant(tenant, {"queued_jobs": self.model.waiting(tenant) + left})
+        if len(self.model.jobs) < 2 * MANY_JOBS:
+            self.both.submit(tenant)
+            self.both.submit(tenant)
+        self.both.say_of_tenant(tenant, {"queued_jobs": None})
+
+    @rule(tenant=tenants, left=st.integers(0, 2), size=st.integers(1, 3))
+    def a_tenant_fills_its_room(self, tenant: str, left: int, size: int) -> None:
+        self.both.say_of_tenant(tenant, {"stored_bytes": self.model.stored_bytes(tenant) + left})
+        self.both.upload(tenant, size)
+        self.both.say_of_tenant(tenant, {"stored_bytes": None})
+        self.both.upload(tenant, size)
 
     @rule(tenant=tenants, quota=quotas)
     def the_operator_changes_a_quota(self, tenant: str, quota: tuple[str, float | None]) -> None:
@@ -136,13 +211,22 @@ class StoreMachine(RuleBasedStateMachine):
                 self.jobs.list(tenant, JobQuery(after=job_id))
             return
         job, expected = self.jobs.get(tenant, job_id), self.model.jobs[job_id]
-        place = self.jobs.place_in_line(job)
-        if self.model.can_tell_who_is_next(job.stage.value):
-            stands = place and (place.position, place.held_by and place.held_by.quota.value)
-            assert stands == self.model.place_in_line(expected)
+        self._asks_for_its_place(job_id)
         until = self.jobs.waits_until(job)
         waits = expected.state == "queued" and expected.not_before > self.clock.now
         assert (until and until.timestamp()) == (pytest.approx(expected.not_before, abs=1e-3) if waits else None)
+
+    def _all_ask_for_their_place(self) -> None:
+        for job in list(self.model.jobs.values()):
+            if job.deleted_at is None:
+                self._asks_for_its_place(job.id)
+
+    def _asks_for_its_place(self, job_id: str) -> None:
+        expected = self.model.jobs[job_id]
+        if self.model.can_tell_who_is_next(expected.stage):
+            place = self.jobs.place_in_line(self.jobs.get(expected.tenant, job_id))
+            stands = place and (place.position, place.held_by and place.held_by.quota.value)
+            assert stands == self.model.place_in_line(expected)
 
     @rule()
     def the_operator_counts(self) -> None:
