@@ -140,7 +140,7 @@ class StoreMachine(RuleBasedStateMachine):
         """While something runs, one has a quota of runs, and shares differ."""
         for each, share in zip(TENANTS, shares, strict=True):
             self.both.say_of_tenant(each, {"share": share})
-        self.preparing_catches_up()
+        self._both_wait()
         self.both.claim("large")
         self.both.say_of_tenant(tenant, {"running_jobs": most})
         self._all_ask_for_their_place()
@@ -150,7 +150,9 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(tenant=tenants, pick=picks)
     def a_tenant_uses_up_its_gpu_hours(self, tenant: str, pick: int) -> None:
+        self._both_wait()
         self.both.say_of_tenant(tenant, {"gpu_hours": self.model.gpu_seconds(tenant) / 3600 + 0.01})
+        self.both.claim("large")
         self.both.claim("large")
         self.clock.now += 40.0
         self.both.claim("large")
@@ -215,6 +217,13 @@ class StoreMachine(RuleBasedStateMachine):
         until = self.jobs.waits_until(job)
         waits = expected.state == "queued" and expected.not_before > self.clock.now
         assert (until and until.timestamp()) == (pytest.approx(expected.not_before, abs=1e-3) if waits else None)
+
+    def _both_wait(self) -> None:
+        """Each tenant has jobs in one queue, of one priority."""
+        if len(self.model.jobs) < 2 * MANY_JOBS:
+            for tenant in TENANTS * 2:
+                self.both.submit(tenant)
+        self.preparing_catches_up()
 
     def _all_ask_for_their_place(self) -> None:
         for job in list(self.model.jobs.values()):

@@ -29,7 +29,7 @@ async def tenant(
         RateLimited: The tenant has asked too often.
         InsufficientScope: The key does not allow what the route does.
     """
-    caller = await here.keys.caller(credentials.credentials if credentials is not None else None)
+    caller = await here.keys.caller(_shown(credentials))
     if caller is None:
         raise Unauthenticated
     here.rates.take(caller.tenant, request.state)
@@ -37,6 +37,15 @@ async def tenant(
         if scope not in caller.scopes:
             raise InsufficientScope(scope=str(scope))
     return caller.tenant
+
+
+async def may_go_on(request: Request, here: Here) -> bool:
+    """Whether the key of a request that is answered for long is still in force."""
+    return await here.keys.caller(_shown(await _bearer(request))) is not None
+
+
+def _shown(credentials: HTTPAuthorizationCredentials | None) -> str | None:
+    return credentials.credentials if credentials is not None else None
 
 
 # What an endpoint takes as its tenant says which scope its route needs.

@@ -78,7 +78,19 @@ jobs = Table(
     Column("sent_before", Integer),  # how often, by a client that names no key but counts; null: any other client
     Column("deleted_at", Double),  # its tenant sees it no more; the row goes once its objects have gone
     UniqueConstraint("tenant", "idempotency_key"),
-    Index(None, "state", "stage", "gpu_class"),
+    # All that tells a job's place, so that wide rows need not be read for it.
+    Index(
+        "ix_jobs_queue",
+        "state",
+        "stage",
+        "gpu_class",
+        "tenant",
+        "priority",
+        "created_at",
+        "not_before",
+        "pause_requested",
+        "id",
+    ),
     Index(None, "sweep_at"),
     Index(None, "tenant", "created_at"),
     Index(None, "tenant", "state", "stage"),

@@ -51,9 +51,9 @@ async def receive(request: Request, tenant: str, here: Neighbours) -> StoredFile
 
 
 def _declared(request: Request) -> int:
-    """The least size that the file has, by what the request says of itself."""
+    """The least size that the file can have, by what the request says of itself."""
     declared = request.headers.get("content-length", "")
-    return max(0, int(declared) - FORM_OVERHEAD_BYTES) if declared.isdigit() else 0
+    return max(1, int(declared) - FORM_OVERHEAD_BYTES) if declared.isdigit() else 1
 
 
 def _scratch_file(here: Neighbours) -> BinaryIO:

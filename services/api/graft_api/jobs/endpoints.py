@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from graft_api.auth import MayReadJobs, MayWriteJobs
+from graft_api.auth import MayReadJobs, MayWriteJobs, may_go_on
 from graft_api.deps import Here, JsonBody
 from graft_api.errors import documented
 from graft_api.jobs import service
@@ -180,15 +181,15 @@ async def list_events(
     if "text/event-stream" not in request.headers.get("accept", ""):
         page, has_more = await run_in_threadpool(here.jobs.events, tenant, job_id, after=after, limit=limit)
         return envelope([event_body(event) for event in page], [event.id for event in page], has_more=has_more)
-    return await _live(job_id, tenant, here, last_event_id if last_event_id is not None else after)
+    return await _live(request, job_id, tenant, here, last_event_id if last_event_id is not None else after)
 
 
-async def _live(job_id: str, tenant: str, here: Here, after: int) -> Response:
+async def _live(request: Request, job_id: str, tenant: str, here: Here, after: int) -> Response:
     job = await run_in_threadpool(here.jobs.get, tenant, job_id)
     first, _ = await run_in_threadpool(here.jobs.events, tenant, job_id, after=after)
     if not first and job.state in TERMINAL_STATES:
         return Response(status_code=204)
-    stream = event_stream(here.jobs, tenant, job_id, first, after=after)
+    stream = event_stream(here.jobs, tenant, job_id, first, after=after, may_go_on=partial(may_go_on, request, here))
     headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
     return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
 

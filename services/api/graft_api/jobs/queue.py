@@ -80,6 +80,8 @@ def _held(reached: Reached) -> str:
             f"This tenant has used {reached.used:.2f} of the {reached.limit:g} GPU-hours that it has in a month; its "
             "jobs go on when the next one begins (UTC)."
         )
+    if reached.limit == 0:
+        return "This tenant's quota of running jobs is 0: nothing trains until the operator raises it."
     runs = "1 job trains" if reached.used == 1 else f"{reached.used:g} jobs train"
     return f"{runs} for this tenant, and its quota is {reached.limit:g}: it goes on when one of them leaves."
 

@@ -124,8 +124,8 @@ class KeyRing:
     def _look(self, now: float) -> _Held:
         live = self._stored.live()
         held = _Held({key.id: key for key in live}, bool(live) or self._stored.any(), now)
-        self._note_uses(held)
         self._held, self._failure = held, None
+        self._note_uses(held)  # last: a database that is slow to write holds up nobody else
         return held
 
     def _note_uses(self, held: _Held) -> None:

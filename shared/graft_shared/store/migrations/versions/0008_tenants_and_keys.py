@@ -12,6 +12,8 @@ down_revision = "0007"
 branch_labels = None
 depends_on = None
 
+QUEUE = ("state", "stage", "gpu_class", "tenant", "priority", "created_at", "not_before", "pause_requested", "id")
+
 
 def upgrade() -> None:
     op.create_table(
@@ -47,9 +49,13 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_api_keys"),
     )
     op.create_index("ix_jobs_tenant_state_stage", "jobs", ["tenant", "state", "stage"])
+    op.create_index("ix_jobs_queue", "jobs", [*QUEUE])
+    op.drop_index("ix_jobs_state_stage_gpu_class", "jobs")
 
 
 def downgrade() -> None:
-    op.drop_index("ix_jobs_tenant_state_stage", "jobs")
+    op.create_index("ix_jobs_state_stage_gpu_class", "jobs", ["state", "stage", "gpu_class"])
+    for index in ("ix_jobs_queue", "ix_jobs_tenant_state_stage"):
+        op.drop_index(index, "jobs")
     for table in ("api_keys", "worker_time", "tenants"):
         op.drop_table(table)
