@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SECRETS = ("POSTGRES_PASSWORD", "REDIS_PASSWORD", "S3_SECRET_ACCESS_KEY", "WEBHOOK_SECRET")
+SECRETS = ("POSTGRES_PASSWORD", "REDIS_PASSWORD", "S3_SECRET_ACCESS_KEY", "WEBHOOK_SECRET", "KEY_PEPPER")
 MOST_GPUS = 8  # docker-compose.yml has a worker for each of so many cards
 CLASS_TOLERANCE = 0.93  # as in graft_shared.capacity: how much less than its class a card may have
 SMI = ("nvidia-smi", "--query-gpu=index,name,memory.total", "--format=csv,noheader,nounits")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,3 +190,84 @@ def _runs(steps: Sequence[Step]) -> list[list[int]]:
     for step in sorted(steps, key=lambda step: (step.epoch, step.at)):
         by_epoch.setdefault(step.epoch, []).append(step.number)
     return list(by_epoch.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What one tenant may have, as the operator said; None is no limit."""
+
+    running_jobs: int | None = None
+    queued_jobs: int | None = None
+    gpu_hours: float | None = None
+
+
+def budgets_hold(
+    budgets: Mapping[str, Budget], histories: Mapping[str, Sequence[Event]], tenants: Mapping[str, str]
+) -> list[str]:
+    """What began though its tenant's budget was used up, by the events of all jobs and the tenant of each.
+
+    Submissions are held, and claims for training. Jobs that came back to the queue from training are left out: their
+    events tell when they were about to, and whoever counted a moment later may have counted before that was committed.
+    """
+    leaves_first = sorted(
+        (event["created_at"], event["type"] in ("submitted", "claimed"), job_id, event["id"], event)
+        for job_id, events in histories.items()
+        for event in events
+        if event["type"] in _MOVES
+    )
+    found, place = [], dict.fromkeys(histories, "nowhere")
+    counts: dict[str, Counter[str]] = {"queued": Counter(), "training": Counter()}
+    began, seconds = dict[str, float](), Counter[str]()
+    for at, _, job_id, _, event in leaves_first:
+        tenant, budget = tenants[job_id], budgets[tenants[job_id]]
+        before, after = place[job_id], _place_after(place[job_id], event)
+        place[job_id] = after
+        if before == after:
+            continue
+        for name, count in counts.items():
+            count[tenant] += (after == name) - (before == name)
+        if before == "training":
+            seconds[tenant] += at - began.pop(job_id)
+        if after == "training":
+            began[job_id] = at
+            found += _exceeded(job_id, "train", counts["training"][tenant], budget.running_jobs)
+            if budget.gpu_hours is not None and seconds[tenant] >= budget.gpu_hours * 3600:
+                found.append(f"{job_id} began though {tenant} had used up {budget.gpu_hours} GPU-hours")
+        if event["type"] == "submitted":
+            found += _exceeded(job_id, "wait", counts["queued"][tenant], budget.queued_jobs)
+    return found
+
+
+_MOVES = ("submitted", "claimed", "requeued", "paused", "prepared", *TERMINAL_TYPES)
+
+
+def _place_after(before: str, event: Event) -> str:
+    if event["type"] in TERMINAL_TYPES:
+        return "ended"
+    if event["type"] == "claimed" and event["data"]["stage"] == "train":
+        return "training"
+    return "back" if before in ("training", "back") else "queued"
+
+
+def _exceeded(job_id: str, do: str, count: int, limit: int | None) -> list[str]:
+    return [f"{job_id}: {count} jobs {do} then, and {limit} may"] if limit is not None and count > limit else []
+
+
+def the_claim_was_fair(chosen: str, running: Mapping[str, int], shares: Mapping[str, float]) -> None:
+    """Of the tenants that wait, the one is chosen of which less runs than of any other, by its share."""
+    by_share = {tenant: running[tenant] / share for tenant, share in shares.items()}
+    assert by_share[chosen] == min(by_share.values()), (chosen, by_share)
+
+
+def a_foreign_id_answers_as_an_unknown_one(foreign: Answered, unknown: Answered) -> None:
+    """Nothing that an answer tells differs: its status, its headers, its bytes."""
+    assert foreign == unknown
+
+
+@dataclass(frozen=True)
+class Answered:
+    """All that an answer tells, with the ids that its caller brought and the ids of requests left out."""
+
+    status: int
+    headers: tuple[tuple[str, str], ...]
+    body: bytes

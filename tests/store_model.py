@@ -5,15 +5,20 @@ Nothing here is read from the store's code but the names of its errors: numbers 
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from graft_shared.errors import (
     IdempotencyConflict,
     JobCancelling,
     JobFinished,
+    JobNotEnded,
     JobNotFound,
     LeaseLost,
+    QuotaExceeded,
     WorkerNameTaken,
 )
 from tests.fakes.clock import FakeClock
@@ -24,6 +29,8 @@ REMEMBERED_SECONDS = 86_400.0
 RETRY_SECONDS = 5.0
 AWAY_SECONDS = 90.0  # instead, where a neighbour or room was missing
 SWEEP_SECONDS = 60.0
+DAY_SECONDS = 86_400.0
+INDISTINCT_SECONDS = 1e-3  # of use: nobody can say which of two tenants that are so near is next
 POISON_RUNS = 5
 PRIORITIES = {"low": 0, "normal": 1, "high": 2}
 FREE = {"worker_lost", "drained"}
@@ -43,6 +50,7 @@ class ModelJob:
     max_attempts: int
     idempotency_key: str | None
     request_sha256: str
+    sent_before: int | None
     created_at: float
     not_before: float
     state: str = "queued"
@@ -70,6 +78,7 @@ class ModelJob:
     finished_at: float | None = None
     gpu_seconds: float = 0.0
     sweep_at: float | None = None
+    deleted_at: float | None = None
     history: list[tuple[str, int]] = field(default_factory=lambda: [("submitted", 0)])
 
     @property
@@ -111,25 +120,71 @@ class ModelWorker:
     seen_at: float
 
 
+@dataclass(frozen=True)
+class ModelRun:
+    """A run that has ended."""
+
+    tenant: str
+    stage: str
+    ended_at: float
+    seconds: float
+
+
 @dataclass
 class StoreModel:
     """The store's doors, all in one. A method raises what the store must raise, and then has changed nothing."""
 
     clock: FakeClock
+    defaults: dict[str, float | None]  # the quotas of a tenant of which nothing was said
     jobs: dict[str, ModelJob] = field(default_factory=dict)
     workers: dict[str, ModelWorker] = field(default_factory=dict)
+    files: dict[str, tuple[str, int]] = field(default_factory=dict)  # their tenants and sizes
+    said: dict[str, dict[str, float | None]] = field(default_factory=dict)  # of tenants, by the operator
+    runs: list[ModelRun] = field(default_factory=list)
 
     # The tenants' door.
 
-    def submit(self, new: ModelJob) -> tuple[str, bool]:
-        same_key = (job for job in self.jobs.values() if job.idempotency_key == new.idempotency_key is not None)
-        earlier = next((job for job in same_key if job.tenant == new.tenant), None)
-        if earlier is None:
-            self.jobs[new.id] = new
-            return new.id, True
-        if earlier.request_sha256 != new.request_sha256:
-            raise IdempotencyConflict(job_id=earlier.id)
-        return earlier.id, False
+    def submit(self, new: ModelJob, first_at: float | None) -> tuple[str, bool]:
+        """`first_at`: when the request was sent first, if its client counts."""
+        own = [job for job in self.jobs.values() if job.tenant == new.tenant]
+        if first_at is not None:
+            made = [job for job in own if self._was_made_by(job, new, first_at)]
+            if made:
+                return made[-1].id, False
+        for earlier in own:
+            if earlier.idempotency_key == new.idempotency_key is not None:
+                if earlier.request_sha256 != new.request_sha256:
+                    raise IdempotencyConflict(job_id=earlier.id)
+                return earlier.id, False
+        self._require_place(new.tenant)
+        self.jobs[new.id] = new
+        return new.id, True
+
+    def _was_made_by(self, job: ModelJob, new: ModelJob, first_at: float) -> bool:
+        """Whether a job may be of an earlier sending of the request that is sent now, or of a faster one."""
+        same = job.deleted_at is None and job.request_sha256 == new.request_sha256 and job.created_at > first_at - 0.002
+        counted = job.sent_before is not None if new.sent_before else (job.sent_before or 0) > 0
+        return same and counted
+
+    def _require_place(self, tenant: str) -> None:
+        hours, places = self.limit(tenant, "gpu_hours"), self.limit(tenant, "queued_jobs")
+        if hours is not None and self.gpu_seconds(tenant) >= hours * 3600:
+            raise QuotaExceeded(quota="gpu_hours", limit=hours, used=self.gpu_seconds(tenant))
+        if places is not None and self.waiting(tenant) >= places:
+            raise QuotaExceeded(quota="queued_jobs", limit=places, used=self.waiting(tenant))
+
+    def add_file(self, file_id: str, tenant: str, size: int) -> None:
+        limit, stored = self.limit(tenant, "stored_bytes"), self.stored_bytes(tenant)
+        if limit is not None and stored + size > limit:
+            raise QuotaExceeded(quota="stored_bytes", limit=limit, used=stored)
+        self.files[file_id] = (tenant, size)
+
+    def delete(self, tenant: str, job_id: str) -> None:
+        job = self.of_tenant(tenant, job_id)
+        if job.state not in ENDED:
+            raise JobNotEnded(job_id=job_id, status=job.status)
+        job.deleted_at = job.sweep_at = self.clock.now
+        job.idempotency_key = None
 
     def cancel(self, tenant: str, job_id: str) -> ModelJob:
         job = self.of_tenant(tenant, job_id)
@@ -168,25 +223,86 @@ class StoreModel:
 
     def of_tenant(self, tenant: str, job_id: str) -> ModelJob:
         job = self.jobs.get(job_id)
-        if job is None or job.tenant != tenant:
+        if job is None or job.tenant != tenant or job.deleted_at is not None:
             raise JobNotFound(job_id=job_id)
         return job
 
-    def queue_position(self, job: ModelJob) -> int | None:
+    def place_in_line(self, job: ModelJob) -> tuple[int | None, str | None] | None:
+        """The number of the claim that takes it, counted by claiming; or the quota that holds it back."""
         if not job.waits:
             return None
+        held_by = self.held_by(job.tenant, job.stage, Counter())
+        if held_by is not None:
+            return None, held_by
         queue = [other for other in self.jobs.values() if other.waits and _queue(other) == _queue(job)]
-        return 1 + sorted(queue, key=lambda other: (-other.priority, other.created_at)).index(job)
+        left = [other for other in queue if other is job or other.not_before <= self.clock.now]
+        claimed: Counter[str] = Counter()
+        while True:
+            able = [o for o in left if o.tenant == job.tenant or self.held_by(o.tenant, o.stage, claimed) is None]
+            best = min(able, key=lambda other: self._rank(other, job.stage, [job.gpu_class], claimed))
+            claimed[best.tenant] += 1
+            left.remove(best)
+            if best is job:
+                return claimed.total(), None
+
+    def can_tell_who_is_next(self, stage: str) -> bool:
+        """Whether no two tenants that wait have used so equally much that clocks decide."""
+        tenants = {job.tenant for job in self.jobs.values() if job.waits}
+        used = sorted(self._lately(tenant, stage) / self.share(tenant) for tenant in tenants)
+        return all(more == 0 or more - less > INDISTINCT_SECONDS for less, more in itertools.pairwise(used))
+
+    # The operator's.
+
+    def limit(self, tenant: str, quota: str) -> float | None:
+        own = self.said.get(tenant, {}).get(quota)
+        return self.defaults[quota] if own is None else own
+
+    def share(self, tenant: str) -> float:
+        return self.said.get(tenant, {}).get("share") or 1.0
+
+    def waiting(self, tenant: str) -> int:
+        own = [job for job in self.jobs.values() if job.tenant == tenant]
+        return sum(job.state == "queued" or (job.state, job.stage) == ("running", "prepare") for job in own)
+
+    def training(self, tenant: str) -> int:
+        return len(self._running(tenant, "train"))
+
+    def stored_bytes(self, tenant: str) -> int:
+        return sum(size for owner, size in self.files.values() if owner == tenant)
+
+    def gpu_seconds(self, tenant: str) -> float:
+        """Since the month began, of runs that have ended in it and those that are at it."""
+        moment = datetime.fromtimestamp(self.clock.now, UTC)
+        began = moment.replace(day=1, hour=0, minute=0, second=0, microsecond=0).timestamp()
+        return self._used(tenant, "train", began)
+
+    def held_by(self, tenant: str, stage: str, claimed: Counter[str]) -> str | None:
+        """The quota that lets no further run begin, when so many have been claimed beside those that run."""
+        runs, hours = self.limit(tenant, "running_jobs"), self.limit(tenant, "gpu_hours")
+        if stage == "train" and hours is not None and self.gpu_seconds(tenant) >= hours * 3600:
+            return "gpu_hours"
+        if stage == "train" and runs is not None and self.training(tenant) + claimed[tenant] >= runs:
+            return "running_jobs"
+        return None
 
     # The workers' door.
 
-    def claim(self, holder: str, stage: str, gpu_classes: list[str]) -> ModelJob | None:
+    def claim(self, holder: str, stage: str, gpu_classes: list[str], taken: str | None) -> ModelJob | None:
+        """`taken`: what the store took; heeded where it cannot be said which of two tenants is next."""
         able = [job for job in self.jobs.values() if self._is_ready(job, stage)]
+        able = [job for job in able if self.held_by(job.tenant, stage, Counter()) is None]
         if stage == "train":
             able = [job for job in able if job.gpu_class in gpu_classes]
         if not able:
             return None
-        job = min(able, key=lambda job: self._rank(job, stage, gpu_classes))
+
+        def rank(job: ModelJob) -> tuple[float, ...]:
+            return self._rank(job, stage, gpu_classes, Counter())
+
+        job = min(able, key=rank)
+        firsts = {other.tenant: other for other in sorted(able, key=rank, reverse=True)}.values()
+        as_good = [other for other in firsts if self._is_as_good(other, job, stage, gpu_classes)]
+        job = next((other for other in as_good if other.id == taken), job)
         now = self.clock.now
         job.state, job.worker, job.phase = "running", holder, "fetching"
         job.epoch, job.attempt = job.epoch + 1, job.attempt + 1
@@ -231,6 +347,7 @@ class StoreModel:
 
     def hand_to_training(self, job_id: str, epoch: int, prepared: dict[str, Any]) -> ModelJob:
         job = self.held(job_id, epoch)
+        self._charge(job)
         job.let_go("queued")
         job.stage, job.prepared, job.attempt, job.runs_without_progress = "train", prepared, 0, 0
         job.bell_rung_at = None
@@ -245,13 +362,13 @@ class StoreModel:
         self, job_id: str, epoch: int, adapter: dict[str, Any], metrics: dict[str, Any], memory: dict[str, Any]
     ) -> None:
         job = self.held(job_id, epoch)
-        self._charge_gpu(job)
+        self._charge(job)
         job.adapter, job.metrics, job.memory = adapter, job.metrics | metrics, memory
         job.end("succeeded", self.clock.now)
 
     def settle_cancelled(self, job_id: str, epoch: int) -> ModelJob:
         job = self.held(job_id, epoch)
-        self._charge_gpu(job)
+        self._charge(job)
         job.end("cancelled", self.clock.now)
         return job
 
@@ -260,7 +377,7 @@ class StoreModel:
     ) -> ModelJob:
         """`other_plan`: its class, plan and summary, where it was planned anew."""
         job = self.held(job_id, epoch)
-        self._charge_gpu(job)
+        self._charge(job)
         self._fail(job, reason, epoch, other_plan)
         return job
 
@@ -323,12 +440,26 @@ class StoreModel:
     def _is_ready(self, job: ModelJob, stage: str) -> bool:
         return job.waits and job.stage == stage and job.not_before <= self.clock.now
 
-    def _rank(self, job: ModelJob, stage: str, gpu_classes: list[str]) -> tuple[float, ...]:
-        own = [other for other in self.jobs.values() if other.tenant == job.tenant]
-        running = sum(other.state == "running" for other in own)
-        served = max(other.claimed_at or 0.0 for other in own)
+    def _rank(self, job: ModelJob, stage: str, gpu_classes: list[str], claimed: Counter[str]) -> tuple[float, ...]:
+        share, runs = self.share(job.tenant), len(self._running(job.tenant, stage)) + claimed[job.tenant]
         size = gpu_classes.index(job.gpu_class) if stage == "train" else 0
-        return (size, -job.priority, running, served, job.created_at)
+        return (size, -job.priority, runs / share, self._lately(job.tenant, stage) / share, job.created_at)
+
+    def _is_as_good(self, job: ModelJob, best: ModelJob, stage: str, gpu_classes: list[str]) -> bool:
+        """Whether a job of another tenant would be next if that had used a hair less."""
+        one, other = (self._rank(each, stage, gpu_classes, Counter()) for each in (job, best))
+        return one[:3] == other[:3] and 0 <= one[3] - other[3] <= INDISTINCT_SECONDS
+
+    def _running(self, tenant: str, stage: str) -> list[ModelJob]:
+        of_stage = [job for job in self.jobs.values() if (job.tenant, job.stage) == (tenant, stage)]
+        return [job for job in of_stage if job.state == "running"]
+
+    def _lately(self, tenant: str, stage: str) -> float:
+        return self._used(tenant, stage, self.clock.now - self.clock.now % DAY_SECONDS - DAY_SECONDS)
+
+    def _used(self, tenant: str, stage: str, since: float) -> float:
+        ended = sum(r.seconds for r in self.runs if (r.tenant, r.stage) == (tenant, stage) and r.ended_at >= since)
+        return ended + sum(self.clock.now - (job.claimed_at or 0.0) for job in self._running(tenant, stage))
 
     def _is_due(self, job: ModelJob, older_than: float) -> bool:
         is_old = job.bell_rung_at is None or job.bell_rung_at < self.clock.now - older_than
@@ -337,14 +468,16 @@ class StoreModel:
     def _fence(self, found: list[ModelJob]) -> set[str]:
         for job in found:
             failed_epoch = job.epoch
-            self._charge_gpu(job)
+            self._charge(job)
             job.epoch += 1
             self._fail(job, "worker_lost", failed_epoch, None)
         return {job.id for job in found}
 
-    def _charge_gpu(self, job: ModelJob) -> None:
+    def _charge(self, job: ModelJob) -> None:
+        seconds = self.clock.now - (job.claimed_at or 0.0)
+        self.runs.append(ModelRun(job.tenant, job.stage, self.clock.now, seconds))
         if job.stage == "train":
-            job.gpu_seconds += self.clock.now - (job.claimed_at or 0.0)
+            job.gpu_seconds += seconds
 
     def _fail(
         self, job: ModelJob, reason: str, failed_epoch: int, other_plan: tuple[str, dict[str, Any], str] | None

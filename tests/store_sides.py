@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 import pytest
@@ -12,7 +12,7 @@ from sqlalchemy import delete, select
 
 from graft_shared.errors import GraftError
 from graft_shared.jobs import Checkpoint, Failure, FailureReason, Stage, StoredObject
-from graft_shared.store import Database, Jobs, Leases, Workers, tables
+from graft_shared.store import Database, Files, Jobs, Leases, Quotas, Sending, Tenants, Workers, tables
 from tests.fakes.clock import FakeClock
 from tests.store_factories import a_new_job, a_placement
 from tests.store_model import LEASE_SECONDS, PRIORITIES, ModelJob, StoreModel
@@ -27,7 +27,10 @@ FLEET: dict[str, tuple[Stage, list[str]]] = {
     "large": (Stage.TRAIN, ["80gb", "24gb", "16gb"]),
 }
 CLASSES = ("16gb", "24gb", "80gb")
+QUOTAS = Quotas(queued_jobs=5, running_jobs=3, gpu_hours=30.1, stored_bytes=7)  # where the operator says nothing
+TABLES = ("jobs", "job_events", "files", "uploads", "workers", "tenants", "worker_time")
 
+_LEASE = timedelta(seconds=LEASE_SECONDS)
 Answer = TypeVar("Answer")
 Rows = dict[str, dict[str, Any]]
 Events = dict[str, list[dict[str, Any]]]
@@ -38,11 +41,11 @@ class BothSides:
 
     def __init__(self, database: Database, clock: FakeClock) -> None:
         with database.writing() as connection:
-            for table in (tables.job_events, tables.jobs, tables.files, tables.uploads, tables.workers):
-                connection.execute(delete(table))
-        self.database, self.clock, self.model = database, clock, StoreModel(clock)
-        self.jobs, self.workers = Jobs(database), Workers(database)
-        self.leases = Leases(database, timedelta(seconds=LEASE_SECONDS))
+            for table in TABLES:
+                connection.execute(delete(tables.metadata.tables[table]))
+        self.database, self.clock, self.model = database, clock, StoreModel(clock, asdict(QUOTAS))
+        self.jobs, self.files, self.workers = Jobs(database, QUOTAS), Files(database, QUOTAS), Workers(database)
+        self.leases, self.tenants = Leases(database, _LEASE, QUOTAS), Tenants(database, QUOTAS)
 
     def call(self, real: Callable[[], Answer], predict: Callable[[], Any]) -> tuple[Answer, Any] | None:
         """Make the same call of both and return both answers; where the model refuses it, so must the store."""
@@ -57,16 +60,29 @@ class BothSides:
             return None
         return real(), expected
 
-    def submit(self, tenant: str, *, key: str | None = None, sha: str = "s", **facts: Any) -> None:
+    def submit(
+        self,
+        tenant: str,
+        *,
+        key: str | None = None,
+        sha: str = "s",
+        sent: tuple[int, float] | None = None,
+        **facts: Any,
+    ) -> None:
+        """`sent`: how often its client has sent it before, and how many seconds ago first."""
         spec = {"gpu_class": "16gb", "priority": "normal", "max_attempts": 2, **facts}
         job_id = f"ftjob-{len(self.model.jobs)}"
+        sent_before, first_at = (sent[0], self.clock.now - sent[1]) if sent else (None, None)
         new = replace(a_new_job(tenant=tenant, key=key, sha=sha, **spec), id=job_id)
+        if sent:
+            sending = Sending(sent_before=sent[0], first_at=datetime.fromtimestamp(self.clock.now - sent[1], UTC))
+            new = replace(new, sending=sending)
 
         def predict() -> tuple[str, bool]:
             known = {"idempotency_key": key, "request_sha256": sha, "created_at": self.clock.now}
             known |= {name: spec[name] for name in ("gpu_class", "max_attempts")}
             known |= {"priority": PRIORITIES[spec["priority"]], "not_before": self.clock.now}
-            return self.model.submit(ModelJob(id=job_id, tenant=tenant, **known))
+            return self.model.submit(ModelJob(id=job_id, tenant=tenant, sent_before=sent_before, **known), first_at)
 
         answer = self.call(lambda: self.jobs.submit(new), predict)
         assert answer is None or (answer[0][0].id, answer[0][1]) == answer[1]
@@ -83,16 +99,40 @@ class BothSides:
         answer = self.call(lambda: self.jobs.resume(tenant, job_id), lambda: self.model.resume(tenant, job_id))
         assert answer is None or answer[0].status.value == answer[1].status
 
+    def delete(self, tenant: str, job_id: str) -> None:
+        self.call(lambda: self.jobs.delete(tenant, job_id), lambda: self.model.delete(tenant, job_id))
+
+    def upload(self, tenant: str, size: int) -> None:
+        file_id = f"file-{len(self.model.files)}"
+        stored = StoredObject(key=f"k/{file_id}", size=size, sha256="0" * 64)
+        self.files.announce(stored.key)
+        whole = {"id": file_id, "tenant": tenant, "filename": "rows.jsonl", "object": stored, "report": {}}
+        added = self.call(lambda: self.files.add(**whole), lambda: self.model.add_file(file_id, tenant, size))
+        if added is None:
+            self.files.give_up(stored.key)
+            assert self.files.lost_uploads(limit=100) == [stored.key], "its bytes are swept soon"
+            self.files.forget_upload(stored.key)
+
+    def say_of_tenant(self, tenant: str, changes: dict[str, float | None]) -> None:
+        used = self.tenants.set(tenant, changes)
+        self.model.said[tenant] = self.model.said.get(tenant, {}) | changes
+        counted = (used.share, used.queued_jobs, used.running_jobs, used.stored_bytes)
+        model = self.model
+        assert counted == (
+            model.share(tenant),
+            model.waiting(tenant),
+            model.training(tenant),
+            model.stored_bytes(tenant),
+        )
+        assert used.gpu_hours == pytest.approx(model.gpu_seconds(tenant) / 3600, abs=1e-6)
+
     def claim(self, name: str) -> ModelJob | None:
         (stage, takes), holder = FLEET[name], self.holder(name)
-        answer = self.call(
-            lambda: self.leases.claim(holder, stage=stage, gpu_classes=takes),
-            lambda: self.model.claim(holder, stage.value, takes),
-        )
-        assert answer is not None
-        claimed, expected = answer
+        self.clock.tick()
+        claimed = self.leases.claim(holder, stage=stage, gpu_classes=takes)
+        expected = self.model.claim(holder, stage.value, takes, claimed and claimed.id)
         assert (claimed and (claimed.id, claimed.epoch)) == (expected and (expected.id, expected.epoch))
-        return expected if isinstance(expected, ModelJob) else None
+        return expected
 
     def prepare_all(self) -> None:
         """Take all that waits for it through preparation, and ring, as workers do."""
@@ -174,10 +214,7 @@ class BothSides:
     def raw(self) -> list[Any]:
         """All that is stored, as the database hands it out: to be compared, not to be read."""
         with self.database.reading() as connection:
-            return [
-                sorted(connection.exec_driver_sql(f"select * from {table}").all(), key=str)
-                for table in ("jobs", "job_events", "files", "uploads", "workers")
-            ]
+            return [sorted(connection.exec_driver_sql(f"select * from {table}").all(), key=str) for table in TABLES]
 
     def read(self) -> tuple[Rows, Events]:
         with self.database.reading() as connection:

@@ -25,7 +25,7 @@ from graft_client.client import DEFAULT_URL, GraftClient
 from graft_client.errors import GraftAPIError, GraftClientError
 from graft_client.progress import watch as show_progress
 
-PLUGINS = "graft.commands"  # entry points that add commands: `up` and `doctor` come from graft-local
+PLUGINS = "graft.commands"  # entry points that add commands: `up`, `doctor`, `keys` and `tenants` come from graft-local
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_CANCELLED, EXIT_SERVICE_ERROR = 1, 2, 3, 4
 EXIT_OF_STATUS = {"succeeded": 0, "failed": EXIT_FAILED, "cancelled": EXIT_CANCELLED}
 PATIENCE_SECONDS = 5.0  # someone sits in front of it
@@ -41,8 +41,10 @@ class _Commands(TyperGroup):
         own = super().get_command(ctx, cmd_name)
         if own is not None or (plugin := _plugins().get(cmd_name)) is None:
             return own
-        adapted = typer.Typer(add_completion=False)
-        adapted.command(cmd_name)(plugin.load())
+        loaded = plugin.load()
+        adapted = loaded if isinstance(loaded, typer.Typer) else typer.Typer(add_completion=False)
+        if adapted is not loaded:
+            adapted.command(cmd_name)(loaded)
         command = typer.main.get_command(adapted)
         command.name = cmd_name
         return command

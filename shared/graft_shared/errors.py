@@ -19,6 +19,7 @@ GraftError
 │   ├── MergedModelNotFound
 │   ├── FileNotFound
 │   ├── BaseModelNotFound
+│   ├── KeyNotFound
 │   └── ObjectNotFound
 ├── Conflict                       right in itself, too late or too early
 │   ├── JobFinished
@@ -30,6 +31,8 @@ GraftError
 │   ├── FileInUse
 │   ├── UploadExpired
 │   └── WorkerNameTaken
+├── LimitReached                   right in itself, and more than its tenant may have now
+│   └── QuotaExceeded
 ├── LeaseLost                      another epoch owns the job now
 ├── ArtifactCorrupt                bytes read back differ from bytes written
 └── NeighbourUnavailable           worth trying again
@@ -134,6 +137,10 @@ class BaseModelNotFound(NotFound):
     """There is no base model '{base_model}' in the catalogue. GET /models lists them."""
 
 
+class KeyNotFound(NotFound):
+    """There is no key '{key_id}'."""
+
+
 class ObjectNotFound(NotFound):
     """There is no object '{key}' in the bucket."""
 
@@ -176,6 +183,14 @@ class UploadExpired(Conflict):
 
 class WorkerNameTaken(Conflict):
     """Another live worker is named '{name}'. Set GRAFT_WORKER_NAME to a name that no other worker of the fleet has."""
+
+
+class LimitReached(GraftError):
+    """This is more than the tenant may have now."""
+
+
+class QuotaExceeded(LimitReached):
+    """The quota '{quota}' of this tenant is {limit}, and {used} are in use."""
 
 
 class LeaseLost(GraftError):

@@ -15,6 +15,12 @@ def _split_list(text: str | tuple[str, ...]) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip()) if isinstance(text, str) else text
 
 
+def _none_if_empty(given: object) -> object:
+    """Read an empty variable, as compose sets those that are not written, as none."""
+    return None if given == "" else given
+
+
+NumberOrNone = BeforeValidator(_none_if_empty)
 CommaList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_list)]
 
 
@@ -55,6 +61,15 @@ class SharedSettings(BaseSettings):
     """What webhooks are signed with, a key for each tenant made of it; without it there are none."""
     webhook_hosts: CommaList = ()
     """Hosts that webhooks may reach though they are not public, as shell patterns (`*.internal`), by plain HTTP too."""
+
+    quota_queued_jobs: Annotated[int | None, NumberOrNone] = Field(default=None, ge=0)
+    """How many jobs of one tenant may wait; of this and the next three, none is no limit. `docs/tenants.md`."""
+    quota_running_jobs: Annotated[int | None, NumberOrNone] = Field(default=None, ge=0)
+    """How many may train at once."""
+    quota_gpu_hours: Annotated[float | None, NumberOrNone] = Field(default=None, ge=0)
+    """How many hours of training in a calendar month (UTC)."""
+    quota_stored_bytes: Annotated[int | None, NumberOrNone] = Field(default=None, ge=0)
+    """How many bytes of uploaded files it may have."""
 
     max_file_bytes: int = Field(default=2 * 1024**3, ge=1)
     log_json: bool = True

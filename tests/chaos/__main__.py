@@ -20,6 +20,7 @@ from tests.chaos.clients import Clients
 from tests.chaos.faults import Faults
 from tests.chaos.judge import figures, gather, judge, unfinished
 from tests.chaos.service import service_in_trouble
+from tests.invariants import Budget, budgets_hold
 from tests.waiting import wait_until
 
 
@@ -36,6 +37,7 @@ class Wanted:
     gap_seconds: float = 0.7  # between two faults, in the mean
 
 
+TENANTS = ("red", "blue", "green")  # each with a key of the database, and the same quotas
 REST_LEASES = 60.0  # how long the last jobs may take once nothing goes wrong any more, in leases
 SAY_EVERY = 100
 
@@ -58,8 +60,17 @@ def main() -> None:
 def run(folder: Path, wanted: Wanted) -> dict[str, Any]:
     """One run in this folder; returns its report."""
     began = time.monotonic()
+    budget = Budget(running_jobs=wanted.trainers // 2, queued_jobs=wanted.trainers // 2 + 1)
     in_trouble = service_in_trouble(
-        folder, database=wanted.db, lease_seconds=wanted.lease_seconds, trainers=wanted.trainers
+        folder,
+        database=wanted.db,
+        lease_seconds=wanted.lease_seconds,
+        trainers=wanted.trainers,
+        tenants=TENANTS,
+        environment={
+            "GRAFT_QUOTA_RUNNING_JOBS": str(budget.running_jobs),
+            "GRAFT_QUOTA_QUEUED_JOBS": str(budget.queued_jobs),
+        },
     )
     with in_trouble as service:
         faults = Faults(service, wanted.seed, wanted.gap_seconds, wanted.faults)
@@ -84,6 +95,8 @@ def run(folder: Path, wanted: Wanted) -> dict[str, Any]:
         service.stop()
         evidence = gather(service, clients.submitted, faults.hits)
     verdict = judge(evidence)
+    tenants = {job_id: job.tenant for job_id, job in evidence.jobs.items()}
+    verdict.note("budgets hold", budgets_hold(dict.fromkeys(TENANTS, budget), evidence.events, tenants))
     return {
         "command": f"python -m tests.chaos {' '.join(sys.argv[1:])}",
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -96,6 +109,8 @@ def run(folder: Path, wanted: Wanted) -> dict[str, Any]:
             **dict(sorted(faults.sent.items())),
         },
         "posts_repeated": clients.posts_repeated,
+        "budget": asdict(budget),
+        "posts_refused_by_quota": clients.refused_by_quota,
         "longest_post_seconds": round(clients.longest_post_seconds, 2),
         **figures(evidence),
         "promises": {promise: len(found) for promise, found in verdict.violations.items()},

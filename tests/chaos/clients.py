@@ -28,6 +28,7 @@ class Submitted:
 
     key: str
     steps: int
+    tenant: str = "default"
     ids: set[str] = field(default_factory=set)  # every id that it was given for this key: one, if all is well
     cancelled_at: float | None = None  # CLOCK_BOOTTIME when it was told that the job is cancelled
 
@@ -44,14 +45,18 @@ class Clients:
     submitted: list[Submitted] = field(default_factory=list)
     longest_post_seconds: float = 0.0
     posts_repeated: int = 0
+    refused_by_quota: int = 0
     _end: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
+    _files: dict[str, str] = field(default_factory=dict)  # of each tenant
     _http: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=30))
 
     def start(self) -> None:
         """Begin to submit and to cancel."""
-        file_id = self.service.upload(JSONL)
-        for target in (lambda: self._submit(file_id), self._cancel):
+        for tenant, key in self.service.keys.items():
+            with httpx.Client(base_url=self.service.url, timeout=30, headers=_bearer(key)) as http:
+                self._files[tenant] = http.post("/files", files={"file": ("rows.jsonl", JSONL)}).json()["id"]
+        for target in (self._submit, self._cancel):
             thread = threading.Thread(target=target, daemon=True)
             thread.start()
             self._threads.append(thread)
@@ -62,33 +67,43 @@ class Clients:
         self._end.set()
         self._threads[1].join()
 
-    def _submit(self, file_id: str) -> None:
+    def _submit(self) -> None:
         draw = random.Random(f"{self.seed}-jobs")
         while len(self.submitted) < self.wanted or self.go_on():
             if self._waiting() >= self.backlog:
                 time.sleep(PAUSE_SECONDS)
                 continue
-            job = Submitted(key=f"key-{len(self.submitted)}", steps=draw.randint(40, 200))
-            job.ids.add(self._post(job, file_id))
+            tenant = draw.choice(list(self.service.keys))
+            job = Submitted(key=f"key-{len(self.submitted)}", steps=draw.randint(40, 200), tenant=tenant)
+            job.ids.add(self._post(job))
             self.submitted.append(job)
             if draw.random() < TWICE_SHARE:
-                job.ids.add(self._post(job, file_id))
+                job.ids.add(self._post(job))
 
     def _waiting(self) -> int:
-        counts = self._ask("GET", "/jobs", params={"status": "queued", "limit": 100})
-        preparing = self._ask("GET", "/jobs", params={"status": "validating_files", "limit": 100})
-        return len(counts.json()["data"]) + len(preparing.json()["data"])
+        return sum(
+            len(self._ask(tenant, "GET", "/jobs", params={"status": status, "limit": 100}).json()["data"])
+            for tenant in self.service.keys
+            for status in ("queued", "validating_files")
+        )
 
-    def _post(self, job: Submitted, file_id: str) -> str:
+    def _post(self, job: Submitted) -> str:
         metadata = {
             "witness": str(self.service.state_dir),
             "steps": str(job.steps),
             "step_seconds": str(STEP_SECONDS),
             "save_steps": str(SAVE_STEPS),
         }
-        spec = {"base_model": "graft/tiny", "dataset": {"file": file_id}, "metadata": metadata}
+        spec = {"base_model": "graft/tiny", "dataset": {"file": self._files[job.tenant]}, "metadata": metadata}
         began = time.monotonic()
-        answer = self._ask("POST", "/jobs", json=spec, headers={"idempotency-key": job.key})
+        while True:
+            answer = self._ask(job.tenant, "POST", "/jobs", json=spec, key=job.key)
+            if answer.status_code != 429:
+                break
+            assert answer.json()["error"]["code"] == "quota_exceeded", answer.text
+            self.refused_by_quota += 1
+            time.sleep(PAUSE_SECONDS)
+            began = time.monotonic()
         self.longest_post_seconds = max(self.longest_post_seconds, time.monotonic() - began)
         assert answer.status_code == 202, answer.text
         return str(answer.json()["id"])
@@ -105,22 +120,27 @@ class Clients:
 
     def _cancel_one(self, job: Submitted) -> None:
         (job_id, *_) = job.ids
-        self._ask("POST", f"/jobs/{job_id}/cancel")
+        self._ask(job.tenant, "POST", f"/jobs/{job_id}/cancel")
         while not self._end.wait(PAUSE_SECONDS):
-            status = self._ask("GET", f"/jobs/{job_id}").json()["status"]
+            status = self._ask(job.tenant, "GET", f"/jobs/{job_id}").json()["status"]
             if status == "cancelled":
                 job.cancelled_at = boottime()
             if status in ("cancelled", "succeeded", "failed"):
                 return
 
-    def _ask(self, method: str, path: str, **more: Any) -> httpx.Response:
-        """Ask until there is an answer that is not about the service's own trouble."""
+    def _ask(self, tenant: str, method: str, path: str, key: str | None = None, **more: Any) -> httpx.Response:
+        """Ask until there is an answer that is not about the service's own trouble; `key` is for idempotency."""
+        headers = _bearer(self.service.keys[tenant]) | ({"idempotency-key": key} if key else {})
         while True:
             try:
-                answer = self._http.request(method, self.service.url + path, **more)
+                answer = self._http.request(method, self.service.url + path, headers=headers, **more)
                 if answer.status_code < 500:
                     return answer
             except httpx.TransportError:
                 pass
             self.posts_repeated += method == "POST"
             time.sleep(PAUSE_SECONDS)
+
+
+def _bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class ServiceInTrouble(OnThisMachine):
         lease_seconds: How long a lease lasts; all other times keep their ratio to it.
         trainers_wanted: How many workers train.
         environment: Settings beside those that all of it needs, or instead of them.
+        tenants: Who has a key, which is in `keys` then; without any, nobody needs one.
     """
 
     state_dir: Path
@@ -46,6 +48,8 @@ class ServiceInTrouble(OnThisMachine):
     preparers: int = 2
     port: int = field(default_factory=free_port)
     environment: dict[str, str] = field(default_factory=dict)
+    tenants: tuple[str, ...] = ()
+    keys: dict[str, str] = field(default_factory=dict)
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     restarts: int = 0
     _commands: dict[str, list[str]] = field(default_factory=dict)
@@ -80,6 +84,8 @@ class ServiceInTrouble(OnThisMachine):
         }
         migrate = [sys.executable, "-m", "graft_shared.store.migrate"]
         subprocess.run(migrate, env=self._environment(), check=True, capture_output=True)
+        self.keys = {tenant: self._new_key(tenant) for tenant in self.tenants}
+        self.api_key = next(iter(self.keys.values()), None)
         self._commands = {
             "api": ["graft_api", "--port", str(self.port)],
             "reconciler-0": ["graft_shared.reconciler"],
@@ -91,6 +97,12 @@ class ServiceInTrouble(OnThisMachine):
         self._keeper.start()
         wait_until(self._ready, seconds=120, what=f"the service; its logs are under {self.state_dir}")
         return self
+
+    def _new_key(self, tenant: str) -> str:
+        self.environment.setdefault("GRAFT_KEY_PEPPER", secrets.token_hex(24))
+        command = [sys.executable, "-m", "graft_api.keys", "create", tenant]
+        made = subprocess.run(command, env=self._environment(), check=True, capture_output=True, text=True)
+        return made.stdout.strip()
 
     def stop(self) -> None:
         """End all of it."""
@@ -165,14 +177,21 @@ class ServiceInTrouble(OnThisMachine):
 
     def _ready(self) -> bool:
         try:
-            return len(httpx.get(f"{self.url}/capacity", timeout=5).json()["workers"]) == len(self._commands) - 3
+            with self.client() as http:
+                return len(http.get("/capacity").json()["workers"]) == len(self._commands) - 3
         except (httpx.TransportError, KeyError, ValueError):
             return False
 
 
 @contextlib.contextmanager
 def service_in_trouble(
-    folder: Path, *, database: str, lease_seconds: float, trainers: int
+    folder: Path,
+    *,
+    database: str,
+    lease_seconds: float,
+    trainers: int,
+    tenants: tuple[str, ...] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[ServiceInTrouble]:
     """A running service with neighbours of its own."""
     with contextlib.ExitStack() as ended:
@@ -184,6 +203,8 @@ def service_in_trouble(
             ended.callback(postgres.stop)
         state_dir = folder / "state"
         state_dir.mkdir(parents=True)
-        made = ServiceInTrouble(state_dir, redis, postgres, lease_seconds, trainers)
+        made = ServiceInTrouble(
+            state_dir, redis, postgres, lease_seconds, trainers, tenants=tenants, environment=dict(environment or {})
+        )
         ended.callback(made.stop)
         yield made.start()

@@ -95,6 +95,12 @@ def seconds(expected: float) -> object:
     return pytest.approx(expected, abs=60)
 
 
+def position(jobs: Jobs, job: Job) -> int | None:
+    place = jobs.place_in_line(job)
+    assert place is not None
+    return place.position
+
+
 def event_types(jobs: Jobs, job: Job) -> list[str]:
     return [event.type for event in jobs.events(job.tenant, job.id)[0]]
 
@@ -189,18 +195,6 @@ def test_higher_priority_goes_first_then_the_oldest(jobs: Jobs, leases: Leases) 
     young = prepared(jobs, leases)
     claims = [leases.claim("w", **TRAIN) for _ in range(4)]
     assert [job and job.id for job in claims] == [high.id, old.id, young.id, low.id]
-
-
-def test_tenants_take_turns(jobs: Jobs, leases: Leases) -> None:
-    for tenant in ("a", "a", "a", "b", "b", "b"):
-        prepared(jobs, leases, tenant=tenant)
-    served = []
-    for _ in range(6):
-        claimed = leases.claim("w", **TRAIN)
-        assert claimed is not None
-        served.append(claimed.tenant)
-        leases.settle_success(claimed.id, claimed.epoch, adapter={"epoch": 1}, metrics={}, memory={})
-    assert served in (["a", "b"] * 3, ["b", "a"] * 3)
 
 
 def test_a_worker_that_comes_back_late_can_change_nothing(database: Database, jobs: Jobs, leases: Leases) -> None:
@@ -382,10 +376,11 @@ def test_a_paused_job_is_not_claimed_and_keeps_its_place(jobs: Jobs, leases: Lea
     first, second = prepared(jobs, leases), prepared(jobs, leases)
     assert jobs.pause("default", first.id).status is JobStatus.PAUSED
     assert jobs.pause("default", first.id).status is JobStatus.PAUSED
-    assert [jobs.queue_position(jobs.get("default", job.id)) for job in (first, second)] == [None, 1]
+    assert jobs.place_in_line(jobs.get("default", first.id)) is None
+    assert position(jobs, second) == 1
     assert jobs.resume("default", first.id).status is JobStatus.QUEUED
     assert jobs.resume("default", first.id).status is JobStatus.QUEUED
-    assert [jobs.queue_position(job) for job in (first, second)] == [1, 2]
+    assert [position(jobs, job) for job in (first, second)] == [1, 2]
     jobs.pause("default", first.id)
     claimed = leases.claim("w", **TRAIN)
     assert claimed is not None
@@ -671,7 +666,7 @@ def test_queue_positions_and_backlogs_count_the_same_jobs(database: Database, jo
     first, second, high = prepared(jobs, leases), prepared(jobs, leases), prepared(jobs, leases, priority="high")
     other_class = prepared(jobs, leases, gpu_class="80gb")
     jobs.submit(a_new_job())  # waits in another queue: to be prepared
-    positions = [jobs.queue_position(job) for job in (first, second, high, other_class)]
+    positions = [position(jobs, job) for job in (first, second, high, other_class)]
     assert positions == [2, 3, 1, 1]
     lengths = {(backlog.stage, backlog.gpu_class): backlog.length for backlog in Totals(database).backlogs()}
     assert lengths == {(Stage.TRAIN, "cpu"): 3, (Stage.TRAIN, "80gb"): 1, (Stage.PREPARE, None): 1}

@@ -27,7 +27,7 @@ from hypothesis.stateful import (
 from graft_shared import jobs as words
 from graft_shared.errors import FileNotFound, JobNotFound, LeaseLost
 from graft_shared.jobs import REMEDIES, Checkpoint, Failure, FailureReason, JobStatus, Retry, Stage, StoredObject
-from graft_shared.store import Database, Files, JobQuery, Totals
+from graft_shared.store import Database, JobQuery, Totals
 from tests.fakes.clock import FakeClock
 from tests.invariants import TERMINAL_TYPES
 from tests.replay import events_replay_to
@@ -39,6 +39,14 @@ tenants = st.sampled_from(TENANTS)
 picks = st.integers(0, 1000)
 names = st.sampled_from(list(FLEET))
 places = st.sampled_from(["here", "here", "elsewhere"])
+# A quota that the operator gives a tenant, or takes back; or the tenant's share of the workers.
+quotas = st.one_of(
+    st.tuples(st.just("queued_jobs"), st.sampled_from([None, None, 2, 4])),
+    st.tuples(st.just("running_jobs"), st.sampled_from([None, None, 1, 2])),
+    st.tuples(st.just("gpu_hours"), st.sampled_from([None, None, 0.0101, 1.0])),
+    st.tuples(st.just("stored_bytes"), st.sampled_from([None, 0, 3])),
+    st.tuples(st.just("share"), st.sampled_from([1.0, 2.0, 0.5])),
+)
 # Each kind of remedy as often as the others.
 reasons = st.one_of(
     *(st.sampled_from([reason for reason in FailureReason if REMEDIES[reason].retry is retry]) for retry in Retry)
@@ -53,7 +61,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.both = BothSides(database, clock)
         self.clock, self.model = clock, self.both.model
         self.jobs, self.leases, self.workers = self.both.jobs, self.both.leases, self.both.workers
-        self.totals, self.files, self.stored_files = Totals(database), Files(database), dict[str, str]()
+        self.totals, self.files = Totals(database), self.both.files
         self.before: tuple[Rows, Events] = ({}, {})
 
     # Rules of tenants.
@@ -79,6 +87,101 @@ class StoreMachine(RuleBasedStateMachine):
     def a_job_is_submitted_with_a_key(self, tenant: str, key: str, sha: str) -> None:
         self.both.submit(tenant, key=key, sha=sha)
 
+    @precondition(lambda self: len(self.model.jobs) < MANY_JOBS)
+    @rule(
+        tenant=tenants,
+        sha=st.sampled_from(["x", "x", "y"]),
+        sent_before=st.integers(0, 2),
+        first_sent_ago=st.sampled_from([0.01, 20.0, 3000.0]),
+    )
+    def a_counting_client_sends(self, tenant: str, sha: str, sent_before: int, first_sent_ago: float) -> None:
+        self.both.submit(tenant, sha=sha, sent=(sent_before, first_sent_ago))
+
+    @precondition(lambda self: len(self.model.jobs) < MANY_JOBS)
+    @rule(
+        tenant=tenants,
+        sha=st.sampled_from(["again", "once more"]),
+        counts=st.permutations([0, 0, 1, 2]),
+        deleted=st.booleans(),
+        later=st.sampled_from([0.0, 100.0]),
+    )
+    def a_request_is_sent_again_and_again(
+        self, tenant: str, sha: str, counts: list[int], deleted: bool, later: float
+    ) -> None:
+        """In any order, by both tenants; and once what it made is gone, or was made long ago."""
+        job_id = f"ftjob-{len(self.model.jobs)}"
+        for count in counts[:2]:
+            self.both.submit(tenant, sha=sha, sent=(count, 30.0 * count))
+        if deleted and job_id in self.model.jobs:
+            self.both.cancel(tenant, job_id)
+            self.both.delete(tenant, job_id)
+        self.clock.now += later
+        for sender in TENANTS:
+            self.both.submit(sender, sha=sha, sent=(counts[2], 30.0 * counts[2]))
+
+    @rule(tenant=tenants, pick=picks)
+    def a_tenant_deletes(self, tenant: str, pick: int) -> None:
+        self.both.delete(tenant, self.both.any_job(pick))
+
+    @precondition(lambda self: len(self.model.jobs) < MANY_JOBS)
+    @rule(tenant=tenants, sha=st.sampled_from(["x", "y"]))
+    def a_job_with_a_key_is_deleted_and_submitted_anew(self, tenant: str, sha: str) -> None:
+        """Its key is free again, though it was another body's."""
+        job_id = f"ftjob-{len(self.model.jobs)}"
+        self.both.submit(tenant, key="deleted", sha="x")
+        if job_id in self.model.jobs:
+            self.both.cancel(tenant, job_id)
+            self.both.delete(tenant, job_id)
+            self.both.cancel(tenant, job_id)
+            self.both.submit(tenant, key="deleted", sha=sha)
+
+    @rule(tenant=tenants, most=st.integers(1, 2), shares=st.tuples(*[st.sampled_from([0.5, 1.0, 2.0])] * 2))
+    def everybody_asks_for_their_place(self, tenant: str, most: int, shares: tuple[float, ...]) -> None:
+        """While something runs, one has a quota of runs, and shares differ."""
+        for each, share in zip(TENANTS, shares, strict=True):
+            self.both.say_of_tenant(each, {"share": share})
+        self._both_wait()
+        self.both.claim("large")
+        self.both.say_of_tenant(tenant, {"running_jobs": most})
+        self._all_ask_for_their_place()
+        self.both.claim("large")
+        self._all_ask_for_their_place()
+        self.both.say_of_tenant(tenant, {"running_jobs": None})
+
+    @rule(tenant=tenants, pick=picks)
+    def a_tenant_uses_up_its_gpu_hours(self, tenant: str, pick: int) -> None:
+        self._both_wait()
+        self.both.say_of_tenant(tenant, {"gpu_hours": self.model.gpu_seconds(tenant) / 3600 + 0.01})
+        self.both.claim("large")
+        self.both.claim("large")
+        self.clock.now += 40.0
+        self.both.claim("large")
+        self.both.submit(tenant)
+        self._all_ask_for_their_place()
+        self.both.say_of_tenant(tenant, {"gpu_hours": None})
+
+    @rule(tenant=tenants, left=st.integers(0, 1), prepared=st.booleans())
+    def a_tenant_fills_its_queue(self, tenant: str, left: int, prepared: bool) -> None:
+        if prepared:
+            self.both.submit(tenant, priority="high")
+            self.both.claim("p")
+        self.both.say_of_tenant(tenant, {"queued_jobs": self.model.waiting(tenant) + left})
+        if len(self.model.jobs) < 2 * MANY_JOBS:
+            self.both.submit(tenant)
+            self.both.submit(tenant)
+        self.both.say_of_tenant(tenant, {"queued_jobs": None})
+
+    @rule(tenant=tenants, left=st.integers(0, 2), size=st.integers(1, 3))
+    def a_tenant_fills_its_room(self, tenant: str, left: int, size: int) -> None:
+        self.both.say_of_tenant(tenant, {"stored_bytes": self.model.stored_bytes(tenant) + left})
+        self.both.upload(tenant, size)
+        self.both.say_of_tenant(tenant, {"stored_bytes": None})
+        self.both.upload(tenant, size)
+
+    @rule(tenant=tenants, quota=quotas)
+    def the_operator_changes_a_quota(self, tenant: str, quota: tuple[str, float | None]) -> None:
+        self.both.say_of_tenant(tenant, dict([quota]))
+
     @rule(tenant=tenants, pick=picks)
     def a_tenant_cancels(self, tenant: str, pick: int) -> None:
         self.both.cancel(tenant, self.both.any_job(pick))
@@ -94,7 +197,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(tenant=tenants, pick=picks)
     def a_tenant_reads(self, tenant: str, pick: int) -> None:
-        own = [job for job in self.model.jobs.values() if job.tenant == tenant]
+        own = [job for job in self.model.jobs.values() if job.tenant == tenant and job.deleted_at is None]
         page, more = self.jobs.list(tenant, JobQuery(limit=100))
         assert ([job.id for job in page], more) == ([job.id for job in reversed(own)], False)
         assert [job.status.value for job in reversed(page)] == [job.status for job in own]
@@ -102,18 +205,37 @@ class StoreMachine(RuleBasedStateMachine):
             found, _ = self.jobs.list(tenant, JobQuery(status=status, limit=100))
             assert [job.id for job in reversed(found)] == [job.id for job in own if job.status == status.value]
         job_id = self.both.any_job(pick)
-        if self.model.jobs[job_id].tenant != tenant:
-            for read in (self.jobs.get, self.jobs.events, self.jobs.pause, self.jobs.resume):
+        if self.model.jobs[job_id] not in own:
+            for read in (self.jobs.get, self.jobs.events, self.jobs.pause, self.jobs.resume, self.jobs.delete):
                 with pytest.raises(JobNotFound):
                     read(tenant, job_id)
             with pytest.raises(JobNotFound):
                 self.jobs.list(tenant, JobQuery(after=job_id))
             return
         job, expected = self.jobs.get(tenant, job_id), self.model.jobs[job_id]
-        assert self.jobs.queue_position(job) == self.model.queue_position(expected)
+        self._asks_for_its_place(job_id)
         until = self.jobs.waits_until(job)
         waits = expected.state == "queued" and expected.not_before > self.clock.now
         assert (until and until.timestamp()) == (pytest.approx(expected.not_before, abs=1e-3) if waits else None)
+
+    def _both_wait(self) -> None:
+        """Each tenant has jobs in one queue, of one priority."""
+        if len(self.model.jobs) < 2 * MANY_JOBS:
+            for tenant in TENANTS * 2:
+                self.both.submit(tenant)
+        self.preparing_catches_up()
+
+    def _all_ask_for_their_place(self) -> None:
+        for job in list(self.model.jobs.values()):
+            if job.deleted_at is None:
+                self._asks_for_its_place(job.id)
+
+    def _asks_for_its_place(self, job_id: str) -> None:
+        expected = self.model.jobs[job_id]
+        if self.model.can_tell_who_is_next(expected.stage):
+            place = self.jobs.place_in_line(self.jobs.get(expected.tenant, job_id))
+            stands = place and (place.position, place.held_by and place.held_by.quota.value)
+            assert stands == self.model.place_in_line(expected)
 
     @rule()
     def the_operator_counts(self) -> None:
@@ -124,17 +246,13 @@ class StoreMachine(RuleBasedStateMachine):
         queues = Counter((job.stage, job.gpu_class if job.stage == "train" else None) for job in waiting)
         assert {(found.stage.value, found.gpu_class): found.length for found in self.totals.backlogs()} == queues
 
-    @rule(tenant=tenants)
-    def a_file_is_uploaded(self, tenant: str) -> None:
-        file_id = f"file-{len(self.stored_files)}"
-        stored = StoredObject(key=f"k/{file_id}", size=1, sha256="0" * 64)
-        self.files.announce(stored.key)
-        self.files.add(id=file_id, tenant=tenant, filename="rows.jsonl", object=stored, report={})
-        self.stored_files[file_id] = tenant
+    @rule(tenant=tenants, size=st.integers(1, 3))
+    def a_file_is_uploaded(self, tenant: str, size: int) -> None:
+        self.both.upload(tenant, size)
         for reader in TENANTS:
-            own = {file_id for file_id, owner in self.stored_files.items() if owner == reader}
+            own = {file_id for file_id, (owner, _) in self.model.files.items() if owner == reader}
             assert {file.id for file in self.files.list(reader, limit=100)[0]} == own
-            if reader != tenant:
+            for file_id in self.model.files.keys() - own:
                 with pytest.raises(FileNotFound):
                     self.files.get(reader, file_id)
 
@@ -418,12 +536,16 @@ class StoreMachine(RuleBasedStateMachine):
             assert row["state"] != "running" or row["epoch"] == epochs[-1], "the epoch that runs is the last claimed"
             if earlier is not None:
                 assert row["epoch"] >= earlier["epoch"]
-                assert earlier["state"] not in ENDED or row == _but_for_its_bell(earlier, row), "what has ended stays"
+                assert earlier["state"] not in ENDED or row == _as_it_may_be(earlier, row), "what has ended stays"
             events_replay_to(row, told)
 
 
-def _but_for_its_bell(earlier: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
-    return {**earlier, "bell_rung_at": row["bell_rung_at"]}  # the mark of a bell may come late
+def _as_it_may_be(earlier: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    """A row that had ended, with what may still come: the late mark of a bell, and that it is deleted."""
+    came = ["bell_rung_at"]
+    if earlier["deleted_at"] is None and row["deleted_at"] is not None:
+        came += ["deleted_at", "sweep_at", "idempotency_key"]
+    return {**earlier, **{name: row[name] for name in came}}
 
 
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "gate")

@@ -14,6 +14,7 @@ import pytest
 
 from graft_api.__main__ import Exposed, check_exposure
 from graft_api.jobs import service as jobs_service
+from graft_api.settings import ApiSettings
 from graft_shared.artifacts import adapter_prefix, log_key
 from graft_shared.errors import BucketUnavailable
 from graft_shared.store import open_database
@@ -369,13 +370,13 @@ def test_the_openapi_document_is_served_and_describes_the_spec_and_the_errors(ap
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.com", ""])
 def test_without_authentication_strangers_are_kept_out(host: str) -> None:
-    with pytest.raises(Exposed, match="GRAFT_API_KEYS"):
-        check_exposure(host)
+    with pytest.raises(Exposed, match=r"GRAFT_KEY_PEPPER.*GRAFT_API_KEYS"):
+        check_exposure(host, ApiSettings())
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.0.0.2"])
 def test_this_machine_alone_may_be_served(host: str) -> None:
-    check_exposure(host)
+    check_exposure(host, ApiSettings())
 
 
 def test_a_database_that_is_away_is_503_and_comes_back(api: ApiService, tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ import yaml
 
 from graft_shared.capacity import CLASS_TOLERANCE
 from graft_shared.defaults import load_capacity
+from graft_shared.settings import SharedSettings
+from graft_shared.store import Quotas
 from graft_worker.settings import WorkerSettings
 
 ROOT = Path(__file__).parents[2]
@@ -83,9 +85,30 @@ def test_what_the_example_shows_as_default_is_the_default() -> None:
 
 
 def test_what_must_be_set_is_said_by_name(tmp_path: Path) -> None:
-    for name in ("POSTGRES_PASSWORD", "REDIS_PASSWORD", "S3_SECRET_ACCESS_KEY", "API_KEYS", "HOST_NAME"):
+    for name in ("POSTGRES_PASSWORD", "REDIS_PASSWORD", "S3_SECRET_ACCESS_KEY", "HOST_NAME"):
         with pytest.raises(ValueError, match=name):
             config(tmp_path, **{name: ""})
+
+
+def test_every_process_that_claims_or_counts_is_told_the_same_quotas(tmp_path: Path) -> None:
+    changes = {"QUOTA_RUNNING_JOBS": "3", "QUOTA_GPU_HOURS": "100"}
+    services = config(tmp_path, COMPOSE_PROFILES="*", **changes)["services"]
+    for name, service in services.items():
+        if name in ("api", "prepare") or name.startswith("worker"):
+            told = {key: value for key, value in service["environment"].items() if key.startswith("GRAFT_QUOTA_")}
+            assert told == {
+                "GRAFT_QUOTA_QUEUED_JOBS": "1000",
+                "GRAFT_QUOTA_RUNNING_JOBS": "3",
+                "GRAFT_QUOTA_GPU_HOURS": "100",
+                "GRAFT_QUOTA_STORED_BYTES": "",
+            }, name
+    assert services["api"]["environment"]["GRAFT_REQUESTS_PER_MINUTE"] == "600"
+
+
+def test_an_empty_quota_is_no_limit_and_zero_is_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("QUEUED_JOBS", "7"), ("RUNNING_JOBS", ""), ("GPU_HOURS", ""), ("STORED_BYTES", "0")):
+        monkeypatch.setenv(f"GRAFT_QUOTA_{name}", value)
+    assert Quotas.of(SharedSettings()) == Quotas(queued_jobs=7, stored_bytes=0)
 
 
 def test_each_image_is_built_by_one_service_and_the_others_never_pull_it(tmp_path: Path) -> None:
@@ -167,7 +190,7 @@ def test_the_env_file_gets_fresh_secrets_and_this_hosts_name_and_workers() -> No
     first, second = (env_text(example, "gpu0,gpu1", "host-1") for _ in range(2))
     assert "COMPOSE_PROFILES=gpu0,gpu1\n" in first
     assert "HOST_NAME=host-1\n" in first
-    for name in ("POSTGRES_PASSWORD", "REDIS_PASSWORD", "S3_SECRET_ACCESS_KEY", "API_KEYS"):
+    for name in ("POSTGRES_PASSWORD", "REDIS_PASSWORD", "S3_SECRET_ACCESS_KEY", "API_KEYS", "KEY_PEPPER"):
         values = [re.search(rf"^{name}=(.+)$", text, re.MULTILINE) for text in (first, second)]
         assert values[0] and values[1] and values[0][1] != values[1][1], name
 

@@ -16,13 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
+from graft_api.keys import making
 from graft_local import doctor
 from graft_local.broker import configure_broker
 from graft_local.devices import parse_listing, visible
 from graft_local.doctor import Verdict
 from graft_local.launcher import CannotStart, check_port, launch, service
 from graft_local.output import Output
+from graft_shared.store import Keys, open_database
+from graft_shared.store.migrate import migrate
 from tests.waiting import free_port, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -234,6 +238,38 @@ def test_webhooks_are_signed_with_one_secret_for_ever_that_only_its_owner_may_re
     assert (tmp_path / "webhook-secret").stat().st_mode & 0o077 == 0
     given = service("127.0.0.1", 8000, tmp_path, {"GRAFT_WEBHOOK_SECRET": "mine"}, ())
     assert {spec.environment["GRAFT_WEBHOOK_SECRET"] for spec in given} == {"mine"}
+
+
+def test_keys_are_hashed_under_one_pepper_for_ever_that_the_api_alone_is_told(tmp_path: Path) -> None:
+    for _ in range(2):
+        told = {spec.name: spec.environment.get("GRAFT_KEY_PEPPER") for spec in service("::1", 1, tmp_path, {}, ())}
+        assert told.pop("api") == (tmp_path / "key-pepper").read_text()
+        assert set(told.values()) == {None}
+    assert (tmp_path / "key-pepper").stat().st_mode & 0o077 == 0
+
+
+def test_the_operators_commands_work_on_the_service_of_a_state_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graft = Path(sys.executable).parent / "graft"
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("GRAFT_")}
+        environment["GRAFT_STATE_DIR"] = str(tmp_path / "state")
+        return subprocess.run([graft, *arguments], env=environment, capture_output=True, text=True, check=False)
+
+    assert "There is no service in" in run("keys", "list").stderr
+    database = open_database(f"sqlite:///{tmp_path / 'state' / 'graft.db'}")
+    migrate(database)
+    made = run("keys", "create", "red", "--scope", "jobs:read")
+    assert made.returncode == 0 and making.id_of(made.stdout.strip()), made.stderr
+    pepper = SecretStr((tmp_path / "state" / "key-pepper").read_text())
+    (stored,) = Keys(database).list()
+    assert stored.digest == making.digest_of(made.stdout.strip(), pepper)
+    listed = run("tenants", "set", "red", "--gpu-hours", "12", "--share", "2")
+    assert listed.returncode == 0 and "0.00 of 12" in listed.stdout, listed.stderr
+    assert run("tenants", "set", "red", "--gpu-hours", "many").returncode == 2
+    database.close()
 
 
 def test_a_broker_that_the_user_names_is_used_and_none_is_started(tmp_path: Path) -> None:

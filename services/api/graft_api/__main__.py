@@ -8,31 +8,48 @@ import ipaddress
 import uvicorn
 
 from graft_api.app import build_app
-from graft_api.auth import read_keys
+from graft_api.keys.static import read_keys
 from graft_api.settings import ApiSettings
+from graft_shared.errors import StoreUnavailable
 from graft_shared.logs import configure_logging
+from graft_shared.store import Keys, open_database
 
 DEFAULT_PORT = 8000
 GRACE_SECONDS = 5  # for answers under way at the end; live event streams would hold it open for ever
 
 
 class Exposed(Exception):
-    """Serving there would let strangers in."""
+    """Serving there would let strangers in, or nobody."""
 
 
-def check_exposure(host: str) -> None:
-    """Raise Exposed unless only this machine can reach the host: what has no keys must not be reached by strangers."""
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the host."""
     if host == "localhost":
-        return
+        return True
     try:
-        is_loopback = ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        is_loopback = False
-    if not is_loopback:
+        return False
+
+
+def check_exposure(host: str, settings: ApiSettings) -> None:
+    """Raise Exposed if strangers can reach the host and there is no key in force, of the settings or the database."""
+    if is_loopback(host) or settings.api_keys.get_secret_value():
+        return
+    listening = f"The API listens on this machine only: '{host}' could be reached from elsewhere, and it has no key"
+    if settings.key_pepper is None:
         raise Exposed(
-            f"GRAFT_API_KEYS is not set, so the API listens on this machine only; '{host}' could be reached from "
-            "elsewhere. Use --host 127.0.0.1, or set GRAFT_API_KEYS=tenant=key (openssl rand -hex 24 makes a key)."
+            f"{listening}. Use --host 127.0.0.1; or set GRAFT_KEY_PEPPER (openssl rand -hex 24 makes one) and make a "
+            "key with: python -m graft_api.keys create TENANT; or set GRAFT_API_KEYS=tenant=key."
         )
+    database = open_database(settings.database)
+    try:
+        if not Keys(database).live():
+            raise Exposed(f"{listening}. Make one: python -m graft_api.keys create TENANT")
+    except StoreUnavailable as error:
+        raise Exposed(f"Whether there is a key cannot be told: {error.message}") from error
+    finally:
+        database.close()
 
 
 def main() -> None:
@@ -44,13 +61,12 @@ def main() -> None:
     settings = ApiSettings()
     configure_logging(json_lines=settings.log_json)
     try:
-        keys = read_keys(settings.api_keys.get_secret_value())
+        read_keys(settings.api_keys.get_secret_value())
     except ValueError as error:
         parser.error(f"GRAFT_API_KEYS: {error}")
     try:
-        if not keys:
-            check_exposure(arguments.host)
-        app = build_app(settings)
+        check_exposure(arguments.host, settings)
+        app = build_app(settings, open_without_keys=is_loopback(arguments.host))
     except (Exposed, ValueError) as error:
         parser.error(str(error))
     uvicorn.run(

@@ -9,21 +9,23 @@ from typing import Any
 from fastapi import Depends, FastAPI
 
 from graft_api import health, metrics, objects
-from graft_api.auth import read_keys, tenant
 from graft_api.capacity import endpoints as capacity_routes
 from graft_api.compatible import files as compatible_files
 from graft_api.compatible import jobs as compatible_jobs
 from graft_api.compatible import models as compatible_models
 from graft_api.compatible.requests import FineTuningRequest
 from graft_api.deps import Neighbours, known_query
-from graft_api.errors import DOCUMENTED, install_handlers
+from graft_api.errors import DOCUMENTED, documented, install_handlers
 from graft_api.exchanges import Exchanges
 from graft_api.files import endpoints as file_routes
 from graft_api.jobs import endpoints as job_routes
 from graft_api.jobs import merged as merged_routes
 from graft_api.jobs.bells import Bells
+from graft_api.keys.ring import KeyRing
+from graft_api.keys.static import read_keys
 from graft_api.models import endpoints as model_routes
 from graft_api.models.bases import BaseModels, HubConfigs
+from graft_api.rates import Rates
 from graft_api.settings import ApiSettings
 from graft_api.webhooks import endpoints as webhook_routes
 from graft_shared.buckets import Bucket, open_bucket
@@ -33,7 +35,19 @@ from graft_shared.catalogue import Catalogue
 from graft_shared.defaults import load_capacity, load_catalogue
 from graft_shared.dispatch import CeleryDoorbell, Doorbell
 from graft_shared.specs import JobSpec
-from graft_shared.store import Database, Files, Jobs, Leases, Merges, Outbox, Totals, Workers, open_database
+from graft_shared.store import (
+    Database,
+    Files,
+    Jobs,
+    Keys,
+    Leases,
+    Merges,
+    Outbox,
+    Quotas,
+    Totals,
+    Workers,
+    open_database,
+)
 from graft_shared.webhooks import Postman
 
 DESCRIPTION = (
@@ -41,8 +55,12 @@ DESCRIPTION = (
 )
 
 
-def build_app(settings: ApiSettings) -> FastAPI:
-    """The app with the neighbours that the settings name; connects to none of them yet."""
+def build_app(settings: ApiSettings, *, open_without_keys: bool) -> FastAPI:
+    """The app with the neighbours that the settings name; connects to none of them yet.
+
+    Args:
+        open_without_keys: Whether it serves whoever asks while there is no key at all.
+    """
     return create_app(
         neighbours_of(
             settings=settings,
@@ -51,6 +69,7 @@ def build_app(settings: ApiSettings) -> FastAPI:
             doorbell=CeleryDoorbell(settings.broker_url),
             catalogue=load_catalogue(settings.catalogue_path),
             capacity=load_capacity(settings.capacity_path),
+            open_without_keys=open_without_keys,
         )
     )
 
@@ -64,15 +83,23 @@ def neighbours_of(
     catalogue: Catalogue,
     capacity: CapacityTable,
     hub: HubConfigs | None = None,
+    open_without_keys: bool = True,
 ) -> Neighbours:
     """Everything that the routes are handed, made from what was chosen."""
+    quotas = Quotas.of(settings)
     return Neighbours(
         settings=settings,
-        keys=read_keys(settings.api_keys.get_secret_value()),
+        keys=KeyRing(
+            Keys(database),
+            static=read_keys(settings.api_keys.get_secret_value()),
+            pepper=settings.key_pepper,
+            open_without_keys=open_without_keys,
+        ),
+        rates=Rates(settings.requests_per_minute),
         database=database,
-        jobs=Jobs(database),
+        jobs=Jobs(database, quotas),
         merges=Merges(database),
-        files=Files(database),
+        files=Files(database, quotas),
         workers=Workers(database),
         totals=Totals(database),
         bells=Bells(doorbell, Leases(database, settings.lease)),
@@ -112,7 +139,7 @@ def create_app(neighbours: Neighbours) -> FastAPI:
 def _add_routes(app: FastAPI, bucket: Bucket) -> None:
     native = (job_routes, merged_routes, webhook_routes, file_routes, model_routes, capacity_routes, metrics)
     for routes in (*native, compatible_files, compatible_jobs, compatible_models):
-        app.include_router(routes.router, dependencies=[Depends(tenant)])
+        app.include_router(routes.router, responses=documented(401, 403, 429))
     app.include_router(health.router)
     if isinstance(bucket, DirectoryBucket):
         app.include_router(objects.router)

@@ -13,8 +13,10 @@ from fastapi import Depends, Request
 
 from graft_api.errors import BodyTooLarge, RouteNotFound, UnsupportedMediaType
 from graft_api.jobs.bells import Bells
+from graft_api.keys.ring import KeyRing
 from graft_api.models.bases import BaseModels
 from graft_api.parsing import hint_for, parse_json
+from graft_api.rates import Rates
 from graft_api.settings import ApiSettings
 from graft_shared.buckets import Bucket
 from graft_shared.capacity import CapacityTable
@@ -29,7 +31,8 @@ class Neighbours:
     """Everything outside this process, and the tables that were loaded once."""
 
     settings: ApiSettings
-    keys: Mapping[str, str]  # API keys and their tenants; empty: no authentication, and loopback only
+    keys: KeyRing
+    rates: Rates
     database: Database
     jobs: Jobs
     merges: Merges

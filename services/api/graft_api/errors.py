@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from math import inf
 from typing import Any, cast
 
 from fastapi import FastAPI, Request
@@ -20,12 +21,14 @@ from graft_shared.errors import (
     FileTooLarge,
     GraftError,
     LeaseLost,
+    LimitReached,
     NeighbourUnavailable,
     NotFound,
     Refused,
 )
 from graft_shared.logs import log_event
 
+LONGEST_WAIT_SECONDS = 120  # that a client should do by itself; what takes longer is for its user to decide
 RETRY_AFTER_SECONDS = 5  # a neighbour that restarts is usually back by then
 
 logger = logging.getLogger(__name__)
@@ -51,6 +54,14 @@ class Unauthenticated(GraftError):
     """Send a valid key as 'Authorization: Bearer KEY' (with the `graft` command: GRAFT_API_KEY)."""
 
 
+class InsufficientScope(GraftError):
+    """This key may not do that: it lacks the scope '{scope}'. Ask the operator for a key that has it."""
+
+
+class RateLimited(LimitReached):
+    """This tenant may make {limit} requests a minute, and has made them. Try again in {retry_after_seconds} s."""
+
+
 class LinkExpired(GraftError):
     """This link has expired or was never signed. Ask the route that gave it for a fresh one."""
 
@@ -63,6 +74,7 @@ class InternalError(GraftError):
 STATUS_CODES: dict[type[GraftError], int] = {
     BadRequest: 400,
     Unauthenticated: 401,
+    InsufficientScope: 403,
     LinkExpired: 403,
     NotFound: 404,
     MethodNotAllowed: 405,
@@ -72,13 +84,20 @@ STATUS_CODES: dict[type[GraftError], int] = {
     FileTooLarge: 413,
     UnsupportedMediaType: 415,
     Refused: 422,
+    LimitReached: 429,
     InternalError: 500,
     ArtifactCorrupt: 500,
     NeighbourUnavailable: 503,
     GraftError: 500,
 }
 
-_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 409: "conflict_error"}
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    429: "rate_limit_error",
+}
 
 
 class ErrorFacts(BaseModel):
@@ -108,10 +127,13 @@ DOCUMENTED: dict[int | str, dict[str, Any]] = {
 
 _SAID = {
     400: "The request cannot be read, or has a key that is not known.",
+    401: "The request brings no key that is in force.",
+    403: "The key lacks the scope that the route names.",
     404: "There is no such thing, or it is another tenant's.",
     409: "Too late or too early: it cannot succeed as things are, and says so in `x-should-retry`.",
     413: "The body is too large.",
     415: "The body is of another kind.",
+    429: "More than the tenant may have now: `rate_limited`, or `quota_exceeded` with the numbers.",
 }
 
 
@@ -133,10 +155,13 @@ def answer(error: GraftError) -> JSONResponse:
     headers: dict[str, str] = {}
     if status == 401:
         headers["www-authenticate"] = "Bearer"
-    if isinstance(error, Conflict):
+    if isinstance(error, InsufficientScope):
+        headers["www-authenticate"] = f'Bearer error="insufficient_scope", scope="{error.facts["scope"]}"'
+    after = RETRY_AFTER_SECONDS if isinstance(error, NeighbourUnavailable) else error.facts.get("retry_after_seconds")
+    if after is not None:
+        headers["retry-after"] = str(after)
+    if isinstance(error, Conflict) or (isinstance(error, LimitReached) and (after or inf) > LONGEST_WAIT_SECONDS):
         headers["x-should-retry"] = "false"
-    if isinstance(error, NeighbourUnavailable):
-        headers["retry-after"] = str(RETRY_AFTER_SECONDS)
     return JSONResponse({"error": {**_facts(error), **own}}, status_code=status, headers=headers)
 
 

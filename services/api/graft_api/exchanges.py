@@ -35,7 +35,6 @@ class Exchanges:
             await self._app(scope, receive, send)
             return
         exchange = _Exchange(scope, send)
-        scope.setdefault("state", {})["request_id"] = exchange.request_id
         try:
             await self._app(scope, receive, exchange.send)
         except ClientDisconnect:
@@ -56,12 +55,16 @@ class _Exchange:
         self._method, self._path = scope["method"], quote(scope["path"])  # a path may hold line breaks and escapes
         self._send = send
         self._started = time.monotonic()
+        self._state = scope.setdefault("state", {})
+        self._state["request_id"] = self.request_id
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
-        """Pass a message on, the head of the answer with the request id."""
+        """Pass a message on, the head of the answer with the request id and what the tenant's rate left word of."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"] = [*message.get("headers", []), (REQUEST_ID_HEADER.encode(), self.request_id.encode())]
+            own = {REQUEST_ID_HEADER: self.request_id, **self._state.get("headers", {})}
+            added = [(name.encode(), value.encode()) for name, value in own.items()]
+            message["headers"] = [*message.get("headers", []), *added]
         await self._send(message)
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             self.log("request_answered")  # here: what runs after the answer is not waited for

@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Response, Security
 from fastapi.responses import PlainTextResponse
 from prometheus_client import generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
+from graft_api.auth import tenant
 from graft_api.capacity.endpoints import JOBS_COMPARED, forecast_error
 from graft_api.deps import Here, Neighbours
 from graft_api.jobs.queue import lengths_by_reason, workers_for
+from graft_api.keys.scopes import Scope
 from graft_shared.jobs import JobStatus, Stage
 from graft_shared.store import Backlog, LiveWorker
 
 COMPARED = f"of those of a class's last {JOBS_COMPARED} jobs that were measured on a GPU"
 
-router = APIRouter(tags=["health"])
+router = APIRouter(tags=["health"], dependencies=[Security(tenant, scopes=[Scope.METRICS.value])])
 
 
 @router.get(

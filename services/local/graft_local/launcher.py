@@ -5,12 +5,11 @@ from __future__ import annotations
 import fcntl
 import http.client
 import os
-import secrets
 import shlex
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -21,6 +20,7 @@ from graft_local.broker import NoBroker, configure_broker, free_port
 from graft_local.children import Children, ChildSpec
 from graft_local.devices import Gpu, gpus_here
 from graft_local.output import Output
+from graft_local.secrets import kept_secret
 
 DEFAULT_PORT = 8000
 WORKER_GRACE_SECONDS = 60.0  # a running job saves a checkpoint and goes back to the queue
@@ -73,25 +73,20 @@ def service(
         broker = configure_broker(state_dir)
         specs.append(broker.as_child(wave=_BROKER, environment=environment))
         environment["GRAFT_BROKER_URL"] = broker.url
-    environment.setdefault("GRAFT_WEBHOOK_SECRET", _kept_secret(state_dir / "webhook-secret"))
+    environment.setdefault("GRAFT_WEBHOOK_SECRET", kept_secret(state_dir / "webhook-secret"))
     here = partial(_module, environment=environment)
+    pepper = {"GRAFT_KEY_PEPPER": environment.get("GRAFT_KEY_PEPPER") or kept_secret(state_dir / "key-pepper")}
+    api = partial(_module, environment={**environment, **pepper})
     return [
         here("migrate", "graft_shared.store.migrate", wave=_MIGRATION, once=True),
         *specs,
-        here("api", "graft_api", "--host", host, "--port", str(port), wave=_API, ready=partial(_answers, host, port)),
+        api("api", "graft_api", "--host", host, "--port", str(port), wave=_API, ready=partial(_answers, host, port)),
         here("reconciler", "graft_shared.reconciler", wave=_RECONCILER),
         _worker("prepare", "cpu", environment, stage="prepare"),
         _worker("merge", "cpu", environment, stage="merge"),
         _worker("cpu", "cpu", environment),
         *(_worker(f"gpu-{gpu.index}", f"cuda:{gpu.index}", environment) for gpu in gpus),
     ]
-
-
-def _kept_secret(path: Path) -> str:
-    """The secret in this file, made at the first start and readable by its owner alone."""
-    with suppress(FileExistsError), os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
-        out.write(secrets.token_urlsafe(32))
-    return path.read_text()
 
 
 def check_port(host: str, port: int) -> None:

@@ -3,11 +3,15 @@
 from graft_shared.store.engine import Database, open_database
 from graft_shared.store.files import UPLOAD_LIFE, Files, Order, StoredFile
 from graft_shared.store.jobs import JobQuery, Jobs, NewJob
+from graft_shared.store.keys import Keys, StoredKey
 from graft_shared.store.leases import Leases, Orders
+from graft_shared.store.line import PlaceInLine
 from graft_shared.store.merges import Merges
 from graft_shared.store.outbox import Outbox, Webhook
+from graft_shared.store.quotas import Quota, Quotas, Reached
 from graft_shared.store.resends import Sending
 from graft_shared.store.sweeps import DueSweep, Sweeps
+from graft_shared.store.tenants import Tenants, TenantUse
 from graft_shared.store.totals import Backlog, Totals
 from graft_shared.store.workers import Crew, LiveWorker, Workers
 
@@ -20,6 +24,7 @@ __all__ = [
     "Files",
     "JobQuery",
     "Jobs",
+    "Keys",
     "Leases",
     "LiveWorker",
     "Merges",
@@ -27,9 +32,16 @@ __all__ = [
     "Order",
     "Orders",
     "Outbox",
+    "PlaceInLine",
+    "Quota",
+    "Quotas",
+    "Reached",
     "Sending",
     "StoredFile",
+    "StoredKey",
     "Sweeps",
+    "TenantUse",
+    "Tenants",
     "Totals",
     "Webhook",
     "Workers",

@@ -21,6 +21,8 @@ from graft_shared.errors import StoreUnavailable
 
 BUSY_TIMEOUT_SECONDS = 30  # a SQLite writer waits this long for another; our transactions take milliseconds
 
+STILL_SECONDS = 60  # that a transaction for which others wait may do nothing; ours take milliseconds
+
 # At most so many connections for a process, made when they are needed and kept: to make one takes longer than most of
 # our transactions. By default five are kept, and under load the others are made and ended again and again.
 POOL = {"pool_size": 15, "max_overflow": 0}
@@ -42,6 +44,36 @@ def _now_sqlite(element: now, compiler: Any, **kw: Any) -> str:
 @compiles(now, "postgresql")
 def _now_postgresql(element: now, compiler: Any, **kw: Any) -> str:
     return "(extract(epoch from clock_timestamp())::double precision)"
+
+
+class day_began(GenericFunction[float]):  # noqa: N801
+    """The first second of the database's present day, UTC."""
+
+    type = Double()
+    inherit_cache = True
+    name = "graft_day_began"
+
+
+class month_began(GenericFunction[float]):  # noqa: N801
+    """The first second of the database's present month, UTC."""
+
+    type = Double()
+    inherit_cache = True
+    name = "graft_month_began"
+
+
+@compiles(day_began, "sqlite")
+@compiles(month_began, "sqlite")
+def _began_sqlite(element: GenericFunction[float], compiler: Any, **kw: Any) -> str:
+    unit = "day" if isinstance(element, day_began) else "month"
+    return f"(strftime('%s', {compiler.process(now(), **kw)}, 'unixepoch', 'start of {unit}') * 1.0)"
+
+
+@compiles(day_began, "postgresql")
+@compiles(month_began, "postgresql")
+def _began_postgresql(element: GenericFunction[float], compiler: Any, **kw: Any) -> str:
+    unit = "day" if isinstance(element, day_began) else "month"
+    return f"(extract(epoch from date_trunc('{unit}', clock_timestamp() at time zone 'utc'))::double precision)"
 
 
 # PostgreSQL's transactions read what is committed when each statement begins: for looks they add two round trips only.
@@ -111,9 +143,13 @@ def open_database(url: str) -> Database:
 
 
 def one_at_a_time(connection: Connection, name: str) -> None:
-    """Let writing transactions that name the same thing wait for each other; SQLite's do so whatever they name."""
+    """Let writing transactions that name the same thing wait for each other; SQLite's do so whatever they name.
+
+    Whoever stands still with the lock, as a process of a suspended machine does, loses it and its transaction.
+    """
     if connection.dialect.name == "postgresql":
-        connection.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
+        patience = func.set_config("idle_in_transaction_session_timeout", f"{STILL_SECONDS}s", True)
+        connection.execute(select(patience, func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
 
 
 def journal_mode(version: tuple[int, int, int] = sqlite3.sqlite_version_info) -> str:

@@ -10,12 +10,13 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, and_, delete, insert, or_, select
+from sqlalchemy import ColumnElement, Select, and_, delete, insert, or_, select, update
 from sqlalchemy.engine import Connection, RowMapping
 
 from graft_shared.errors import FileInUse, FileNotFound, UploadExpired
 from graft_shared.jobs import JobState, Stage, StoredObject
 from graft_shared.store.engine import Database, as_datetime, now
+from graft_shared.store.quotas import NO_QUOTAS, Quotas, require_room
 from graft_shared.store.tables import files, jobs, uploads
 
 UPLOAD_LIFE = timedelta(days=1)  # an upload that is older is given up, and what it wrote removed
@@ -41,10 +42,20 @@ class StoredFile:
 
 
 class Files:
-    """Files as their tenants see them."""
+    """Files as their tenants see them; `quotas` are those of a tenant that has none of its own."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, quotas: Quotas = NO_QUOTAS) -> None:
         self._database = database
+        self._quotas = quotas
+
+    def require_room(self, tenant: str, size: int) -> None:
+        """See that a file has room before its bytes are taken; `add` makes sure of it.
+
+        Raises:
+            QuotaExceeded: It would be more than the tenant may store.
+        """
+        with self._database.reading() as connection:
+            require_room(connection, tenant, size, self._quotas, about_to_add=False)
 
     def announce(self, key: str) -> None:
         """Say that bytes are about to be written under this key."""
@@ -56,8 +67,10 @@ class Files:
 
         Raises:
             UploadExpired: They were announced longer than `UPLOAD_LIFE` ago, or not at all, and may be gone.
+            QuotaExceeded: It would be more than the tenant may store; `give_up` its bytes.
         """
         with self._database.writing() as connection:
+            require_room(connection, tenant, object.size, self._quotas, about_to_add=True)
             announced = delete(uploads).where(uploads.c.key == object.key, ~_is_lost())
             if not connection.execute(announced).rowcount:
                 raise UploadExpired(file_id=id)
@@ -81,6 +94,11 @@ class Files:
         """Keys that were announced longer than `UPLOAD_LIFE` ago and never got their row; none can get one now."""
         with self._database.reading() as connection:
             return list(connection.execute(select(uploads.c.key).where(_is_lost()).limit(limit)).scalars())
+
+    def give_up(self, key: str) -> None:
+        """Say that announced bytes will get no row, so that a sweeper removes them soon."""
+        with self._database.writing() as connection:
+            connection.execute(update(uploads).where(uploads.c.key == key).values(started_at=0.0))
 
     def forget_upload(self, key: str) -> None:
         """Say that nothing lies under a lost upload's key any more."""

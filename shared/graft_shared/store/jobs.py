@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BindParameter, ColumnElement, Select, and_, bindparam, func, insert, or_, select, true
+from sqlalchemy import ColumnElement, and_, bindparam, insert, or_, select, true
 from sqlalchemy.engine import Connection, RowMapping
 from sqlalchemy.exc import IntegrityError
 
@@ -18,11 +18,14 @@ from graft_shared.errors import (
     JobFinished,
     JobInUse,
     JobNotEnded,
+    QuotaExceeded,
 )
 from graft_shared.jobs import TERMINAL_STATES, Job, JobEvent, JobState, JobStatus, Stage
 from graft_shared.store.engine import Database, as_datetime, now, one_at_a_time
+from graft_shared.store.line import Line, PlaceInLine
 from graft_shared.store.merges import forget_merged
 from graft_shared.store.outbox import put_in_outbox
+from graft_shared.store.quotas import NO_QUOTAS, Quotas, require_place
 from graft_shared.store.resends import Sending, made_before
 from graft_shared.store.rows import (
     FRESH,
@@ -71,10 +74,12 @@ class JobQuery:
 
 
 class Jobs:
-    """Jobs as their tenants see them."""
+    """Jobs as their tenants see them; `quotas` are those of a tenant that has none of its own."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, quotas: Quotas = NO_QUOTAS) -> None:
         self._database = database
+        self._quotas = quotas
+        self._line = Line(quotas)
 
     def submit(self, new: NewJob) -> tuple[Job, bool]:
         """Commit a job; return it, and whether it is new. From here on it cannot be lost.
@@ -82,6 +87,7 @@ class Jobs:
         Raises:
             IdempotencyConflict: The key was used with another body.
             InvalidParameter: A file that it reads, or the job whose adapter it goes on from, was deleted meanwhile.
+            QuotaExceeded: The tenant may have no further job now.
         """
         try:
             with self._database.writing() as connection:
@@ -90,13 +96,14 @@ class Jobs:
                     made = made_before(connection, new.tenant, new.request_sha256, new.sending)
                     if made is not None:
                         return job_from(made), False
+                require_place(connection, new.tenant, self._quotas)
                 _hold_files(connection, new)
                 _hold_adapter(connection, new)
                 row = _insert_job(connection, new)
                 facts = {"gpu_class": new.gpu_class}
                 insert_event(connection, new.id, 1, 0, "submitted", "The job was accepted.", data=facts)
                 return job_from(row), True
-        except IntegrityError:
+        except (IntegrityError, QuotaExceeded):  # by a job of the same key, as may be
             if new.idempotency_key is None:
                 raise
             earlier = self.find_by_key(new.tenant, new.idempotency_key, new.request_sha256)
@@ -275,13 +282,12 @@ class Jobs:
             gone = {"deleted_at": now(), "sweep_at": now(), "idempotency_key": None}
             compare_and_set(connection, job_id, row["epoch"], state, **gone)
 
-    def queue_position(self, job: Job) -> int | None:
-        """This job's place among those of its stage and class that wait for a worker, from 1; None if it does not."""
+    def place_in_line(self, job: Job) -> PlaceInLine | None:
+        """This job's place among those of its stage and class that wait for a worker; None if it does not."""
         if not job.may_be_claimed:
             return None
-        this = {"job": job.id, "rank": PRIORITY_RANKS[job.spec["priority"]], "gpu": job.gpu_class}
         with self._database.reading() as connection:
-            return int(connection.execute(_AHEAD[job.stage], this).scalar_one()) + 1
+            return self._line.place(connection, job, PRIORITY_RANKS[job.spec["priority"]])
 
     def waits_until(self, job: Job) -> datetime | None:
         """When a job that went back to the queue after a failed run may be tried again; None when it may be now."""
@@ -295,19 +301,7 @@ class Jobs:
         return as_datetime(moment) if moment is not None else None
 
 
-def _ahead(stage: Stage) -> Select[int]:
-    """How many jobs of this stage go before a job: of its class, where that matters."""
-    this = jobs.alias()
-    moment = select(this.c.created_at).where(this.c.id == bindparam("job")).scalar_subquery()
-    rank: BindParameter[int] = bindparam("rank")
-    ahead = or_(jobs.c.priority > rank, and_(jobs.c.priority == rank, jobs.c.created_at < moment))
-    waits = and_(jobs.c.state == JobState.QUEUED.value, ~jobs.c.pause_requested, jobs.c.stage == stage.value)
-    query = select(func.count()).where(waits, ahead)
-    return query.where(jobs.c.gpu_class == bindparam("gpu")) if stage is Stage.TRAIN else query
-
-
 # Built once, as `rows.py` says.
-_AHEAD = {stage: _ahead(stage) for stage in Stage}
 _INSERT = insert(jobs).values(stage=Stage.PREPARE.value, **FRESH).returning(jobs)
 
 _READER = (  # the oldest job that has yet to copy the adapter of a job

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, bindparam, case, exists, func, literal, or_, select, true, update
+from sqlalchemy import ColumnElement, and_, bindparam, case, exists, literal, or_, select, true, update
 from sqlalchemy.engine import Connection, Row, RowMapping
 
 from graft_shared.capacity import Placement
@@ -26,6 +27,7 @@ from graft_shared.jobs import (
 )
 from graft_shared.store.engine import Database, now
 from graft_shared.store.outbox import put_in_outbox
+from graft_shared.store.quotas import NO_QUOTAS, Quotas, Standing, count_run, may_run_another
 from graft_shared.store.rows import add_event, checkpoint_values, compare_and_set, job_from
 from graft_shared.store.sweeps import SWEEP_EVERY
 from graft_shared.store.tables import jobs, workers
@@ -52,21 +54,23 @@ class LostBell:
 
 
 class Leases:
-    """Jobs as workers and reconcilers see them, over all tenants."""
+    """Jobs as workers and reconcilers see them, over all tenants; `quotas` are those of one without its own."""
 
-    def __init__(self, database: Database, lease: timedelta) -> None:
+    def __init__(self, database: Database, lease: timedelta, quotas: Quotas = NO_QUOTAS) -> None:
         self._database = database
         self._lease = lease.total_seconds()
+        self._quotas = quotas
 
     def claim(self, worker: str, *, stage: Stage, gpu_classes: Sequence[str]) -> Job | None:
         """Take the best eligible queued job: a lease and a new epoch. None when there is nothing to do.
 
         Best means: the worker's own class before smaller ones (`gpu_classes` in that order), higher priority, the
-        tenant with fewer running jobs, then the one served longest ago, then the oldest job (an interrupted one keeps
-        its place). Preparing data needs no GPU, so there classes do not count. A paused job is not eligible.
+        tenant that is next by a fair share (`quotas.py`), then the oldest job (an interrupted one keeps its place).
+        Preparing data needs no GPU, so there classes do not count. A paused job is not eligible, nor is one whose
+        tenant's quotas let nothing more begin.
         """
         with self._database.writing() as connection:
-            best = connection.execute(_best_queued(stage, gpu_classes)).mappings().one_or_none()
+            best = self._best(connection, stage, gpu_classes)
             if best is None:
                 return None
             epoch = best["epoch"] + 1
@@ -89,6 +93,17 @@ class Leases:
             facts = {"worker": worker, "stage": stage.value, "attempt": row["attempt"]}
             add_event(connection, row["id"], epoch, "claimed", message, data=facts)
             return job_from(row)
+
+    def _best(self, connection: Connection, stage: Stage, gpu_classes: Sequence[str]) -> RowMapping | None:
+        """The best eligible row, locked. Of claims that are made at once for one tenant, each sees those before it."""
+        query, passed_over = _best_queued(stage, tuple(gpu_classes), self._quotas), list[str]()
+        while True:
+            best = connection.execute(query, {"passed_over": passed_over}).mappings().one_or_none()
+            if best is None or stage is Stage.PREPARE or best["most_running"] is None:
+                return best
+            if may_run_another(connection, best["tenant"], best["most_running"]):
+                return best
+            passed_over.append(best["tenant"])
 
     def renew(self, job_id: str, epoch: int) -> Orders:
         """Hold the lease for another full length from now, by the database's clock.
@@ -179,6 +194,7 @@ class Leases:
                 runs_without_progress=0,
             )
             add_event(connection, job_id, epoch, "prepared", "The data is ready for training.", data=prepared["report"])
+            count_run(connection, row["tenant"], Stage.PREPARE, row["claimed_at"])
             if row["cancel_requested"]:
                 row = _end(connection, row, JobState.CANCELLED, "The job was cancelled.")
             elif row["pause_requested"]:
@@ -210,6 +226,7 @@ class Leases:
             message = "The adapter was stored and proven."
             add_event(connection, job_id, epoch, "succeeded", message, data={"adapter": adapter, "metrics": metrics})
             put_in_outbox(connection, row, JobState.SUCCEEDED)
+            _count_run(connection, row)
 
     def settle_failure(self, job_id: str, epoch: int, failure: Failure, *, replanned: Placement | None = None) -> Job:
         """End this run; the job goes back to the queue, or ends, as `after_failure` decides.
@@ -224,6 +241,7 @@ class Leases:
             row = compare_and_set(
                 connection, job_id, epoch, JobState.RUNNING, gpu_seconds=_gpu_seconds(), **_no_lease()
             )
+            _count_run(connection, row)
             return job_from(_after(connection, row, failure, epoch, replanned))
 
     def settle_cancelled(self, job_id: str, epoch: int) -> Job:
@@ -236,6 +254,7 @@ class Leases:
             row = compare_and_set(
                 connection, job_id, epoch, JobState.RUNNING, gpu_seconds=_gpu_seconds(), **_no_lease()
             )
+            _count_run(connection, row)
             return job_from(
                 _end(connection, row, JobState.CANCELLED, "The job was cancelled; its training has stopped.")
             )
@@ -282,9 +301,11 @@ class Leases:
         fenced = []
         with self._database.writing() as connection:
             query = select(jobs.c.id, jobs.c.epoch).where(jobs.c.state == JobState.RUNNING.value, whose)
+            query = query.order_by(jobs.c.tenant)  # as `count_run` wants it
             for job_id, epoch in connection.execute(query.with_for_update(skip_locked=True)).all():
                 taken_off = {"epoch": epoch + 1, "gpu_seconds": _gpu_seconds(), **_no_lease()}
                 row = compare_and_set(connection, job_id, epoch, JobState.RUNNING, **taken_off)
+                _count_run(connection, row)
                 fenced.append(job_from(_after(connection, row, failure, epoch)))
         return fenced
 
@@ -337,26 +358,20 @@ def _one_for_each(due: Sequence[Row[Any]], idle: Sequence[LiveWorker]) -> list[L
     return bells
 
 
-def _best_queued(stage: Stage, gpu_classes: Collection[str]) -> Any:
-    others = jobs.alias("others")
-    running = (
-        select(func.count())
-        .where(others.c.tenant == jobs.c.tenant, others.c.state == JobState.RUNNING.value)
-        .scalar_subquery()
-    )
-    served = jobs.alias("served")
-    last_served = (
-        select(func.coalesce(func.max(served.c.claimed_at), 0.0))
-        .where(served.c.tenant == jobs.c.tenant)
-        .scalar_subquery()
-    )
-    eligible = _may_be_claimed(stage)
-    order = [jobs.c.priority.desc(), running, last_served, jobs.c.created_at, jobs.c.id]
+@cache
+def _best_queued(stage: Stage, gpu_classes: tuple[str, ...], quotas: Quotas) -> Any:
+    """What a worker asks of the queue again and again, so that it is built once."""
+    standing = Standing(stage, quotas)
+    others = jobs.c.tenant.not_in(bindparam("passed_over", expanding=True))
+    eligible = and_(_may_be_claimed(stage), standing.may_begin, others)
+    order = [jobs.c.priority.desc(), *standing.order, jobs.c.created_at, jobs.c.id]
     if stage is Stage.TRAIN:
         eligible = and_(eligible, jobs.c.gpu_class.in_(gpu_classes))
         ranks = {name: rank for rank, name in enumerate(gpu_classes)}
         order.insert(0, case(ranks, value=jobs.c.gpu_class, else_=literal(len(ranks))))
-    return select(jobs).where(eligible).order_by(*order).limit(1).with_for_update(skip_locked=True, of=jobs)
+    facts = (jobs.c.id, jobs.c.tenant, jobs.c.epoch, jobs.c.attempt, jobs.c.started_at)  # rows are wide: no more
+    best = select(*facts, standing.most_running.label("most_running")).select_from(standing.beside(jobs))
+    return best.where(eligible).order_by(*order).limit(1).with_for_update(skip_locked=True, of=jobs)
 
 
 def _may_be_claimed(stage: Stage) -> ColumnElement[bool]:
@@ -378,6 +393,10 @@ def _no_lease() -> dict[str, Any]:
 
 def _orders(row: RowMapping) -> Orders:
     return Orders(cancel=row["cancel_requested"], pause=row["pause_requested"])
+
+
+def _count_run(connection: Connection, row: RowMapping) -> None:
+    count_run(connection, row["tenant"], Stage(row["stage"]), row["claimed_at"])
 
 
 def _gpu_seconds() -> ColumnElement[float]:

@@ -79,10 +79,23 @@ jobs = Table(
     Column("merges", String(64)),  # the job whose adapter it merges; null: a fine-tune
     Column("deleted_at", Double),  # its tenant sees it no more; the row goes once its objects have gone
     UniqueConstraint("tenant", "idempotency_key"),
-    Index(None, "state", "stage", "gpu_class"),
     Index(None, "merges"),
+    # All that tells a job's place, so that wide rows need not be read for it.
+    Index(
+        "ix_jobs_queue",
+        "state",
+        "stage",
+        "gpu_class",
+        "tenant",
+        "priority",
+        "created_at",
+        "not_before",
+        "pause_requested",
+        "id",
+    ),
     Index(None, "sweep_at"),
     Index(None, "tenant", "created_at"),
+    Index(None, "tenant", "state", "stage"),
 )
 
 job_events = Table(
@@ -148,4 +161,39 @@ workers = Table(
     Column("seen_at", Double, nullable=False),
     Column("place", String(64)),
     Column("takes_classes", JSON),
+)
+
+tenants = Table(
+    "tenants",
+    metadata,
+    Column("name", String(64), primary_key=True),  # one that its operator has said something about
+    Column("share", Double, nullable=False),
+    Column("queued_jobs", Integer),  # of the quotas a null is the settings' default
+    Column("running_jobs", Integer),
+    Column("gpu_hours", Double),
+    Column("stored_bytes", BigInteger),
+)
+
+worker_time = Table(
+    "worker_time",
+    metadata,
+    Column("tenant", String(64), primary_key=True),
+    Column("stage", String(16), primary_key=True),
+    Column("day", Double, primary_key=True),  # on which runs ended; its first second, UTC
+    Column("seconds", Double, nullable=False),
+    Index(None, "stage", "day"),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", String(16), primary_key=True),
+    Column("tenant", String(64), nullable=False),
+    Column("digest", String(64), nullable=False),
+    Column("scopes", JSON, nullable=False),
+    Column("name", String(100), nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("expires_at", Double),
+    Column("revoked_at", Double),
+    Column("last_used_at", Double),
 )

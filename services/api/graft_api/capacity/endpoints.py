@@ -5,8 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Security
 
+from graft_api.auth import tenant
 from graft_api.capacity.schemas import CapacityBody, ForecastError, GpuClassBody, WorkerBody
 from graft_api.deps import Here
 from graft_shared.capacity import TABLE_MAX_LENGTH, CapacityTable
@@ -16,7 +17,7 @@ from graft_shared.specs import DatasetSource, JobSpec, Training
 
 JOBS_COMPARED = 50  # the last of each class
 
-router = APIRouter(tags=["capacity"])
+router = APIRouter(tags=["capacity"], dependencies=[Security(tenant)])
 
 
 @router.get("/capacity", summary="The VRAM-capacity table and the live fleet")

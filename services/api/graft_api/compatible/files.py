@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
 
-from graft_api.auth import Tenant
+from graft_api.auth import MayReadFiles, MayWriteFiles
 from graft_api.compatible.schemas import FileObject
 from graft_api.compatible.views import file_object
 from graft_api.deps import Here
@@ -25,14 +25,14 @@ MOST_FILES = 10_000  # in a page, as OpenAI has it
 
 
 @router.post("", summary="Upload a dataset", openapi_extra=FORM, responses=documented(400, 409, 413, 415))
-async def create_file(request: Request, tenant: Tenant, here: Here) -> FileObject:
+async def create_file(request: Request, tenant: MayWriteFiles, here: Here) -> FileObject:
     """Take a JSONL file; a line that cannot be trained on is refused with its number. `expires_after` is refused."""
     return file_object(await receive(request, tenant, here))
 
 
 @router.get("", summary="List files", responses=documented(404))
 def list_files(
-    tenant: Tenant,
+    tenant: MayReadFiles,
     here: Here,
     after: Annotated[str | None, Query(description="The last id of the page before.")] = None,
     limit: Annotated[int, Query(ge=1, le=MOST_FILES)] = MOST_FILES,
@@ -47,7 +47,7 @@ def list_files(
 
 
 @router.get("/{file_id}", summary="One file", responses=documented(404))
-def get_file(file_id: str, tenant: Tenant, here: Here) -> FileObject:
+def get_file(file_id: str, tenant: MayReadFiles, here: Here) -> FileObject:
     """Return what is known of it."""
     return file_object(here.files.get(tenant, file_id))
 
@@ -58,13 +58,13 @@ def get_file(file_id: str, tenant: Tenant, here: Here) -> FileObject:
     response_class=StreamingResponse,
     responses={**CONTENT, **documented(404)},
 )
-def get_content(file_id: str, tenant: Tenant, here: Here) -> StreamingResponse:
+def get_content(file_id: str, tenant: MayReadFiles, here: Here) -> StreamingResponse:
     """Stream the file as it was uploaded."""
     return content_of(here.files.get(tenant, file_id), here)
 
 
 @router.delete("/{file_id}", summary="Delete a file", responses=documented(404, 409))
-def delete_file(file_id: str, tenant: Tenant, here: Here) -> FileDeleted:
+def delete_file(file_id: str, tenant: MayWriteFiles, here: Here) -> FileDeleted:
     """Delete it for good; 409 while a job has not prepared its data from it yet."""
     here.files.delete(tenant, file_id)
     return FileDeleted(id=file_id)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request
 
-from graft_api.auth import Tenant
+from graft_api.auth import MayReadJobs, MayWriteJobs
 from graft_api.compatible.names import renamed
 from graft_api.compatible.requests import native_body
 from graft_api.compatible.resends import sending_of
@@ -45,8 +45,8 @@ ReadTimeout = Annotated[
 
 @router.post("", summary="Submit a job", openapi_extra=_BODY, responses=documented(400, 413, 415))
 def create_job(
+    tenant: MayWriteJobs,
     body: JsonBody,
-    tenant: Tenant,
     here: Here,
     idempotency_key: Key = None,
     x_stainless_retry_count: RetryCount = None,
@@ -67,7 +67,7 @@ def create_job(
 @router.get("", summary="List jobs, newest first", openapi_extra=METADATA_QUERY, responses=documented(404))
 def list_jobs(
     request: Request,
-    tenant: Tenant,
+    tenant: MayReadJobs,
     here: Here,
     after: Annotated[str | None, Query(description="The last id of the page before.")] = None,
     limit: Limit = 20,
@@ -79,25 +79,25 @@ def list_jobs(
 
 
 @router.get("/{job_id}", summary="One job", responses=documented(404))
-def get_job(job_id: str, tenant: Tenant, here: Here) -> FineTuningJobObject:
+def get_job(job_id: str, tenant: MayReadJobs, here: Here) -> FineTuningJobObject:
     """Return the job."""
     return job_object(here.jobs.get(tenant, job_id))
 
 
 @router.post("/{job_id}/cancel", summary="End a job before its time", responses=documented(404, 409))
-def cancel_job(job_id: str, tenant: Tenant, here: Here) -> FineTuningJobObject:
+def cancel_job(job_id: str, tenant: MayWriteJobs, here: Here) -> FineTuningJobObject:
     """Cancel a queued job at once; a running one is `running` until it has stopped."""
     return job_object(here.jobs.cancel(tenant, job_id))
 
 
 @router.post("/{job_id}/pause", summary="Stop a job for a while", responses=documented(404, 409))
-def pause_job(job_id: str, tenant: Tenant, here: Here) -> FineTuningJobObject:
+def pause_job(job_id: str, tenant: MayWriteJobs, here: Here) -> FineTuningJobObject:
     """Pause a job; it is `running` until it is saved, and `queued` while it is paused."""
     return job_object(here.jobs.pause(tenant, job_id))
 
 
 @router.post("/{job_id}/resume", summary="Let a paused job go on", responses=documented(404, 409))
-def resume_job(job_id: str, tenant: Tenant, here: Here) -> FineTuningJobObject:
+def resume_job(job_id: str, tenant: MayWriteJobs, here: Here) -> FineTuningJobObject:
     """Go on from the last checkpoint, in the old place."""
     return job_object(service.resume(tenant, job_id, here))
 
@@ -105,7 +105,7 @@ def resume_job(job_id: str, tenant: Tenant, here: Here) -> FineTuningJobObject:
 @router.get("/{job_id}/events", summary="A job's history, newest first", responses=documented(404))
 def list_events(
     job_id: str,
-    tenant: Tenant,
+    tenant: MayReadJobs,
     here: Here,
     after: Annotated[str | None, Query(description="The last id of the page before.")] = None,
     limit: Limit = 20,
@@ -121,7 +121,7 @@ def list_events(
 @router.get("/{job_id}/checkpoints", summary="A job's checkpoints, newest first", responses=documented(404))
 def list_checkpoints(
     job_id: str,
-    tenant: Tenant,
+    tenant: MayReadJobs,
     here: Here,
     after: Annotated[str | None, Query(description="The last id of the page before.")] = None,
     limit: Limit = 10,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from graft_api.auth import Tenant
+from graft_api.auth import MayReadJobs
 from graft_api.compatible.names import fine_tuned_model, job_of_model
 from graft_api.compatible.schemas import ModelObject
 from graft_api.compatible.views import adapter_object, base_object
@@ -25,7 +25,7 @@ class ModelNotFound(NotFound):
 
 
 @router.get("", summary="Base models and adapters")
-def list_models(tenant: Tenant, here: Here) -> Page[ModelObject]:
+def list_models(tenant: MayReadJobs, here: Here) -> Page[ModelObject]:
     """List every base model that can be named without asking the hub, and this tenant's last 1000 adapters."""
     bodies = [base_object(source, shape) for source, shape in here.bases.known()]
     succeeded, _ = here.jobs.list(tenant, JobQuery(status=JobStatus.SUCCEEDED, limit=MOST_ADAPTERS))
@@ -34,7 +34,7 @@ def list_models(tenant: Tenant, here: Here) -> Page[ModelObject]:
 
 
 @router.get("/{model:path}", summary="One base model or adapter", responses=documented(404))
-def get_model(model: str, tenant: Tenant, here: Here) -> ModelObject:
+def get_model(model: str, tenant: MayReadJobs, here: Here) -> ModelObject:
     """Return it."""
     job_id = job_of_model(model)
     try:

@@ -8,7 +8,7 @@ from urllib.parse import quote
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
 
-from graft_api.auth import Tenant
+from graft_api.auth import MayReadFiles, MayWriteFiles
 from graft_api.deps import Here, Neighbours
 from graft_api.errors import documented
 from graft_api.files.schemas import FileBody, FileDeleted, file_body
@@ -40,14 +40,14 @@ FORM: dict[str, Any] = {
 
 
 @router.post("", status_code=201, summary="Upload a dataset", openapi_extra=FORM)
-async def create_file(request: Request, tenant: Tenant, here: Here) -> FileBody:
+async def create_file(request: Request, tenant: MayWriteFiles, here: Here) -> FileBody:
     """Take a JSONL file; a line that cannot be trained on is refused with its number."""
     return file_body(await receive(request, tenant, here))
 
 
 @router.get("", summary="List files, newest first")
 def list_files(
-    tenant: Tenant,
+    tenant: MayReadFiles,
     here: Here,
     after: Annotated[str | None, Query(description="The last id of the page before.")] = None,
     limit: Limit = 20,
@@ -58,7 +58,7 @@ def list_files(
 
 
 @router.get("/{file_id}", summary="One file")
-def get_file(file_id: str, tenant: Tenant, here: Here) -> FileBody:
+def get_file(file_id: str, tenant: MayReadFiles, here: Here) -> FileBody:
     """Return what is known of it."""
     return file_body(here.files.get(tenant, file_id))
 
@@ -69,13 +69,13 @@ def get_file(file_id: str, tenant: Tenant, here: Here) -> FileBody:
     response_class=StreamingResponse,
     responses=CONTENT,
 )
-def get_content(file_id: str, tenant: Tenant, here: Here) -> StreamingResponse:
+def get_content(file_id: str, tenant: MayReadFiles, here: Here) -> StreamingResponse:
     """Stream the file as it was uploaded."""
     return content_of(here.files.get(tenant, file_id), here)
 
 
 @router.delete("/{file_id}", summary="Delete a file", responses=documented(404, 409))
-def delete_file(file_id: str, tenant: Tenant, here: Here) -> FileDeleted:
+def delete_file(file_id: str, tenant: MayWriteFiles, here: Here) -> FileDeleted:
     """Delete it for good; 409 while a job has not prepared its data from it yet."""
     here.files.delete(tenant, file_id)
     return FileDeleted(id=file_id)

@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from graft_api.deps import Neighbours, limited
 from graft_api.files.multipart import FileForm
 from graft_shared.artifacts import file_key
-from graft_shared.errors import FileTooLarge
+from graft_shared.errors import FileTooLarge, QuotaExceeded
 from graft_shared.ids import new_file_id
 from graft_shared.logs import log_event
 from graft_shared.rows import MAX_LINE_BYTES, check_lines
@@ -34,8 +34,10 @@ async def receive(request: Request, tenant: str, here: Neighbours) -> StoredFile
         FileTooLarge: As soon as it is known.
         MalformedBody, UnknownParameter, InvalidParameter: The form is not the one that is wanted.
         InvalidTrainingFile: A line that cannot be trained on.
+        QuotaExceeded: The tenant has no room for it; where its length is declared, before it is read.
     """
     limit = here.settings.max_file_bytes
+    await run_in_threadpool(here.files.require_room, tenant, _declared(request))
     # Without a name on disk (Linux: O_TMPFILE), nothing can be left behind, however this process ends.
     with await run_in_threadpool(_scratch_file, here) as scratch:
         form = FileForm(request.headers.get("content-type", ""), scratch)
@@ -46,6 +48,12 @@ async def receive(request: Request, tenant: str, here: Neighbours) -> StoredFile
         if scratch.tell() > limit:
             raise too_large
         return await run_in_threadpool(_store, scratch, filename, tenant, here)
+
+
+def _declared(request: Request) -> int:
+    """The least size that the file can have, by what the request says of itself."""
+    declared = request.headers.get("content-length", "")
+    return max(1, int(declared) - FORM_OVERHEAD_BYTES) if declared.isdigit() else 1
 
 
 def _scratch_file(here: Neighbours) -> BinaryIO:
@@ -64,7 +72,11 @@ def _store(scratch: BinaryIO, filename: str, tenant: str, here: Neighbours) -> S
     here.files.announce(key)
     stored = here.bucket.put_file(key, path)
     name = _safe_name(filename)
-    file = here.files.add(id=file_id, tenant=tenant, filename=name, object=stored, report=report.to_dict())
+    try:
+        file = here.files.add(id=file_id, tenant=tenant, filename=name, object=stored, report=report.to_dict())
+    except QuotaExceeded:
+        here.files.give_up(key)
+        raise
     log_event(logger, "file_stored", file_id=file.id, tenant=tenant, rows=report.rows, bytes=stored.size)
     return file
 

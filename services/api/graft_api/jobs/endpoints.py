@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from graft_api.auth import Tenant
+from graft_api.auth import MayReadJobs, MayWriteJobs, may_go_on
 from graft_api.deps import Here, JsonBody, Neighbours
 from graft_api.errors import documented
 from graft_api.jobs import service
@@ -73,8 +74,8 @@ class LogNotFound(NotFound):
 
 @router.post("", status_code=202, summary="Submit a job", openapi_extra=_SPEC_BODY)
 def create_job(
+    tenant: MayWriteJobs,
     body: JsonBody,
-    tenant: Tenant,
     here: Here,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> JobBody:
@@ -83,7 +84,7 @@ def create_job(
 
 
 @router.post("/estimate", summary="What submitting this job would decide", openapi_extra=_SPEC_BODY)
-def estimate_job(body: JsonBody, tenant: Tenant, here: Here) -> Estimate | Refusal:
+def estimate_job(tenant: MayReadJobs, body: JsonBody, here: Here) -> Estimate | Refusal:
     """Decide as POST /jobs would, without a job. What does not fit anywhere is answered with what would."""
     spec = parse_spec(body)
     try:
@@ -107,7 +108,7 @@ def estimate_job(body: JsonBody, tenant: Tenant, here: Here) -> Estimate | Refus
 @router.get("", summary="List jobs, newest first", openapi_extra=METADATA_QUERY)
 def list_jobs(
     request: Request,
-    tenant: Tenant,
+    tenant: MayReadJobs,
     here: Here,
     status: JobStatus | None = None,
     base_model: Annotated[str | None, Query(max_length=200)] = None,
@@ -131,32 +132,32 @@ def list_jobs(
 
 
 @router.get("/{job_id}", summary="One job")
-def get_job(job_id: str, tenant: Tenant, here: Here) -> JobBody:
+def get_job(job_id: str, tenant: MayReadJobs, here: Here) -> JobBody:
     """Return the job."""
     return job_body(here.jobs.get(tenant, job_id), here)
 
 
 @router.delete("/{job_id}", summary="Delete a job that has ended", responses=documented(404, 409))
-def delete_job(job_id: str, tenant: Tenant, here: Here) -> JobDeleted:
+def delete_job(job_id: str, tenant: MayWriteJobs, here: Here) -> JobDeleted:
     """Delete the job, its history, and its artifacts, the adapter included; 409 while it has not ended."""
     here.jobs.delete(tenant, job_id)
     return JobDeleted(id=job_id)
 
 
 @router.post("/{job_id}/cancel", summary="End a job before its time")
-def cancel_job(job_id: str, tenant: Tenant, here: Here) -> JobBody:
+def cancel_job(job_id: str, tenant: MayWriteJobs, here: Here) -> JobBody:
     """Cancel a queued job at once and stop a running one soon; 409 when it has ended already."""
     return job_body(here.jobs.cancel(tenant, job_id), here)
 
 
 @router.post("/{job_id}/pause", summary="Stop a job for a while")
-def pause_job(job_id: str, tenant: Tenant, here: Here) -> JobBody:
+def pause_job(job_id: str, tenant: MayWriteJobs, here: Here) -> JobBody:
     """Pause a queued job at once and a running one once it is saved; 409 when it has ended or is being cancelled."""
     return job_body(here.jobs.pause(tenant, job_id), here)
 
 
 @router.post("/{job_id}/resume", summary="Let a paused job go on")
-def resume_job(job_id: str, tenant: Tenant, here: Here) -> JobBody:
+def resume_job(job_id: str, tenant: MayWriteJobs, here: Here) -> JobBody:
     """Go on from the last checkpoint, in the old place; 409 when the job has ended or is being cancelled."""
     return job_body(service.resume(tenant, job_id, here), here)
 
@@ -170,7 +171,7 @@ def resume_job(job_id: str, tenant: Tenant, here: Here) -> JobBody:
 async def list_events(
     request: Request,
     job_id: str,
-    tenant: Tenant,
+    tenant: MayReadJobs,
     here: Here,
     after: Annotated[int, Query(ge=0, le=2**31 - 1, description="The id of the last event that is known.")] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
@@ -180,15 +181,15 @@ async def list_events(
     if "text/event-stream" not in request.headers.get("accept", ""):
         page, has_more = await run_in_threadpool(here.jobs.events, tenant, job_id, after=after, limit=limit)
         return envelope([event_body(event) for event in page], [event.id for event in page], has_more=has_more)
-    return await _live(job_id, tenant, here, last_event_id if last_event_id is not None else after)
+    return await _live(request, job_id, tenant, here, last_event_id if last_event_id is not None else after)
 
 
-async def _live(job_id: str, tenant: str, here: Here, after: int) -> Response:
+async def _live(request: Request, job_id: str, tenant: str, here: Here, after: int) -> Response:
     job = await run_in_threadpool(here.jobs.get, tenant, job_id)
     first, _ = await run_in_threadpool(here.jobs.events, tenant, job_id, after=after)
     if not first and job.state in TERMINAL_STATES:
         return Response(status_code=204)
-    stream = event_stream(here.jobs, tenant, job_id, first, after=after)
+    stream = event_stream(here.jobs, tenant, job_id, first, after=after, may_go_on=partial(may_go_on, request, here))
     headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
     return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
 
@@ -196,7 +197,7 @@ async def _live(job_id: str, tenant: str, here: Here, after: int) -> Response:
 @router.get("/{job_id}/checkpoints", summary="A job's checkpoints, newest first", responses=documented(404))
 def list_checkpoints(
     job_id: str,
-    tenant: Tenant,
+    tenant: MayReadJobs,
     here: Here,
     after: Annotated[str | None, Query(description="The last id of the page before.")] = None,
     limit: Limit = 20,
@@ -209,7 +210,7 @@ def list_checkpoints(
 
 
 @router.get("/{job_id}/metrics", summary="Losses and speeds by step")
-def get_metrics(job_id: str, tenant: Tenant, here: Here) -> JobMetrics:
+def get_metrics(job_id: str, tenant: MayReadJobs, here: Here) -> JobMetrics:
     """Return series for plotting."""
     return metric_series(job_id, all_events(here.jobs, tenant, job_id))
 
@@ -220,7 +221,7 @@ def get_metrics(job_id: str, tenant: Tenant, here: Here) -> JobMetrics:
     response_class=PlainTextResponse,
     responses={200: {"content": {"text/plain": {}}}},
 )
-def get_logs(job_id: str, tenant: Tenant, here: Here) -> StreamingResponse:
+def get_logs(job_id: str, tenant: MayReadJobs, here: Here) -> StreamingResponse:
     """Stream the log that the latest epoch left."""
     job = here.jobs.get(tenant, job_id)
     for epoch in range(job.epoch, 0, -1):
@@ -233,7 +234,7 @@ def get_logs(job_id: str, tenant: Tenant, here: Here) -> StreamingResponse:
 
 
 @router.get("/{job_id}/adapter", summary="The adapter's manifest, with a link per file")
-def get_adapter(request: Request, job_id: str, tenant: Tenant, here: Here) -> AdapterBody:
+def get_adapter(request: Request, job_id: str, tenant: MayReadJobs, here: Here) -> AdapterBody:
     """Return what the adapter consists of; 409 until the job has succeeded."""
     adapter = read_adapter(here.jobs.get(tenant, job_id), here.bucket)
     return adapter_body(adapter, here.bucket, here.settings, str(request.base_url))
@@ -242,7 +243,7 @@ def get_adapter(request: Request, job_id: str, tenant: Tenant, here: Here) -> Ad
 @router.get(
     "/{job_id}/adapter/archive", summary="The adapter as one .tar", response_class=StreamingResponse, responses=TAR
 )
-def get_archive(job_id: str, tenant: Tenant, here: Here) -> StreamingResponse:
+def get_archive(job_id: str, tenant: MayReadJobs, here: Here) -> StreamingResponse:
     """Stream the adapter's files and its manifest, each proven by its sha256 on the way."""
     return tar_of(here.jobs.get(tenant, job_id), here, name=job_id)
 

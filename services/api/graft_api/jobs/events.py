@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 
 from starlette.concurrency import run_in_threadpool
 
@@ -31,14 +31,21 @@ def all_events(jobs: Jobs, tenant: str, job_id: str) -> Iterator[JobEvent]:
 
 
 async def event_stream(
-    jobs: Jobs, tenant: str, job_id: str, first: Sequence[JobEvent], *, after: int
+    jobs: Jobs,
+    tenant: str,
+    job_id: str,
+    first: Sequence[JobEvent],
+    *,
+    after: int,
+    may_go_on: Callable[[], Awaitable[bool]],
 ) -> AsyncIterator[str]:
-    """Server-sent events from behind `after` to the job's end.
+    """Server-sent events from behind `after` to the job's end, or that of the key that asked for them.
 
     When the database goes away the stream ends; the browser comes back with `Last-Event-ID` and misses nothing.
 
     Args:
         first: What was found behind `after` already.
+        may_go_on: Asked before each further look.
     """
     yield f"retry: {RECONNECT_MILLISECONDS}\n\n"
     page, said = first, time.monotonic()
@@ -54,6 +61,8 @@ async def event_stream(
                 said = time.monotonic()
             await asyncio.sleep(LOOK_EVERY_SECONDS)
         try:
+            if not await may_go_on():
+                return
             page, _ = await run_in_threadpool(jobs.events, tenant, job_id, after=after, limit=_PAGE)
         except NeighbourUnavailable:
             return

@@ -7,7 +7,7 @@ import time
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
-from graft_api.auth import Tenant
+from graft_api.auth import MayReadJobs, MayWriteJobs
 from graft_api.deps import Here
 from graft_api.errors import documented
 from graft_api.jobs.adapter import linked_files, read_adapter
@@ -20,7 +20,7 @@ router = APIRouter(prefix="/jobs/{job_id}/merged", tags=["jobs"])
 
 
 @router.post("", status_code=202, summary="Merge a job's adapter into its base", responses=documented(404, 409))
-def create_merged(request: Request, job_id: str, tenant: Tenant, here: Here) -> MergedModelBody:
+def create_merged(request: Request, job_id: str, tenant: MayWriteJobs, here: Here) -> MergedModelBody:
     """Have a CPU worker make it; asking again is asking once, until one has failed. 409 until the job has succeeded."""
     merge, is_new = here.merges.ask(tenant, job_id, id=new_merge_id())
     if is_new:
@@ -29,7 +29,7 @@ def create_merged(request: Request, job_id: str, tenant: Tenant, here: Here) -> 
 
 
 @router.get("", summary="A job's merged model", responses=documented(404))
-def get_merged(request: Request, job_id: str, tenant: Tenant, here: Here) -> MergedModelBody:
+def get_merged(request: Request, job_id: str, tenant: MayReadJobs, here: Here) -> MergedModelBody:
     """Return how far it is and, once it is made, a link per file."""
     return _body(here.merges.get(tenant, job_id), here, str(request.base_url))
 
@@ -40,13 +40,13 @@ def get_merged(request: Request, job_id: str, tenant: Tenant, here: Here) -> Mer
     response_class=StreamingResponse,
     responses={**TAR, **documented(404, 409)},
 )
-def get_merged_archive(job_id: str, tenant: Tenant, here: Here) -> StreamingResponse:
+def get_merged_archive(job_id: str, tenant: MayReadJobs, here: Here) -> StreamingResponse:
     """Stream its files and its manifest, each proven by its sha256 on the way; 409 until it is made."""
     return tar_of(here.merges.get(tenant, job_id), here, name=f"{job_id}-merged")
 
 
 @router.delete("", summary="Delete a merged model", responses=documented(404, 409))
-def delete_merged(job_id: str, tenant: Tenant, here: Here) -> MergedModelDeleted:
+def delete_merged(job_id: str, tenant: MayWriteJobs, here: Here) -> MergedModelDeleted:
     """Delete it for good; the adapter stays, and it can be merged again. 409 while it is being made."""
     here.merges.delete(tenant, job_id)
     return MergedModelDeleted(job_id=job_id)

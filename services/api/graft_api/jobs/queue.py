@@ -10,7 +10,7 @@ from typing import TypeVar
 from graft_api.jobs.schemas import Queue
 from graft_shared.capacity import CapacityTable
 from graft_shared.jobs import Job, JobState, JobStatus, Stage
-from graft_shared.store import Backlog, Crew, Jobs, LiveWorker
+from graft_shared.store import Backlog, Crew, Jobs, LiveWorker, PlaceInLine, Quota, Reached
 
 Working = TypeVar("Working", Crew, LiveWorker)
 
@@ -28,19 +28,19 @@ class Wait(StrEnum):
 def queue_of(job: Job, jobs: Jobs, crews: Sequence[Crew], table: CapacityTable) -> Queue | None:
     """The place and the reason of a job that waits, or that nobody alive will train; None for any other.
 
-    A paused job has no place: it waits for its user.
+    A paused job has no place: it waits for its user. Nor has one that a quota of its tenant holds back.
     """
     if job.status is JobStatus.PAUSED:
         return Queue(position=None, reason=PAUSED)
     trainers = workers_for(Stage.TRAIN, job.gpu_class, crews, table)
     untrained = job.stage is Stage.PREPARE and not trainers
     later = f"Once prepared, it waits for a worker of class {job.gpu_class}: none is alive."
-    position = jobs.queue_position(job)
-    if position is None:
+    place = jobs.place_in_line(job)
+    if place is None:
         return Queue(position=None, reason=later) if untrained and job.state is JobState.RUNNING else None
     able = workers_for(job.stage, job.gpu_class, crews, table)
-    reason = reason_to_wait(job, position, sum(crew.size for crew in able), jobs.waits_until(job))
-    return Queue(position=position, reason=f"{reason} {later}" if untrained else reason)
+    reason = reason_to_wait(job, place, sum(crew.size for crew in able), jobs.waits_until(job))
+    return Queue(position=place.position, reason=f"{reason} {later}" if untrained else reason)
 
 
 def workers_for(stage: Stage, gpu_class: str, workers: Sequence[Working], table: CapacityTable) -> list[Working]:
@@ -57,18 +57,33 @@ def lengths_by_reason(backlog: Backlog, able_workers: int) -> dict[Wait, int]:
     return lengths
 
 
-def reason_to_wait(job: Job, position: int, able_workers: int, waits_until: datetime | None) -> str:
+def reason_to_wait(job: Job, place: PlaceInLine, able_workers: int, waits_until: datetime | None) -> str:
     """Say what the job waits for, as a sentence."""
     preparing = job.stage is Stage.PREPARE
     wait = _wait(able_workers, delayed=waits_until is not None)
     if wait is Wait.NO_LIVE_WORKER:
         return "No live worker prepares data." if preparing else f"No live worker of class {job.gpu_class}."
+    if place.held_by is not None:
+        return _held(place.held_by)
     if waits_until is not None:
         return f"The last run failed; the next one starts after {waits_until:%H:%M:%S} UTC."
-    ahead = "" if position == 1 else f"{position - 1} {'job' if position == 2 else 'jobs'} before it"
+    before = (place.position or 1) - 1
+    ahead = f"{before} {'job' if before == 1 else 'jobs'} before it" if before else ""
     if preparing:
         return f"Waiting for data preparation{f', {ahead}' if ahead else ''}."
     return f"{ahead or 'Next in line'} for a worker of class {job.gpu_class}."
+
+
+def _held(reached: Reached) -> str:
+    if reached.quota is Quota.GPU_HOURS:
+        return (
+            f"This tenant has used {reached.used:.2f} of the {reached.limit:g} GPU-hours that it has in a month; its "
+            "jobs go on when the next one begins (UTC)."
+        )
+    if reached.limit == 0:
+        return "This tenant's quota of running jobs is 0: nothing trains until the operator raises it."
+    runs = "1 job trains" if reached.used == 1 else f"{reached.used:g} jobs train"
+    return f"{runs} for this tenant, and its quota is {reached.limit:g}: it goes on when one of them leaves."
 
 
 def _wait(able_workers: int, *, delayed: bool) -> Wait:

@@ -26,7 +26,12 @@ class Progress(BaseModel):
 class Queue(BaseModel):
     """Where a queued job stands, and what it waits for or will wait for."""
 
-    position: int | None = Field(description="From 1; null while its data is being prepared, and while it is paused.")
+    position: int | None = Field(
+        description=(
+            "How many claims until its own, by the tenants' fair share as things stand. Null while its data is being "
+            "prepared, while it is paused, and while a quota of its tenant holds it back."
+        )
+    )
     reason: str
 
 

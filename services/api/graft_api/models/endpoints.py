@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Security
 
+from graft_api.auth import tenant
 from graft_api.deps import Here
 from graft_api.models.schemas import BaseModelBody, base_model_body
 from graft_api.paging import Page, envelope
 
-router = APIRouter(prefix="/models", tags=["models"])
+router = APIRouter(prefix="/models", tags=["models"], dependencies=[Security(tenant)])
 
 
 @router.get("", summary="The base models that jobs may name")

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter
 from pydantic import ValidationError
 
-from graft_api.auth import Tenant
+from graft_api.auth import MayReadJobs, MayUseWebhooks
 from graft_api.deps import Here, JsonBody
 from graft_api.jobs.service import WEBHOOKS_ARE_OFF
 from graft_api.paging import Page, envelope
@@ -36,13 +36,13 @@ class WebhooksNotSetUp(NotFound):
 
 
 @router.get("/webhooks/secret", summary="What webhooks are signed with")
-def get_secret(tenant: Tenant, here: Here) -> SigningSecret:
+def get_secret(tenant: MayUseWebhooks, here: Here) -> SigningSecret:
     """Return this tenant's signing secret; a receiver needs it to know what comes from here."""
     return SigningSecret(secret=signing_secret(_postman(here).root, tenant))
 
 
 @router.post("/webhooks/test", summary="Send a webhook that is about nothing", openapi_extra=_TEST_BODY)
-def test_webhook(body: JsonBody, tenant: Tenant, here: Here) -> WebhookTested:
+def test_webhook(tenant: MayUseWebhooks, body: JsonBody, here: Here) -> WebhookTested:
     """Send one message now, once, and tell what came of it."""
     url, id = _url_of(body), new_webhook_id()
     message = {"id": id, "object": "event", "type": TEST_TYPE, "created_at": int(time.time()), "data": {}}
@@ -54,7 +54,7 @@ def test_webhook(body: JsonBody, tenant: Tenant, here: Here) -> WebhookTested:
 
 
 @router.get("/jobs/{job_id}/webhooks", summary="What was sent about a job's end", tags=["jobs"])
-def list_webhooks(job_id: str, tenant: Tenant, here: Here) -> Page[WebhookBody]:
+def list_webhooks(job_id: str, tenant: MayReadJobs, here: Here) -> Page[WebhookBody]:
     """Return the job's webhook and how far it has come; nothing before the job's end, or without a `webhook_url`."""
     bodies = [_body(webhook) for webhook in here.outbox.of_job(tenant, job_id)]
     return envelope(bodies, [body.id for body in bodies], has_more=False)

@@ -1,0 +1,1 @@
+"""Keys: what they look like, what each may do, and whose one is."""

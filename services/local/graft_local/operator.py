@@ -1,0 +1,43 @@
+"""`graft keys` and `graft tenants`: the operator's commands of the API, on the service of a state folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from graft_local.secrets import kept_secret
+
+_PASSED_ON: dict[str, Any] = {
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+}
+
+keys = typer.Typer(add_completion=False)
+tenants = typer.Typer(add_completion=False)
+
+
+@keys.command(help="Make, list and revoke the keys of this machine's service: graft keys --help.", **_PASSED_ON)
+def _keys(context: typer.Context) -> None:
+    _run("graft_api.keys", context.args)
+
+
+@tenants.command(help="See what tenants have, and change their quotas: graft tenants --help.", **_PASSED_ON)
+def _tenants(context: typer.Context) -> None:
+    _run("graft_api.tenants", context.args)
+
+
+def _run(module: str, arguments: list[str]) -> None:
+    """Run the API's command as `graft up` runs the API, with the settings of the state folder."""
+    state_dir = Path(os.environ.get("GRAFT_STATE_DIR") or ".graft").absolute()
+    if not state_dir.is_dir():
+        typer.echo(f"error There is no service in {state_dir}. Start one (graft up), or set GRAFT_STATE_DIR.", err=True)
+        raise typer.Exit(2)
+    environment = {"GRAFT_LOG_JSON": "false", **os.environ, "GRAFT_STATE_DIR": str(state_dir)}
+    environment["GRAFT_KEY_PEPPER"] = environment.get("GRAFT_KEY_PEPPER") or kept_secret(state_dir / "key-pepper")
+    raise typer.Exit(
+        subprocess.run([sys.executable, "-m", module, *arguments], env=environment, check=False).returncode
+    )
