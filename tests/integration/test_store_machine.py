@@ -102,22 +102,20 @@ class StoreMachine(RuleBasedStateMachine):
         tenant=tenants,
         sha=st.sampled_from(["again", "once more"]),
         counts=st.permutations([0, 0, 1, 2]),
-        deleted=st.booleans(),
-        later=st.sampled_from([0.0, 100.0]),
+        before=st.sampled_from(["nothing", "it is deleted", "time passes"]),
     )
-    def a_request_is_sent_again_and_again(
-        self, tenant: str, sha: str, counts: list[int], deleted: bool, later: float
-    ) -> None:
-        """In any order, by both tenants; and once what it made is gone, or was made long ago."""
+    def a_request_is_sent_again_and_again(self, tenant: str, sha: str, counts: list[int], before: str) -> None:
+        """In any order and slowly, by both tenants; and once what it made is gone, or was made long ago."""
         job_id = f"ftjob-{len(self.model.jobs)}"
         for count in counts[:2]:
-            self.both.submit(tenant, sha=sha, sent=(count, 30.0 * count))
-        if deleted and job_id in self.model.jobs:
+            self.both.submit(tenant, sha=sha, sent=(count, 10.0 + 30.0 * count))
+        if before == "it is deleted" and job_id in self.model.jobs:
             self.both.cancel(tenant, job_id)
             self.both.delete(tenant, job_id)
-        self.clock.now += later
+        elif before == "time passes":
+            self.clock.now += 100.0
         for sender in TENANTS:
-            self.both.submit(sender, sha=sha, sent=(counts[2], 30.0 * counts[2]))
+            self.both.submit(sender, sha=sha, sent=(counts[2], 10.0 + 30.0 * counts[2]))
 
     @rule(tenant=tenants, pick=picks)
     def a_tenant_deletes(self, tenant: str, pick: int) -> None:

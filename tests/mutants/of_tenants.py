@@ -178,11 +178,11 @@ BUDGETS = [
 
 DELETED = [
     _of(
-        _JOBS,
+        "shared/graft_shared/store/rows.py",
         "a-deleted-job-is-seen",
         "what was deleted is still answered",
-        'jobs.c.id == bindparam("job"), jobs.c.deleted_at.is_(None))',
-        'jobs.c.id == bindparam("job"))',
+        "return and_(jobs.c.deleted_at.is_(None), jobs.c.merges.is_(None))",
+        "return jobs.c.merges.is_(None)",
     ),
     _of(
         _JOBS,

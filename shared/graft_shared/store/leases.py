@@ -69,41 +69,39 @@ class Leases:
         Preparing data needs no GPU, so there classes do not count. A paused job is not eligible, nor is one whose
         tenant's quotas let nothing more begin.
         """
-        with self._database.writing() as connection:
-            best = self._best(connection, stage, gpu_classes)
-            if best is None:
-                return None
-            epoch = best["epoch"] + 1
-            row = compare_and_set(
-                connection,
-                best["id"],
-                best["epoch"],
-                JobState.QUEUED,
-                state=JobState.RUNNING.value,
-                epoch=epoch,
-                attempt=best["attempt"] + 1,
-                worker=worker,
-                phase=Phase.FETCHING.value,
-                claimed_at=now(),
-                started_at=best["started_at"] or now(),
-                lease_expires_at=now() + self._lease,
-                sweep_at=now() + SWEEP_EVERY.total_seconds(),
-            )
-            message = _CLAIMED[stage]
-            facts = {"worker": worker, "stage": stage.value, "attempt": row["attempt"]}
-            add_event(connection, row["id"], epoch, "claimed", message, data=facts)
-            return job_from(row)
-
-    def _best(self, connection: Connection, stage: Stage, gpu_classes: Sequence[str]) -> RowMapping | None:
-        """The best eligible row, locked. Of claims that are made at once for one tenant, each sees those before it."""
         query, passed_over = _best_queued(stage, tuple(gpu_classes), self._quotas), list[str]()
         while True:
-            best = connection.execute(query, {"passed_over": passed_over}).mappings().one_or_none()
-            if best is None or stage is Stage.PREPARE or best["most_running"] is None:
-                return best
-            if may_run_another(connection, best["tenant"], best["most_running"]):
-                return best
-            passed_over.append(best["tenant"])
+            # Another transaction for each tenant that turns out to be at its quota: a claim that held what it counts
+            # runs under for one tenant and waited for another's could wait for a claim that does it the other way.
+            with self._database.writing() as connection:
+                best = connection.execute(query, {"passed_over": passed_over}).mappings().one_or_none()
+                if best is None:
+                    return None
+                if stage is not Stage.TRAIN or may_run_another(connection, best["tenant"], best["most_running"]):
+                    return self._take(connection, best, worker, stage)
+                passed_over.append(best["tenant"])
+
+    def _take(self, connection: Connection, best: RowMapping, worker: str, stage: Stage) -> Job:
+        epoch = best["epoch"] + 1
+        row = compare_and_set(
+            connection,
+            best["id"],
+            best["epoch"],
+            JobState.QUEUED,
+            state=JobState.RUNNING.value,
+            epoch=epoch,
+            attempt=best["attempt"] + 1,
+            worker=worker,
+            phase=Phase.FETCHING.value,
+            claimed_at=now(),
+            started_at=best["started_at"] or now(),
+            lease_expires_at=now() + self._lease,
+            sweep_at=now() + SWEEP_EVERY.total_seconds(),
+        )
+        message = _CLAIMED[stage]
+        facts = {"worker": worker, "stage": stage.value, "attempt": row["attempt"]}
+        add_event(connection, row["id"], epoch, "claimed", message, data=facts)
+        return job_from(row)
 
     def renew(self, job_id: str, epoch: int) -> Orders:
         """Hold the lease for another full length from now, by the database's clock.
