@@ -16,7 +16,7 @@ from graft_api.compatible import jobs as compatible_jobs
 from graft_api.compatible import models as compatible_models
 from graft_api.compatible.requests import FineTuningRequest
 from graft_api.deps import Neighbours, known_query
-from graft_api.errors import DOCUMENTED, install_handlers
+from graft_api.errors import DOCUMENTED, ErrorBody, documented, install_handlers
 from graft_api.exchanges import Exchanges
 from graft_api.files import endpoints as file_routes
 from graft_api.jobs import endpoints as job_routes
@@ -110,7 +110,7 @@ def create_app(neighbours: Neighbours) -> FastAPI:
 def _add_routes(app: FastAPI, bucket: Bucket) -> None:
     native = (job_routes, webhook_routes, file_routes, model_routes, capacity_routes, metrics)
     for routes in (*native, compatible_files, compatible_jobs, compatible_models):
-        app.include_router(routes.router, dependencies=[Depends(tenant)])
+        app.include_router(routes.router, dependencies=[Depends(tenant)], responses=documented(401))
     app.include_router(health.router)
     if isinstance(bucket, DirectoryBucket):
         app.include_router(objects.router)
@@ -127,9 +127,9 @@ def _hub_of(settings: ApiSettings) -> HubConfigs:
 
 
 def _describe_spec(app: FastAPI) -> None:
-    """Put bodies into the OpenAPI document whose routes read them themselves, stricter than FastAPI would."""
+    """Put bodies into the OpenAPI document that FastAPI does not see: those that routes read themselves, and errors."""
     document = app.openapi()
-    for body in (JobSpec, FineTuningRequest):
+    for body in (JobSpec, FineTuningRequest, ErrorBody):
         schema = body.model_json_schema(by_alias=True, ref_template="#/components/schemas/{model}")
         parts: dict[str, Any] = schema.pop("$defs")
         document["components"]["schemas"] |= {**parts, body.__name__: schema}

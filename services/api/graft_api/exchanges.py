@@ -12,11 +12,10 @@ from urllib.parse import quote
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from graft_api.errors import InternalError, answer
+from graft_api.errors import REQUEST_ID_HEADER, InternalError, answer
 from graft_shared.ids import new_request_id
 from graft_shared.logs import log_event
 
-REQUEST_ID_HEADER = "x-request-id"
 _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _QUIET = ("/healthz", "/readyz", "/metrics")  # asked every few seconds; worth a line only when they fail
 

@@ -10,7 +10,7 @@ from fastapi.responses import PlainTextResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from graft_api.auth import Tenant
-from graft_api.deps import Here, JsonBody
+from graft_api.deps import NO_NUL, Here, JsonBody
 from graft_api.errors import documented
 from graft_api.jobs import service
 from graft_api.jobs.adapter import Archive, adapter_body, read_adapter
@@ -29,7 +29,7 @@ from graft_api.jobs.schemas import (
     Refusal,
 )
 from graft_api.jobs.views import event_body, job_bodies, job_body, metric_series, plan_body
-from graft_api.paging import Limit, Page, envelope
+from graft_api.paging import After, Limit, Page, envelope
 from graft_api.parsing import parse_spec
 from graft_api.streams import chunks_of
 from graft_shared.artifacts import log_key
@@ -54,7 +54,11 @@ METADATA_QUERY: dict[str, Any] = {
             "style": "deepObject",
             "explode": True,
             "description": "Only jobs whose metadata has these pairs, as `metadata[team]=search`.",
-            "schema": {"type": "object", "additionalProperties": {"type": "string"}},
+            "schema": {
+                "type": "object",
+                "propertyNames": {"pattern": r"^[^\s\[\]\x00]{1,64}$"},
+                "additionalProperties": {"type": "string", "pattern": NO_NUL},
+            },
         }
     ]
 }
@@ -71,7 +75,7 @@ class LogNotFound(NotFound):
     """The job '{job_id}' has written no log yet."""
 
 
-@router.post("", status_code=202, summary="Submit a job", openapi_extra=_SPEC_BODY)
+@router.post("", status_code=202, summary="Submit a job", openapi_extra=_SPEC_BODY, responses=documented(413, 415))
 def create_job(
     body: JsonBody,
     tenant: Tenant,
@@ -82,7 +86,12 @@ def create_job(
     return job_body(service.submit(tenant, body, idempotency_key, here), here)
 
 
-@router.post("/estimate", summary="What submitting this job would decide", openapi_extra=_SPEC_BODY)
+@router.post(
+    "/estimate",
+    summary="What submitting this job would decide",
+    openapi_extra=_SPEC_BODY,
+    responses=documented(413, 415),
+)
 def estimate_job(body: JsonBody, tenant: Tenant, here: Here) -> Estimate | Refusal:
     """Decide as POST /jobs would, without a job. What does not fit anywhere is answered with what would."""
     spec = parse_spec(body)
@@ -104,16 +113,16 @@ def estimate_job(body: JsonBody, tenant: Tenant, here: Here) -> Estimate | Refus
     )
 
 
-@router.get("", summary="List jobs, newest first", openapi_extra=METADATA_QUERY)
+@router.get("", summary="List jobs, newest first", openapi_extra=METADATA_QUERY, responses=documented(404))
 def list_jobs(
     request: Request,
     tenant: Tenant,
     here: Here,
     status: JobStatus | None = None,
-    base_model: Annotated[str | None, Query(max_length=200)] = None,
+    base_model: Annotated[str | None, Query(max_length=200, pattern=NO_NUL)] = None,
     created_after: UnixSeconds = None,
     created_before: UnixSeconds = None,
-    after: Annotated[str | None, Query(description="The last id of the page before.")] = None,
+    after: After = None,
     limit: Limit = 20,
 ) -> Page[JobBody]:
     """List this tenant's jobs."""
@@ -130,7 +139,7 @@ def list_jobs(
     return envelope(job_bodies(jobs, here), [job.id for job in jobs], has_more=has_more)
 
 
-@router.get("/{job_id}", summary="One job")
+@router.get("/{job_id}", summary="One job", responses=documented(404))
 def get_job(job_id: str, tenant: Tenant, here: Here) -> JobBody:
     """Return the job."""
     return job_body(here.jobs.get(tenant, job_id), here)
@@ -143,19 +152,19 @@ def delete_job(job_id: str, tenant: Tenant, here: Here) -> JobDeleted:
     return JobDeleted(id=job_id)
 
 
-@router.post("/{job_id}/cancel", summary="End a job before its time")
+@router.post("/{job_id}/cancel", summary="End a job before its time", responses=documented(404, 409))
 def cancel_job(job_id: str, tenant: Tenant, here: Here) -> JobBody:
     """Cancel a queued job at once and stop a running one soon; 409 when it has ended already."""
     return job_body(here.jobs.cancel(tenant, job_id), here)
 
 
-@router.post("/{job_id}/pause", summary="Stop a job for a while")
+@router.post("/{job_id}/pause", summary="Stop a job for a while", responses=documented(404, 409))
 def pause_job(job_id: str, tenant: Tenant, here: Here) -> JobBody:
     """Pause a queued job at once and a running one once it is saved; 409 when it has ended or is being cancelled."""
     return job_body(here.jobs.pause(tenant, job_id), here)
 
 
-@router.post("/{job_id}/resume", summary="Let a paused job go on")
+@router.post("/{job_id}/resume", summary="Let a paused job go on", responses=documented(404, 409))
 def resume_job(job_id: str, tenant: Tenant, here: Here) -> JobBody:
     """Go on from the last checkpoint, in the old place; 409 when the job has ended or is being cancelled."""
     return job_body(service.resume(tenant, job_id, here), here)
@@ -165,7 +174,7 @@ def resume_job(job_id: str, tenant: Tenant, here: Here) -> JobBody:
     "/{job_id}/events",
     summary="A job's history, as a page or live",
     response_model=Page[EventBody],
-    responses=_EVENT_STREAM,
+    responses={**_EVENT_STREAM, **documented(404)},
 )
 async def list_events(
     request: Request,
@@ -198,7 +207,7 @@ def list_checkpoints(
     job_id: str,
     tenant: Tenant,
     here: Here,
-    after: Annotated[str | None, Query(description="The last id of the page before.")] = None,
+    after: After = None,
     limit: Limit = 20,
 ) -> Page[CheckpointBody]:
     """Return a page of the checkpoints that were stored while the job trained."""
@@ -208,7 +217,7 @@ def list_checkpoints(
     return envelope(bodies, [body.id for body in bodies], has_more=has_more)
 
 
-@router.get("/{job_id}/metrics", summary="Losses and speeds by step")
+@router.get("/{job_id}/metrics", summary="Losses and speeds by step", responses=documented(404))
 def get_metrics(job_id: str, tenant: Tenant, here: Here) -> JobMetrics:
     """Return series for plotting."""
     return metric_series(job_id, all_events(here.jobs, tenant, job_id))
@@ -218,7 +227,7 @@ def get_metrics(job_id: str, tenant: Tenant, here: Here) -> JobMetrics:
     "/{job_id}/logs",
     summary="The log of the job's last run",
     response_class=PlainTextResponse,
-    responses={200: {"content": {"text/plain": {}}}},
+    responses={200: {"content": {"text/plain": {}}}, **documented(404)},
 )
 def get_logs(job_id: str, tenant: Tenant, here: Here) -> StreamingResponse:
     """Stream the log that the latest epoch left."""
@@ -232,7 +241,7 @@ def get_logs(job_id: str, tenant: Tenant, here: Here) -> StreamingResponse:
     raise LogNotFound(job_id=job_id)
 
 
-@router.get("/{job_id}/adapter", summary="The adapter's manifest, with a link per file")
+@router.get("/{job_id}/adapter", summary="The adapter's manifest, with a link per file", responses=documented(404, 409))
 def get_adapter(request: Request, job_id: str, tenant: Tenant, here: Here) -> AdapterBody:
     """Return what the adapter consists of; 409 until the job has succeeded."""
     adapter = read_adapter(here.jobs.get(tenant, job_id), here.bucket)
@@ -240,7 +249,10 @@ def get_adapter(request: Request, job_id: str, tenant: Tenant, here: Here) -> Ad
 
 
 @router.get(
-    "/{job_id}/adapter/archive", summary="The adapter as one .tar", response_class=StreamingResponse, responses=_TAR
+    "/{job_id}/adapter/archive",
+    summary="The adapter as one .tar",
+    response_class=StreamingResponse,
+    responses={**_TAR, **documented(404, 409)},
 )
 def get_archive(job_id: str, tenant: Tenant, here: Here) -> StreamingResponse:
     """Stream the adapter's files and its manifest, each proven by its sha256 on the way."""
