@@ -9,7 +9,7 @@ COMPOSE ?= docker compose
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --root-user-action=ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo up down logs ps check test test-unit test-s3 test-load test-model failpoints chaos chaos-control races outages test-containers test-gpu mutants bench bench-load bench-gpu pins format clean
+.PHONY: help setup run demo up down logs ps check test test-unit test-s3 test-load test-model test-openapi failpoints chaos chaos-control races outages test-containers test-gpu mutants bench bench-load bench-gpu pins format clean
 
 help: ## print this
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +79,9 @@ failpoints: $(VENV)/.ready-dev ## processes struck at named points: TIMES=1 [DB=
 
 test-model: $(VENV)/.ready-dev ## half an hour: the store against its model, on new random sequences of calls
 	@HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest tests/integration/test_store_machine.py
+
+test-openapi: $(VENV)/.ready-dev ## a quarter of an hour: requests drawn from the OpenAPI document: [CASES=20000] [SEED=1] [OUT=report.json]
+	@$(BIN)/python -m tests.openapi --cases $(or $(CASES),20000) --seed $(or $(SEED),1) $(if $(OUT),--out $(OUT))
 
 mutants: $(VENV)/.ready-dev ## ten minutes: break the code in some eighty places, one at a time, and see that tests notice [NAMES=]
 	@$(BIN)/python -m tests.mutants $(NAMES)

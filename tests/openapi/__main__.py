@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
@@ -19,6 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from tests.openapi.seeds import seeded_api
 from tests.servers import PostgresServer
 
@@ -31,19 +34,20 @@ class Wanted:
     """What a run is.
 
     Args:
-        examples: Cases of each operation in the fuzzing phase, and as many again in stateful chains.
+        cases: About so many drawn at random, shared among the operations; the phase of coverage adds its own.
         phases: Schemathesis' own: examples, coverage, fuzzing, stateful.
     """
 
-    examples: int = 450
+    cases: int = 20_000
     seed: int = 1
     phases: str = PHASES
+    spare_jobs: int = 40
 
 
 def main() -> None:
     """Run and report; exit code 1 if an answer was not as the document says."""
     parser = argparse.ArgumentParser(prog="python -m tests.openapi", description=__doc__)
-    parser.add_argument("--examples", type=int, default=Wanted.examples)
+    parser.add_argument("--cases", type=int, default=Wanted.cases)
     parser.add_argument("--seed", type=int, default=Wanted.seed)
     parser.add_argument("--phases", default=Wanted.phases)
     parser.add_argument("--out", type=Path)
@@ -51,7 +55,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="graft-openapi-"))
     postgres = PostgresServer(folder / "postgres").start()
     try:
-        wanted = Wanted(examples=arguments.examples, seed=arguments.seed, phases=arguments.phases)
+        wanted = Wanted(cases=arguments.cases, seed=arguments.seed, phases=arguments.phases)
         report = run(folder, postgres, wanted)
     finally:
         postgres.stop()
@@ -67,14 +71,14 @@ def main() -> None:
 def run(folder: Path, postgres: PostgresServer, wanted: Wanted) -> dict[str, Any]:
     """One run in this folder; returns its report."""
     began = time.monotonic()
-    with seeded_api(folder, postgres, "openapi") as api:
+    with seeded_api(folder, postgres, spare_jobs=wanted.spare_jobs) as api:
         shutil.copy(CONFIG, folder)
         said = _schemathesis(folder, api.url, wanted)
         alive = api.child.poll() is None
     found = _counted(folder / "cases.ndjson")
     summary = json.loads((folder / "summary.json").read_text())
     return {
-        "command": f"python -m tests.openapi --examples {wanted.examples} --seed {wanted.seed}",
+        "command": f"python -m tests.openapi --cases {wanted.cases} --seed {wanted.seed}",
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{os.cpu_count()} cores, {platform.platform()}",
         "schemathesis": version("schemathesis"),
@@ -98,9 +102,22 @@ def run(folder: Path, postgres: PostgresServer, wanted: Wanted) -> dict[str, Any
 def _schemathesis(folder: Path, url: str, wanted: Wanted) -> subprocess.CompletedProcess[str]:
     command = [str(Path(sys.executable).parent / "schemathesis"), "--config-file", CONFIG.name, "run"]
     command += [f"{url}/openapi.json", "--checks", "all", "--phases", wanted.phases]
-    command += ["--seed", str(wanted.seed), "--max-examples", str(wanted.examples), "--generation-database", "none"]
+    command += [
+        "--seed",
+        str(wanted.seed),
+        "--max-examples",
+        str(_examples(url, wanted.cases)),
+        "--generation-database",
+        "none",
+    ]
     command += ["--report", "ndjson,json", "--report-ndjson-path", "cases.ndjson", "--report-json-path", "summary.json"]
     return subprocess.run([*command, "--no-color"], cwd=folder, capture_output=True, text=True, check=False)
+
+
+def _examples(url: str, cases: int) -> int:
+    """How many of them each operation gets."""
+    paths = httpx.get(f"{url}/openapi.json").raise_for_status().json()["paths"]
+    return math.ceil(cases / sum(len(operations) for operations in paths.values()))
 
 
 def _counted(path: Path) -> dict[str, Any]:

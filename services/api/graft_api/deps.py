@@ -23,8 +23,6 @@ from graft_shared.errors import BadRequest, MalformedBody, UnknownParameter
 from graft_shared.store import Database, Files, Jobs, Outbox, Totals, Workers
 from graft_shared.webhooks import Postman
 
-NO_NUL = r"^[^\x00]*$"  # what any text in a query must match: no store can hold that character
-
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbours:

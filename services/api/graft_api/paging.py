@@ -7,7 +7,7 @@ from typing import Annotated, Generic, Literal, TypeVar
 from fastapi import Query
 from pydantic import BaseModel
 
-from graft_api.deps import NO_NUL
+from graft_shared.specs import NO_NUL
 
 Item = TypeVar("Item")
 

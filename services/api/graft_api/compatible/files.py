@@ -10,13 +10,14 @@ from fastapi.responses import StreamingResponse
 from graft_api.auth import Tenant
 from graft_api.compatible.schemas import FileObject
 from graft_api.compatible.views import file_object
-from graft_api.deps import NO_NUL, Here
+from graft_api.deps import Here
 from graft_api.errors import documented
 from graft_api.files.endpoints import CONTENT, FORM, content_of
 from graft_api.files.multipart import PURPOSE
 from graft_api.files.schemas import FileDeleted
 from graft_api.files.service import receive
 from graft_api.paging import After, Page, envelope
+from graft_shared.specs import NO_NUL
 from graft_shared.store import Order
 
 router = APIRouter(prefix="/v1/files", tags=["compatible"])

@@ -10,7 +10,7 @@ from fastapi.responses import PlainTextResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from graft_api.auth import Tenant
-from graft_api.deps import NO_NUL, Here, JsonBody
+from graft_api.deps import Here, JsonBody
 from graft_api.errors import documented
 from graft_api.jobs import service
 from graft_api.jobs.adapter import Archive, adapter_body, read_adapter
@@ -35,6 +35,7 @@ from graft_api.streams import chunks_of
 from graft_shared.artifacts import log_key
 from graft_shared.errors import InvalidParameter, NotFound, ObjectNotFound, VramCapacityExceeded
 from graft_shared.jobs import TERMINAL_STATES, JobStatus, Stage
+from graft_shared.specs import METADATA_KEY_PATTERN, NO_NUL
 from graft_shared.store import JobQuery
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
@@ -56,7 +57,7 @@ METADATA_QUERY: dict[str, Any] = {
             "description": "Only jobs whose metadata has these pairs, as `metadata[team]=search`.",
             "schema": {
                 "type": "object",
-                "propertyNames": {"pattern": r"^[^\s\[\]\x00]{1,64}$"},
+                "propertyNames": {"pattern": METADATA_KEY_PATTERN},
                 "additionalProperties": {"type": "string", "pattern": NO_NUL},
             },
         }
