@@ -37,13 +37,21 @@ class ApiProcess:
         return self.child.pid
 
     def start(self) -> ApiProcess:
+        self.spawn()
+        self.wait()
+        return self
+
+    def spawn(self) -> None:
+        """Start it without waiting for it."""
         self.state_dir.mkdir(parents=True, exist_ok=True)
         clean = {name: value for name, value in os.environ.items() if not name.startswith("GRAFT_")}
         command = [sys.executable, "-m", "graft_api", "--port", str(self.port)]
         with self.log_path.open("ab") as log:
             self.child = subprocess.Popen(command, env={**clean, **self.own}, stdout=log, stderr=log)
+
+    def wait(self) -> None:
+        """Wait until it answers."""
         wait_until(self._answers, what=f"the API; its log is {self.log_path}")
-        return self
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.child.send_signal(number)

@@ -23,7 +23,7 @@ from typing import Any
 import httpx
 
 from tests.openapi.seeds import seeded_api
-from tests.servers import PostgresServer
+from tests.servers import postgres_url
 
 CONFIG = Path(__file__).parent / "schemathesis.toml"
 PHASES = "examples,coverage,fuzzing,stateful"
@@ -53,12 +53,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="graft-openapi-"))
-    postgres = PostgresServer(folder / "postgres").start()
-    try:
-        wanted = Wanted(cases=arguments.cases, seed=arguments.seed, phases=arguments.phases)
-        report = run(folder, postgres, wanted)
-    finally:
-        postgres.stop()
+    wanted = Wanted(cases=arguments.cases, seed=arguments.seed, phases=arguments.phases)
+    with postgres_url(folder, "openapi") as url:
+        report = run(folder, wanted, url)
     print(json.dumps({name: value for name, value in report.items() if name != "operations"}, indent=2))
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -68,10 +65,10 @@ def main() -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def run(folder: Path, postgres: PostgresServer, wanted: Wanted) -> dict[str, Any]:
+def run(folder: Path, wanted: Wanted, database_url: str) -> dict[str, Any]:
     """One run in this folder; returns its report."""
     began = time.monotonic()
-    with seeded_api(folder, postgres, spare_jobs=wanted.spare_jobs) as api:
+    with seeded_api(folder, database_url, spare_jobs=wanted.spare_jobs) as api:
         shutil.copy(CONFIG, folder)
         said = _schemathesis(folder, api.url, wanted)
         alive = api.child.poll() is None
@@ -95,23 +92,18 @@ def run(folder: Path, postgres: PostgresServer, wanted: Wanted) -> dict[str, Any
         "operations": {
             label: {"cases": count, "statuses": dict(sorted(found["statuses"][label].items()))}
             for label, count in sorted(found["cases"].items())
+            if set(found["statuses"][label]) != {"405"}
         },
+        "methods_that_no_path_takes": sum(set(counts) == {"405"} for counts in found["statuses"].values()),
     }
 
 
 def _schemathesis(folder: Path, url: str, wanted: Wanted) -> subprocess.CompletedProcess[str]:
     command = [str(Path(sys.executable).parent / "schemathesis"), "--config-file", CONFIG.name, "run"]
-    command += [f"{url}/openapi.json", "--checks", "all", "--phases", wanted.phases]
-    command += [
-        "--seed",
-        str(wanted.seed),
-        "--max-examples",
-        str(_examples(url, wanted.cases)),
-        "--generation-database",
-        "none",
-    ]
+    command += [f"{url}/openapi.json", "--checks", "all", "--phases", wanted.phases, "--generation-database", "none"]
+    command += ["--seed", str(wanted.seed), "--max-examples", str(_examples(url, wanted.cases)), "--no-color"]
     command += ["--report", "ndjson,json", "--report-ndjson-path", "cases.ndjson", "--report-json-path", "summary.json"]
-    return subprocess.run([*command, "--no-color"], cwd=folder, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
 def _examples(url: str, cases: int) -> int:

@@ -13,7 +13,6 @@ from graft_shared.jobs import Job
 from graft_shared.store.migrate import migrate
 from tests.api_process import ApiProcess
 from tests.api_service import LLAMA, ApiService
-from tests.servers import PostgresServer
 
 KEYS = {"red": "red-key-of-the-openapi-proof", "blue": "blue-key-of-the-openapi-proof"}
 TINY = "tiny"  # without a slash, which no segment of a path may hold
@@ -30,7 +29,7 @@ TINY_CONFIG = {
 
 
 @contextmanager
-def seeded_api(folder: Path, postgres: PostgresServer, *, spare_jobs: int = 40) -> Iterator[ApiProcess]:
+def seeded_api(folder: Path, database_url: str, *, spare_jobs: int = 40) -> Iterator[ApiProcess]:
     """A running API on PostgreSQL; `folder` gets what schemathesis.toml reads.
 
     Args:
@@ -38,7 +37,7 @@ def seeded_api(folder: Path, postgres: PostgresServer, *, spare_jobs: int = 40) 
     """
     process = ApiProcess(
         folder / "state",
-        GRAFT_DATABASE_URL=postgres.new_database("openapi"),
+        GRAFT_DATABASE_URL=database_url,
         GRAFT_API_KEYS=",".join(f"{tenant}={key}" for tenant, key in KEYS.items()),
         GRAFT_WEBHOOK_SECRET="of the openapi proof",
     )

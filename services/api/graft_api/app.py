@@ -21,6 +21,7 @@ from graft_api.exchanges import Exchanges
 from graft_api.files import endpoints as file_routes
 from graft_api.jobs import endpoints as job_routes
 from graft_api.jobs.bells import Bells
+from graft_api.jobs.watch import Watch
 from graft_api.models import endpoints as model_routes
 from graft_api.models.bases import BaseModels, HubConfigs
 from graft_api.settings import ApiSettings
@@ -65,15 +66,17 @@ def neighbours_of(
     hub: HubConfigs | None = None,
 ) -> Neighbours:
     """Everything that the routes are handed, made from what was chosen."""
+    jobs = Jobs(database)
     return Neighbours(
         settings=settings,
         keys=read_keys(settings.api_keys.get_secret_value()),
         database=database,
-        jobs=Jobs(database),
+        jobs=jobs,
         files=Files(database),
         workers=Workers(database),
         totals=Totals(database),
         bells=Bells(doorbell, Leases(database, settings.lease)),
+        watch=Watch(jobs),
         outbox=Outbox(database),
         postman=Postman.of(settings),
         bucket=bucket,

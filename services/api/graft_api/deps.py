@@ -13,6 +13,7 @@ from fastapi import Depends, Request
 
 from graft_api.errors import BodyTooLarge, RouteNotFound, UnsupportedMediaType
 from graft_api.jobs.bells import Bells
+from graft_api.jobs.watch import Watch
 from graft_api.models.bases import BaseModels
 from graft_api.parsing import hint_for, parse_json
 from graft_api.settings import ApiSettings
@@ -36,6 +37,7 @@ class Neighbours:
     workers: Workers
     totals: Totals
     bells: Bells
+    watch: Watch
     outbox: Outbox
     postman: Postman | None  # None: the operator has not set webhooks up
     bucket: Bucket

@@ -27,8 +27,10 @@ from graft_api.jobs.schemas import (
     JobMetrics,
     MemoryForecast,
     Refusal,
+    event_body,
 )
-from graft_api.jobs.views import event_body, job_bodies, job_body, metric_series, plan_body
+from graft_api.jobs.views import job_bodies, job_body, metric_series, plan_body
+from graft_api.jobs.watch import Place
 from graft_api.paging import After, Limit, Page, envelope
 from graft_api.parsing import parse_spec
 from graft_api.streams import chunks_of
@@ -198,7 +200,7 @@ async def _live(job_id: str, tenant: str, here: Here, after: int) -> Response:
     first, _ = await run_in_threadpool(here.jobs.events, tenant, job_id, after=after)
     if not first and job.state in TERMINAL_STATES:
         return Response(status_code=204)
-    stream = event_stream(here.jobs, tenant, job_id, first, after=after)
+    stream = event_stream(here.watch, Place(tenant, job_id, after), first)
     headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
     return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
 
