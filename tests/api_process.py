@@ -57,6 +57,11 @@ class ApiProcess:
         self.child.send_signal(number)
         return self.child.wait(timeout=30)
 
+    def peak_memory_mib(self) -> float:
+        """The most memory that it has held so far."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
     def service(self, key: str | None = None) -> ApiService:
         """What a tenant with this key does with it, and the neighbours behind its back."""
         settings = ApiSettings.model_validate(

@@ -18,6 +18,8 @@ from pydantic.config import JsonDict, JsonValue
 MAX_METADATA_PAIRS = 16  # OpenAI's limits for metadata: 16 pairs, keys of 64 and values of 512 characters
 MAX_METADATA_KEY = 64
 MAX_METADATA_VALUE = 512
+MOST_STEPS = 10_000_000
+LONGEST_SECONDS = 366 * 24 * 3600  # of training: a year
 
 BASE_MODEL_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$"
 FILE_ID_PATTERN = r"^file-[A-Za-z0-9]{1,64}$"
@@ -169,13 +171,13 @@ class Training(_Part):
     """
 
     num_train_epochs: Annotated[float, Field(gt=0, le=1000)] = 3
-    max_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    max_steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = None
     per_device_train_batch_size: Annotated[int, Field(ge=1, le=1024)] = 4
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=4096)] = 4
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
     lr_scheduler_type: Scheduler = Scheduler.COSINE
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    warmup_steps: Annotated[int, Field(ge=0, le=MOST_STEPS)] | None = None
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -188,10 +190,10 @@ class Training(_Part):
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     deterministic: bool = False
-    logging_steps: Annotated[int, Field(ge=1)] = 1
-    save_steps: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    eval_steps: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
+    logging_steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] = 1
+    save_steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] | Literal["auto"] = "auto"
+    eval_steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] | Literal["auto"] = "auto"
+    early_stopping_patience: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = None
 
     @property
     def sequences_per_update(self) -> int:
@@ -234,7 +236,7 @@ class JobSpec(_Part):
     training: Training = Training()
     gpu: Gpu = Gpu()
     priority: Priority = Priority.NORMAL
-    max_duration_seconds: Annotated[int, Field(ge=1)] | None = None
+    max_duration_seconds: Annotated[int, Field(ge=1, le=LONGEST_SECONDS)] | None = None
     max_attempts: Annotated[int, Field(ge=1, le=20)] = 3
     name: Annotated[str, Field(max_length=200, pattern=NO_NUL)] | None = None
     webhook_url: Annotated[str, Field(pattern=r"^https?://[^\s#\x00]+$", max_length=2048)] | None = None

@@ -12,7 +12,7 @@ from graft_shared.artifacts import log_key
 from graft_shared.jobs import Job
 from graft_shared.store.migrate import migrate
 from tests.api_process import ApiProcess
-from tests.api_service import LLAMA, ApiService
+from tests.api_service import LLAMA, ApiService, register_base
 
 KEYS = {"red": "red-key-of-the-openapi-proof", "blue": "blue-key-of-the-openapi-proof"}
 TINY = "tiny"  # without a slash, which no segment of a path may hold
@@ -43,9 +43,7 @@ def seeded_api(folder: Path, database_url: str, *, spare_jobs: int = 40) -> Iter
     )
     services = {tenant: process.service(key) for tenant, key in KEYS.items()}
     migrate(services["red"].database)
-    config = process.state_dir / "models" / TINY / "config.json"
-    config.parent.mkdir(parents=True)
-    config.write_text(json.dumps(TINY_CONFIG))
+    register_base(process.state_dir / "models" / TINY, TINY_CONFIG)
     process.start()
     try:
         jobs, files = [], []

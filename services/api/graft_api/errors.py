@@ -42,6 +42,18 @@ class BodyTooLarge(BadRequest):
     """The body is larger than {limit_bytes} bytes."""
 
 
+class AddressTooLong(BadRequest):
+    """The path and the query have more than {limit_bytes} bytes."""
+
+
+class HeadersTooLarge(BadRequest):
+    """The headers have more than {limit_bytes} bytes."""
+
+
+class AmbiguousLength(BadRequest):
+    """The request has both a Content-Length and a Transfer-Encoding: where it ends cannot be known for sure."""
+
+
 class UnsupportedMediaType(BadRequest):
     """The body must be sent as '{expected}'; the request says '{found}'."""
 
@@ -76,6 +88,8 @@ STATUS_CODES: dict[type[GraftError], int] = {
     Conflict: 409,
     LeaseLost: 409,
     BodyTooLarge: 413,
+    AddressTooLong: 414,
+    HeadersTooLarge: 431,
     FileTooLarge: 413,
     UnsupportedMediaType: 415,
     Refused: 422,
@@ -137,8 +151,10 @@ _SAID = {
     404: "There is no such thing, or it is another tenant's.",
     409: "Too late or too early: it cannot succeed as things are, and says so in `x-should-retry`.",
     413: "The body is too large.",
+    414: "The path and the query are too long.",
     415: "The body is of another kind.",
     422: "The request was understood and refused by its meaning.",
+    431: "The headers are too large.",
     500: "Something unforeseen went wrong, or stored bytes are not those that were proven.",
     503: "Something that the service depends on does not answer; try again after `Retry-After`.",
 }
@@ -149,8 +165,10 @@ _EXAMPLES: dict[int, GraftError] = {
     404: JobNotFound(job_id="ftjob-4fTr8vBn3YcD6f9aQ2mXw7Lk"),
     409: JobFinished(job_id="ftjob-4fTr8vBn3YcD6f9aQ2mXw7Lk", status="succeeded"),
     413: BodyTooLarge(limit_bytes=1_000_000),
+    414: AddressTooLong(limit_bytes=16_384),
     415: UnsupportedMediaType(expected="application/json", found="text/plain"),
     422: InvalidParameter(param="lora.r", reason="input should be less than or equal to 512"),
+    431: HeadersTooLarge(limit_bytes=32_768),
     500: InternalError(request_id="req-9aQ2mXw7Lk4TzR8vBn3YcD6f"),
     503: StoreUnavailable(reason="connection refused"),
 }
@@ -177,7 +195,7 @@ def _documented(status: int) -> dict[str, Any]:
 
 
 # Every route may answer so.
-DOCUMENTED = documented(400, 422, 500, 503)
+DOCUMENTED = documented(400, 414, 422, 431, 500, 503)
 
 
 def install_handlers(app: FastAPI) -> None:

@@ -1,4 +1,4 @@
-"""What surrounds every exchange: its request id, its log line, and the answer when something unforeseen happens."""
+"""What surrounds every exchange: its request id, its log line, and the answer where no route gives one."""
 
 from __future__ import annotations
 
@@ -12,10 +12,20 @@ from urllib.parse import quote
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from graft_api.errors import REQUEST_ID_HEADER, InternalError, answer
+from graft_api.errors import (
+    REQUEST_ID_HEADER,
+    AddressTooLong,
+    AmbiguousLength,
+    HeadersTooLarge,
+    InternalError,
+    answer,
+)
+from graft_shared.errors import GraftError
 from graft_shared.ids import new_request_id
 from graft_shared.logs import log_event
 
+LONGEST_ADDRESS_BYTES = 16_384  # a page of jobs by sixteen pairs of metadata fits
+MOST_HEADER_BYTES = 32_768
 _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _QUIET = ("/healthz", "/readyz", "/metrics")  # asked every few seconds; worth a line only when they fail
 
@@ -35,6 +45,12 @@ class Exchanges:
             return
         exchange = _Exchange(scope, send)
         scope.setdefault("state", {})["request_id"] = exchange.request_id
+        refusal = _refusal_of(scope)
+        if refusal is not None:
+            response = answer(refusal)
+            response.headers["connection"] = "close"  # what follows may be anything
+            await response(scope, receive, exchange.send)
+            return
         try:
             await self._app(scope, receive, exchange.send)
         except ClientDisconnect:
@@ -45,6 +61,17 @@ class Exchanges:
             if exchange.status is not None:
                 raise  # half an answer is out: the broken connection tells the client
             await answer(InternalError(request_id=exchange.request_id))(scope, receive, exchange.send)
+
+
+def _refusal_of(scope: Scope) -> GraftError | None:
+    """What is wrong with the head of a request, whatever it asks for."""
+    if len(scope["raw_path"]) + len(scope["query_string"]) > LONGEST_ADDRESS_BYTES:
+        return AddressTooLong(limit_bytes=LONGEST_ADDRESS_BYTES)
+    if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
+        return HeadersTooLarge(limit_bytes=MOST_HEADER_BYTES)
+    if {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
+        return AmbiguousLength()
+    return None
 
 
 class _Exchange:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from graft_shared.specs import NO_NUL
+
 
 class SigningSecret(BaseModel):
     """By what the receivers of this tenant's webhooks know that they are ours."""
@@ -16,7 +18,7 @@ class WebhookTest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    url: str = Field(max_length=2048)
+    url: str = Field(max_length=2048, pattern=NO_NUL)
 
 
 class WebhookTested(BaseModel):
