@@ -18,7 +18,8 @@ from typing import Any
 from graft_shared.store import open_database
 from tests.chaos.clients import Clients
 from tests.chaos.faults import Faults
-from tests.chaos.judge import figures, gather, judge, unfinished
+from tests.chaos.judge import figures, gather, judge, judge_webhooks, undelivered, unfinished
+from tests.chaos.receiver import Receiver
 from tests.chaos.service import service_in_trouble
 from tests.waiting import wait_until
 
@@ -58,10 +59,16 @@ def main() -> None:
 def run(folder: Path, wanted: Wanted) -> dict[str, Any]:
     """One run in this folder; returns its report."""
     began = time.monotonic()
+    receiver = Receiver(wanted.seed)
     in_trouble = service_in_trouble(
-        folder, database=wanted.db, lease_seconds=wanted.lease_seconds, trainers=wanted.trainers
+        folder,
+        database=wanted.db,
+        lease_seconds=wanted.lease_seconds,
+        trainers=wanted.trainers,
+        environment=receiver.environment,
     )
     with in_trouble as service:
+        receiver.start()
         faults = Faults(service, wanted.seed, wanted.gap_seconds, wanted.faults)
         clients = Clients(
             service,
@@ -69,6 +76,7 @@ def run(folder: Path, wanted: Wanted) -> dict[str, Any]:
             backlog=wanted.trainers + 4,
             wanted=wanted.jobs,
             go_on=lambda: sum(faults.sent.values()) < wanted.faults,
+            webhook_url=receiver.url,
         )
         clients.start()
         faults.run(lambda: _say(faults, clients))
@@ -77,13 +85,18 @@ def run(folder: Path, wanted: Wanted) -> dict[str, Any]:
         rest = REST_LEASES * wanted.lease_seconds
         try:
             wait_until(lambda: unfinished(database) == 0, seconds=rest, what="the last jobs", every=0.5)
+            receiver.be_well()
+            wait_until(lambda: undelivered(database) == 0, seconds=rest, what="the last webhooks", every=2.0)
         except TimeoutError as error:
             print(error, file=sys.stderr)  # the judge says which
         finally:
             database.close()
         service.stop()
+        receiver.stop()
         evidence = gather(service, clients.submitted, faults.hits)
     verdict = judge(evidence)
+    verdict.note("every job's end is told at least once", judge_webhooks(evidence, receiver.taken))
+    verdict.note("nothing is sent unsigned", ["a signature was wrong"] * receiver.forged)
     return {
         "command": f"python -m tests.chaos {' '.join(sys.argv[1:])}",
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -97,6 +110,12 @@ def run(folder: Path, wanted: Wanted) -> dict[str, Any]:
         },
         "posts_repeated": clients.posts_repeated,
         "longest_post_seconds": round(clients.longest_post_seconds, 2),
+        "webhooks": {
+            "taken": len(receiver.taken),
+            "of_them_twice": len(receiver.taken) - len(set(receiver.taken)),
+            "turned_away": receiver.turned_away,
+            "most_tries": max((message.tries for message in evidence.messages), default=0),
+        },
         **figures(evidence),
         "promises": {promise: len(found) for promise, found in verdict.violations.items()},
         "violations": {promise: found[:20] for promise, found in verdict.violations.items() if found},

@@ -41,6 +41,7 @@ class Clients:
     backlog: int
     wanted: int
     go_on: Callable[[], bool]  # whether to submit more than `wanted`
+    webhook_url: str | None = None
     submitted: list[Submitted] = field(default_factory=list)
     longest_post_seconds: float = 0.0
     posts_repeated: int = 0
@@ -87,6 +88,7 @@ class Clients:
             "save_steps": str(SAVE_STEPS),
         }
         spec = {"base_model": "graft/tiny", "dataset": {"file": file_id}, "metadata": metadata}
+        spec |= {"webhook_url": self.webhook_url} if self.webhook_url else {}
         began = time.monotonic()
         answer = self._ask("POST", "/jobs", json=spec, headers={"idempotency-key": job.key})
         self.longest_post_seconds = max(self.longest_post_seconds, time.monotonic() - began)

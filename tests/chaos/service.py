@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -172,9 +172,9 @@ class ServiceInTrouble(OnThisMachine):
 
 @contextlib.contextmanager
 def service_in_trouble(
-    folder: Path, *, database: str, lease_seconds: float, trainers: int
+    folder: Path, *, database: str, lease_seconds: float, trainers: int, environment: Mapping[str, str] | None = None
 ) -> Iterator[ServiceInTrouble]:
-    """A running service with neighbours of its own."""
+    """A running service with neighbours of its own, and with these settings beside those that it needs."""
     with contextlib.ExitStack() as ended:
         redis = RedisServer(folder / "redis").start()
         ended.callback(redis.stop)
@@ -184,6 +184,8 @@ def service_in_trouble(
             ended.callback(postgres.stop)
         state_dir = folder / "state"
         state_dir.mkdir(parents=True)
-        made = ServiceInTrouble(state_dir, redis, postgres, lease_seconds, trainers)
+        made = ServiceInTrouble(
+            state_dir, redis, postgres, lease_seconds, trainers, environment=dict(environment or {})
+        )
         ended.callback(made.stop)
         yield made.start()
