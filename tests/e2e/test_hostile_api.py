@@ -40,7 +40,7 @@ def test_nothing_hostile_is_accepted_and_each_has_its_answer(process: ApiProcess
     found = {}
     for name, case in CASES.items():
         answer = send(process.port, case.request(file_id))
-        if (answer.status, answer.code) != (case.status, case.code):
+        if (answer.status, answer.code) != (case.status, case.code) or b"HTTP/1.1 " in answer.body:  # a second answer
             found[name] = (answer.status, answer.code, answer.body[:200])
     assert len(CASES) >= 90
     assert found == {}

@@ -479,6 +479,7 @@ METHODS = {
         ("GET", "/jobs/", 404, "route_not_found"),
         ("GET", "//jobs", 404, "route_not_found"),
         ("GET", "/JOBS", 404, "route_not_found"),
+        ("GET", "http://evil.example/jobs", 404, "route_not_found"),
         ("POST", "/jobs/ftjob-a/delete", 404, "route_not_found"),
     )
 } | {
@@ -489,8 +490,9 @@ METHODS = {
 
 # What a proxy and this server might read differently, so that one request hides another.
 WIRE = {
-    "a length and chunks": wire(
-        _posted(b"content-length: 4\r\ntransfer-encoding: chunked\r\n", b"0\r\n\r\nGET /jobs HTTP/1.1\r\n\r\n"),
+    "a length and chunks, and a request behind them": wire(
+        b"POST /jobs HTTP/1.1\r\nhost: graft\r\ncontent-type: application/json\r\ncontent-length: 4\r\n"
+        b"transfer-encoding: chunked\r\n\r\n0\r\n\r\nGET /healthz HTTP/1.1\r\nhost: graft\r\n\r\n",
         code="ambiguous_length",
     ),
     "two lengths": wire(_posted(b"content-length: 2\r\ncontent-length: 20\r\n", b"{}")),
@@ -506,6 +508,15 @@ WIRE = {
     ),
     "a chunk of no size": wire(_posted(b"transfer-encoding: chunked\r\n", b"zz\r\n{}\r\n0\r\n\r\n")),
     "a chunk of a size without end": wire(_posted(b"transfer-encoding: chunked\r\n", b"f" * 40 + b"\r\n{}")),
+    "a chunk's size ended by a line feed alone": wire(
+        _posted(b"transfer-encoding: chunked\r\n", b"2\n{}\r\n0\r\n\r\n")
+    ),
+    "a chunk ended by a line feed alone": wire(
+        _posted(b"transfer-encoding: chunked\r\n", b"2\r\n{}\n0\r\n\r\n")
+    ),
+    "a line feed alone in a chunk's extension": wire(
+        _posted(b"transfer-encoding: chunked\r\n", b"2;a\nb\r\n{}\r\n0\r\n\r\n")
+    ),
     "a blank before the colon": wire(b"GET /jobs HTTP/1.1\r\nhost : graft\r\n\r\n"),
     "a header in two lines": wire(
         b"POST /jobs HTTP/1.1\r\nhost: graft\r\nconnection: close\r\ntransfer-encoding:\r\n chunked\r\n\r\n0\r\n\r\n",
