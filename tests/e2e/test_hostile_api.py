@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from graft_shared.store.migrate import migrate
 from tests.api_process import ApiProcess
-from tests.api_service import ApiService
-from tests.hostile.api import CASES, put_bad_bases, send
+from tests.api_service import ROWS, ApiService
+from tests.hostile.api import CASES, RANGES, Case, put_bad_bases, send
+from tests.servers import PostgresServer
 
 MOST_MEMORY_MIB = 512
 
 
-@pytest.fixture
-def process(tmp_path: Path, postgres_url: str) -> Iterator[ApiProcess]:
-    made = ApiProcess(tmp_path, GRAFT_DATABASE_URL=postgres_url, GRAFT_WEBHOOK_SECRET="of the hostile corpus")
-    put_bad_bases(tmp_path / "models")
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory, postgres: PostgresServer) -> Iterator[ApiProcess]:
+    folder = tmp_path_factory.mktemp("hostile")
+    url = postgres.new_database("hostile")
+    made = ApiProcess(folder, GRAFT_DATABASE_URL=url, GRAFT_WEBHOOK_SECRET="of the hostile corpus")
+    put_bad_bases(folder / "models")
     service = made.service()
     migrate(service.database)
     service.database.close()
@@ -48,3 +50,11 @@ def test_nothing_hostile_is_accepted_and_each_has_its_answer(process: ApiProcess
     assert api.http.get("/readyz").status_code == 200
     assert '"request_crashed"' not in process.log_path.read_text()
     assert process.peak_memory_mib() < MOST_MEMORY_MIB
+
+
+def test_no_range_is_worth_an_error(process: ApiProcess, api: ApiService) -> None:
+    file_id = str(api.upload().json()["id"])
+    for value in RANGES:
+        request = Case(status=200, code=None, method="GET", path=f"/files/{file_id}/content", headers={"range": value})
+        answer = send(process.port, request.request(file_id))
+        assert (answer.status, answer.body) == (200, ROWS), value

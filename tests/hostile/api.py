@@ -97,6 +97,17 @@ def get(path: str, status: int, code: str, **headers: str) -> Case:
     return Case(method="GET", path=path, status=status, code=code, headers=headers)
 
 
+def encoded(how: str, body: bytes) -> Case:
+    return Case(status=415, code="unsupported_encoding", headers=JSON | {"content-encoding": how}, body=body)
+
+
+def twice(header: bytes) -> Case:
+    return wire(
+        b"GET /jobs/ftjob-a/events HTTP/1.1\r\nhost: graft\r\n%s: 1\r\n%s: 2\r\n\r\n" % (header, header),
+        code="repeated_header",
+    )
+
+
 def wire(text: bytes, *, status: int = 400, code: str | None = None) -> Case:
     return Case(raw=text, status=status, code=code)
 
@@ -176,11 +187,22 @@ KINDS = {
     "JSON's name as a prefix": Case(
         status=415, code="unsupported_media_type", headers={"content-type": "application/jsonp"}, body=spec()
     ),
-    "compressed": Case(
-        status=400, code="malformed_body", headers=JSON | {"content-encoding": "gzip"}, body=gzip.compress(spec())
+    "compressed": encoded("gzip", gzip.compress(spec())),
+    "a bomb of zeros, compressed": encoded("gzip", gzip.compress(bytes(10**7))),
+    "compressed, as it says, and not": encoded("gzip", spec()),
+    "encoded twice": encoded("identity, br", spec()),
+    "an upload that is compressed": Case(
+        status=415,
+        code="unsupported_encoding",
+        path="/files",
+        headers={"content-type": "multipart/form-data; boundary=b", "content-encoding": "gzip"},
+        body=gzip.compress(b"--b--\r\n"),
     ),
-    "a bomb of zeros, compressed": Case(
-        status=400, code="malformed_body", headers=JSON | {"content-encoding": "gzip"}, body=gzip.compress(bytes(10**7))
+    "UTF-16, and it says so": Case(
+        status=400,
+        code="malformed_body",
+        headers={"content-type": "application/json; charset=utf-16"},
+        body=spec().decode().encode("utf-16"),
     ),
     "a file as JSON": Case(status=415, code="unsupported_media_type", path="/files", body=spec()),
     "a form without a boundary": Case(
@@ -409,6 +431,10 @@ HEADERS = {
     "a key of 256 characters": Case(
         status=422, code="invalid_parameter", headers=JSON | {"idempotency-key": "k" * 256}, body=spec()
     ),
+    "two idempotency keys": twice(b"idempotency-key"),
+    "two API keys": twice(b"authorization"),
+    "two kinds": twice(b"content-type"),
+    "two last events": twice(b"Last-Event-ID"),
     "a last event that is text": get("/jobs/ftjob-a/events", 422, "invalid_parameter", **{"last-event-id": "abc"}),
     "a last event below nothing": get("/jobs/ftjob-a/events", 422, "invalid_parameter", **{"last-event-id": "-1"}),
     "a last event beyond every int": get(
@@ -446,6 +472,18 @@ HEADERS = {
     ),
     "a path of a megabyte": wire(b"GET /" + b"a" * 1_000_000 + b" HTTP/1.1\r\nhost: graft\r\n\r\n"),
 }
+
+# A range is for the server to heed or not, and this one does not: whatever it says, the whole file comes.
+RANGES = (
+    "bytes=0-0",
+    "bytes=9999999999-",
+    "bytes=-1",
+    "bytes=5-2",
+    "bytes=" + ",".join(["0-"] * 5000),
+    "bytes=99999999999999999999999999-99999999999999999999999999",
+    "lines=1-2",
+    "\ufffd",
+)
 
 QUERIES = {
     "an unknown parameter": get("/jobs?limt=3", 400, "unknown_parameter"),

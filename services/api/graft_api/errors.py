@@ -54,6 +54,14 @@ class AmbiguousLength(BadRequest):
     """The request has both a Content-Length and a Transfer-Encoding: where it ends cannot be known for sure."""
 
 
+class RepeatedHeader(BadRequest):
+    """The header '{header}' is given twice: which one counts cannot be known for sure."""
+
+
+class UnsupportedEncoding(BadRequest):
+    """The body is encoded as '{found}'. Send it as it is, without a Content-Encoding."""
+
+
 class UnsupportedMediaType(BadRequest):
     """The body must be sent as '{expected}'; the request says '{found}'."""
 
@@ -91,6 +99,7 @@ STATUS_CODES: dict[type[GraftError], int] = {
     AddressTooLong: 414,
     HeadersTooLarge: 431,
     FileTooLarge: 413,
+    UnsupportedEncoding: 415,
     UnsupportedMediaType: 415,
     Refused: 422,
     InternalError: 500,

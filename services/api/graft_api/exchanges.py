@@ -18,6 +18,7 @@ from graft_api.errors import (
     AmbiguousLength,
     HeadersTooLarge,
     InternalError,
+    RepeatedHeader,
     answer,
 )
 from graft_shared.errors import GraftError
@@ -26,6 +27,8 @@ from graft_shared.logs import log_event
 
 LONGEST_ADDRESS_BYTES = 16_384  # a page of jobs by sixteen pairs of metadata fits
 MOST_HEADER_BYTES = 32_768
+# What a proxy and this process must read alike: of two, each of them might heed another.
+_ONCE = (b"authorization", b"content-encoding", b"content-type", b"idempotency-key", b"last-event-id")
 _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _QUIET = ("/healthz", "/readyz", "/metrics")  # asked every few seconds; worth a line only when they fail
 
@@ -69,9 +72,11 @@ def _refusal_of(scope: Scope) -> GraftError | None:
         return AddressTooLong(limit_bytes=LONGEST_ADDRESS_BYTES)
     if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
         return HeadersTooLarge(limit_bytes=MOST_HEADER_BYTES)
-    if {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
+    names = [name for name, _ in scope["headers"]]
+    if b"content-length" in names and b"transfer-encoding" in names:
         return AmbiguousLength()
-    return None
+    repeated = next((name for name in _ONCE if names.count(name) > 1), None)
+    return RepeatedHeader(header=repeated.decode()) if repeated is not None else None
 
 
 class _Exchange:
