@@ -224,8 +224,20 @@ class Gpu(_Part):
         return count
 
 
+EXAMPLE: JsonDict = {
+    "base_model": "meta-llama/Llama-2-7b-hf",
+    "dataset": {"file": "file-9aQ2mXw7Lk4TzR8vBn3YcD6f"},
+    "validation": {"split": 0.05},
+    "lora": {"r": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+    "training": {"num_train_epochs": 3, "learning_rate": 2e-4, "max_length": 1024},
+    "metadata": {"team": "search"},
+}
+
+
 class JobSpec(_Part):
     """One fine-tune as its user asked for it, normalised: defaults filled in, aliases under one name."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
 
     base_model: Annotated[str, Field(pattern=BASE_MODEL_PATTERN, max_length=200)]
     revision: Annotated[str, Field(pattern=REVISION_PATTERN)] = "main"

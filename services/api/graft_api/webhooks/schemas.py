@@ -16,7 +16,9 @@ class SigningSecret(BaseModel):
 class WebhookTest(BaseModel):
     """Where to send a message that is about nothing."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"url": "https://hooks.example.com/graft"}]}
+    )
 
     url: str = Field(max_length=2048, pattern=NO_NUL)
 
