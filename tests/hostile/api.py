@@ -253,14 +253,12 @@ IDS = {
 } | {
     "a file's id with dots": get("/files/..%2f..%2fetc%2fpasswd/content", 404, "route_not_found"),
     "an object outside": get("/objects/../../../etc/passwd" + UNSIGNED, 403, "link_expired"),
-    "an object by encoded dots": get(
-        "/objects/%2e%2e%2f%2e%2e%2fetc%2fpasswd" + UNSIGNED, 403, "link_expired"
-    ),
+    "an object by encoded dots": get("/objects/%2e%2e%2f%2e%2e%2fetc%2fpasswd" + UNSIGNED, 403, "link_expired"),
     "a signature that is none": get("/objects/a?expires=9999999999&signature=x", 422, "invalid_parameter"),
     "a base by dots": get("/models/..%2f..%2fetc", 404, "base_model_not_found"),
     "a model of nobody's": get("/v1/models/ft:..:..:..:..%2f..", 404, "model_not_found"),
     "a checkpoint's cursor of another job": get("/jobs/ftjob-a/checkpoints?after=ftckpt-b-1", 404, "job_not_found"),
-}  # fmt: skip
+}
 
 METADATA = {
     "seventeen pairs": refused(metadata={f"k{n}": "v" for n in range(17)}),
@@ -343,7 +341,7 @@ WEBHOOKS = {
         "https://example.com/#frag",
         "https://example.com/" + "a" * 2048,
     )
-}  # fmt: skip
+}
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -372,7 +370,7 @@ BAD_CONFIGS: dict[str, bytes] = {
     "no-heads": json.dumps(CONFIG | {"num_attention_heads": 0}).encode(),
     "more-heads-than-width": json.dumps(CONFIG | {"num_attention_heads": 65}).encode(),
     "quantised": json.dumps(CONFIG | {"quantization_config": {"bits": 4}}).encode(),
-}  # fmt: skip
+}
 BAD_WEIGHTS: dict[str, dict[str, bytes]] = {
     "pickle": {"pytorch_model.bin": b"\x80\x04."},
     "pickle-and-code": {"pytorch_model.bin": b"\x80\x04.", "modeling_evil.py": b"import os\n"},
@@ -537,21 +535,15 @@ WIRE = {
     "a length with a sign": wire(_posted(b"content-length: +2\r\n", b"{}")),
     "a length below nothing": wire(_posted(b"content-length: -1\r\n", b"{}")),
     "a length in hex": wire(_posted(b"content-length: 0x2\r\n", b"{}")),
-    "chunks, and something else": wire(
-        _posted(b"transfer-encoding: chunked, identity\r\n", b"0\r\n\r\n")
-    ),
+    "chunks, and something else": wire(_posted(b"transfer-encoding: chunked, identity\r\n", b"0\r\n\r\n")),
     "chunks by another name": wire(_posted(b"transfer-encoding: xchunked\r\n", b"0\r\n\r\n")),
-    "chunks twice": wire(
-        _posted(b"transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n", b"0\r\n\r\n")
-    ),
+    "chunks twice": wire(_posted(b"transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n", b"0\r\n\r\n")),
     "a chunk of no size": wire(_posted(b"transfer-encoding: chunked\r\n", b"zz\r\n{}\r\n0\r\n\r\n")),
     "a chunk of a size without end": wire(_posted(b"transfer-encoding: chunked\r\n", b"f" * 40 + b"\r\n{}")),
     "a chunk's size ended by a line feed alone": wire(
         _posted(b"transfer-encoding: chunked\r\n", b"2\n{}\r\n0\r\n\r\n")
     ),
-    "a chunk ended by a line feed alone": wire(
-        _posted(b"transfer-encoding: chunked\r\n", b"2\r\n{}\n0\r\n\r\n")
-    ),
+    "a chunk ended by a line feed alone": wire(_posted(b"transfer-encoding: chunked\r\n", b"2\r\n{}\n0\r\n\r\n")),
     "a line feed alone in a chunk's extension": wire(
         _posted(b"transfer-encoding: chunked\r\n", b"2;a\nb\r\n{}\r\n0\r\n\r\n")
     ),
@@ -571,7 +563,7 @@ WIRE = {
     "a carriage return alone": wire(b"GET /jobs HTTP/1.1\r\nhost: graft\rx: y\r\n\r\n"),
     "TLS": wire(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(32)),
     "bytes of nothing": wire(bytes(range(128, 256)) + b"\r\n\r\n"),
-}  # fmt: skip
+}
 
 CASES: dict[str, Case] = {}
 for _table in (BODIES, KINDS, IDS, METADATA, WEBHOOKS, BASES, HEADERS, QUERIES, METHODS, WIRE):
