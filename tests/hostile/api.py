@@ -380,6 +380,15 @@ BAD_WEIGHTS: dict[str, dict[str, bytes]] = {
 }
 
 
+BAD_LINKS = (
+    "config-elsewhere",
+    "tokenizer-elsewhere",
+    "weights-elsewhere",
+    "weights-nowhere",
+    "weights-in-a-circle",
+)
+
+
 def put_bad_bases(models: Path) -> None:
     """Folders that an operator may have been handed, each wrong in one way, where registered ones are looked for."""
     for name, content in BAD_CONFIGS.items():
@@ -395,6 +404,10 @@ def put_bad_bases(models: Path) -> None:
     (models / "config-elsewhere" / "config.json").symlink_to("/etc/passwd")
     register_base(models / "tokenizer-elsewhere", CONFIG)
     (models / "tokenizer-elsewhere" / "tokenizer.json").symlink_to("../../../../etc/passwd")
+    register_base(models / "weights-nowhere", CONFIG)
+    (models / "weights-nowhere" / "shard-2.safetensors").symlink_to("shard-3.safetensors")
+    register_base(models / "weights-in-a-circle", CONFIG)
+    (models / "weights-in-a-circle" / "shard-2.safetensors").symlink_to("shard-2.safetensors")
     register_base(models / "weights-elsewhere", CONFIG)
     (models / "weights-elsewhere" / "model.safetensors").unlink()
     (models.parent / "elsewhere.safetensors").write_bytes(EMPTY_WEIGHTS)
@@ -410,7 +423,7 @@ BASES = {
     )
 } | {
     f"the base {name!r}": refused(422, "unsupported_base_model", base_model=name)
-    for name in (*BAD_CONFIGS, *BAD_WEIGHTS, "config-elsewhere", "tokenizer-elsewhere", "weights-elsewhere")
+    for name in (*BAD_CONFIGS, *BAD_WEIGHTS, *BAD_LINKS)
 } | {
     "a base that nobody has": refused(422, "unknown_base_model", base_model="nobody/has-this"),
     "a revision with dots": refused(revision="../../main"),
