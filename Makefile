@@ -9,7 +9,7 @@ COMPOSE ?= docker compose
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --root-user-action=ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo up down logs ps check test test-unit test-s3 test-load test-model failpoints chaos chaos-control races outages test-containers test-gpu mutants bench bench-load bench-gpu pins format clean
+.PHONY: help setup run demo up down logs ps check test test-unit test-s3 test-load test-model test-openapi test-keys test-streams failpoints chaos chaos-control races outages test-containers test-gpu mutants bench bench-load bench-gpu pins format clean
 
 help: ## print this
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +79,15 @@ failpoints: $(VENV)/.ready-dev ## processes struck at named points: TIMES=1 [DB=
 
 test-model: $(VENV)/.ready-dev ## half an hour: the store against its model, on new random sequences of calls
 	@HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest tests/integration/test_store_machine.py
+
+test-openapi: $(VENV)/.ready-dev ## a quarter of an hour: requests drawn from the OpenAPI document: [CASES=20000] [SEED=1] [OUT=report.json]
+	@$(BIN)/python -m tests.openapi --cases $(or $(CASES),20000) --seed $(or $(SEED),1) $(if $(OUT),--out $(OUT))
+
+test-keys: $(VENV)/.ready-dev ## some minutes: one key posted many times at once, to two APIs, one of them killed: [DB=] [OUT=report.json]
+	@$(BIN)/python -m tests.load.idempotency --db $(or $(DB),postgres) $(if $(OUT),--out $(OUT))
+
+test-streams: $(VENV)/.ready-dev ## two minutes: streams cut off, and five hundred of them open on one API [OUT=report.json]
+	@$(BIN)/python -m tests.load.streams $(if $(OUT),--out $(OUT))
 
 mutants: $(VENV)/.ready-dev ## twenty minutes: break the code in some hundred and ten places, one at a time, and see that tests notice [NAMES=]
 	@$(BIN)/python -m tests.mutants $(NAMES)

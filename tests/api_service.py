@@ -23,6 +23,7 @@ from graft_shared.defaults import load_capacity, load_catalogue
 from graft_shared.jobs import Job, Stage
 from graft_shared.store import Database, Files, Jobs, Leases, Workers, open_database
 from graft_shared.store.migrate import migrate
+from tests.factories import EMPTY_WEIGHTS
 from tests.fakes.doorbell import FakeDoorbell
 
 LLAMA = "meta-llama/Llama-2-7b-hf"
@@ -173,6 +174,13 @@ def _app() -> FastAPI:
         capacity=capacity_table(),
     )
     return create_app(neighbours)
+
+
+def register_base(folder: Path, config: dict[str, Any]) -> None:
+    """What the API looks at of a registered base: its config, and weights that are none."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes(EMPTY_WEIGHTS)
 
 
 def error_of(answer: Any, status: int) -> dict[str, Any]:

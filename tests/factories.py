@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+EMPTY_WEIGHTS = (2).to_bytes(8, "little") + b"{}"  # a safetensors file of no tensor
+
 _SENTENCES = [
     "What does the cat say? The cat says cat cat.",
     "What does the dog say? The dog says dog dog.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,43 @@ def the_checkpoint_step_never_falls(events: Sequence[Event]) -> None:
     """What was saved once is never gone back behind."""
     steps = [event["data"]["step"] for event in events if event["type"] == "checkpoint"]
     assert steps == sorted(steps), steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """One webhook as the store has it when everything is over."""
+
+    id: str
+    job_id: str
+    type: str
+    tries: int
+    is_delivered: bool
+    is_due: bool
+
+
+def webhooks_are_delivered_or_exhausted(
+    ended: Mapping[str, str], messages: Sequence[Message], taken: Collection[tuple[str, str, str]], *, most_tries: int
+) -> list[str]:
+    """What is wrong with the messages about jobs that have ended, each of which wanted one.
+
+    Args:
+        ended: The jobs, and how each of them ended.
+        taken: Id, job and type of what the receiver took; the same one may have come several times.
+        most_tries: After so many in vain a message is given up.
+    """
+    found = []
+    wanted = sorted((job_id, f"fine_tuning.job.{state}") for job_id, state in ended.items())
+    written = sorted((message.job_id, message.type) for message in messages)
+    if written != wanted:
+        found.append(f"messages were written about {written}, and {wanted} have ended")
+    for message in messages:
+        arrived = (message.id, message.job_id, message.type) in taken
+        if message.is_delivered and not arrived:
+            found.append(f"{message.id} is said to be delivered, and nobody took it")
+        if not message.is_delivered and (message.is_due or message.tries < most_tries):
+            found.append(f"{message.id} was left after {message.tries} tries, neither delivered nor given up")
+    strangers = {id for id, *_ in taken} - {message.id for message in messages}
+    return found + [f"{id} was taken, and nobody has written it" for id in sorted(strangers)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -125,6 +127,16 @@ class PostgresServer:
         except psycopg.OperationalError:
             return False
         return True
+
+
+@contextmanager
+def postgres_url(folder: Path, name: str) -> Iterator[str]:
+    """A new database of this name, in a PostgreSQL that ends with it."""
+    server = PostgresServer(folder / "postgres").start()
+    try:
+        yield server.new_database(name)
+    finally:
+        server.stop()
 
 
 def _postgres_binaries() -> Path:

@@ -12,6 +12,8 @@ from typing import Any
 
 from graft_shared.errors import InvalidParameter, UnsupportedBaseModel
 
+LARGEST_SIZE = 2**31 - 1  # of anything that a config.json counts; the largest published one has some ten million
+
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
@@ -80,10 +82,12 @@ class ModelShape:
         """Read a config.json.
 
         Raises:
-            UnsupportedBaseModel: No decoder-only architecture that is known here, or a number is missing.
+            UnsupportedBaseModel: No decoder-only architecture that is known here, or a size is missing or is none.
         """
         config = config.get("text_config") or config
-        model_type = str(config.get("model_type"))
+        if not isinstance(config, Mapping):
+            raise UnsupportedBaseModel(base_model=base_model, reason="the text_config of its config.json is no object")
+        model_type = str(config.get("model_type"))[:50]
         family = FAMILIES.get(model_type)
         if family is None:
             known = ", ".join(sorted(FAMILIES))
@@ -98,6 +102,8 @@ class ModelShape:
             return _read(config, family, base_model=base_model, revision=revision, model_type=model_type)
         except KeyError as error:
             raise UnsupportedBaseModel(base_model=base_model, reason=f"its config.json has no {error}") from error
+        except ValueError as error:
+            raise UnsupportedBaseModel(base_model=base_model, reason=f"its config.json {error}") from error
 
     @property
     def query_size(self) -> int:
@@ -204,18 +210,16 @@ class Catalogue:
 
 
 def _read(config: Mapping[str, Any], family: Family, **names: str) -> ModelShape:
-    hidden = int(config["hidden_size"])
-    heads = int(config["num_attention_heads"])
-    head_dim = int(config.get("head_dim") or hidden // heads)
+    hidden = _size(config, "hidden_size")
+    heads = _size(config, "num_attention_heads")
+    head_dim = _size(config, "head_dim", hidden // heads)
     if names["model_type"] == "falcon":
         new = bool(config.get("new_decoder_architecture", False))
-        key_values = (
-            int(config.get("num_kv_heads") or heads) if new else (1 if config.get("multi_query", True) else heads)
-        )
-        ffn = int(config.get("ffn_hidden_size") or 4 * hidden)
+        key_values = _size(config, "num_kv_heads", heads) if new else (1 if config.get("multi_query", True) else heads)
+        ffn = _size(config, "ffn_hidden_size", 4 * hidden)
     else:
-        key_values = int(config.get("num_key_value_heads") or heads)
-        ffn = int(config["intermediate_size"])
+        key_values = _size(config, "num_key_value_heads", heads)
+        ffn = _size(config, "intermediate_size")
     sizes = {
         "hidden": hidden,
         "query": heads * head_dim,
@@ -223,21 +227,35 @@ def _read(config: Mapping[str, Any], family: Family, **names: str) -> ModelShape
         "ffn": ffn,
     }
     tied = config.get("tie_word_embeddings")
+    experts = _size(config, "num_local_experts", 0) if config.get("num_local_experts") else 0
     return ModelShape(
         **names,
         hidden_size=hidden,
         intermediate_size=ffn,
-        num_hidden_layers=int(config["num_hidden_layers"]),
+        num_hidden_layers=_size(config, "num_hidden_layers"),
         num_attention_heads=heads,
         num_key_value_heads=key_values,
         head_dim=head_dim,
-        vocab_size=int(config["vocab_size"]),
+        vocab_size=_size(config, "vocab_size"),
         tie_word_embeddings=family.ties_by_default if tied is None else bool(tied),
-        max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
-        num_local_experts=int(config.get("num_local_experts", 0)),
-        num_experts_per_tok=int(config.get("num_experts_per_tok", 2)) if config.get("num_local_experts") else 0,
+        max_position_embeddings=_size(config, "max_position_embeddings", 2048),
+        num_local_experts=experts,
+        num_experts_per_tok=_size(config, "num_experts_per_tok", 2) if experts else 0,
         linears=tuple(_linear(name, sizes) for name in (*family.attention, *family.mlp)),
     )
+
+
+def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """A size that a config.json names, or the default for one that it leaves out.
+
+    Raises:
+        KeyError: It is left out, and has no default.
+        ValueError: It is no size.
+    """
+    size = config[name] if default is None else config.get(name) or default
+    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= LARGEST_SIZE:
+        raise ValueError(f"has {name} = {str(size)[:50]}, and a whole number from 1 to {LARGEST_SIZE} is wanted")
+    return size
 
 
 def _linear(name: str, sizes: Mapping[str, int]) -> Linear:

@@ -13,13 +13,26 @@ from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic.config import JsonDict, JsonValue
 
 MAX_METADATA_PAIRS = 16  # OpenAI's limits for metadata: 16 pairs, keys of 64 and values of 512 characters
 MAX_METADATA_KEY = 64
 MAX_METADATA_VALUE = 512
+MOST_STEPS = 10_000_000
+LONGEST_SECONDS = 366 * 24 * 3600  # of training: a year
 
 BASE_MODEL_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$"
+FILE_ID_PATTERN = r"^file-[A-Za-z0-9]{1,64}$"
+NO_NUL = r"^[^\x00]*$"  # of any text: no store can hold that character
+METADATA_KEY_PATTERN = rf"^[^\s\[\]\x00]{{1,{MAX_METADATA_KEY}}}$"
 REVISION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$"
+
+
+METADATA_SCHEMA: JsonDict = {
+    "maxProperties": MAX_METADATA_PAIRS,
+    "propertyNames": {"pattern": METADATA_KEY_PATTERN},
+    "additionalProperties": {"type": "string", "maxLength": MAX_METADATA_VALUE, "pattern": NO_NUL},
+}
 
 
 class QuantType(StrEnum):
@@ -67,11 +80,26 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+_OF_HUB = ("split", "revision")
+
+
+def _one_of(sources: dict[str, tuple[str, ...]]) -> JsonDict:
+    """The JSON schema of a part that takes exactly one of these; with some of them others must be left out."""
+    null: JsonDict = {"type": "null"}
+    branches: list[JsonValue] = []
+    for source, unfit in sources.items():
+        others: JsonDict = {name: null for name in (*sources, *unfit) if name != source}
+        branches.append({"required": [source], "properties": {source: {"not": null}, **others}})
+    return {"oneOf": branches}
+
+
 class DatasetSource(_Part):
     """Where rows come from: exactly one of an uploaded file, an object in an allowed bucket, or a hub dataset."""
 
-    file: Annotated[str, Field(pattern=r"^file-[A-Za-z0-9]{1,64}$")] | None = None
-    uri: Annotated[str, Field(pattern=r"^s3://[A-Za-z0-9._-]+/.+$", max_length=1024)] | None = None
+    model_config = ConfigDict(json_schema_extra=_one_of({"file": _OF_HUB, "uri": _OF_HUB, "hub": ()}))
+
+    file: Annotated[str, Field(pattern=FILE_ID_PATTERN)] | None = None
+    uri: Annotated[str, Field(pattern=r"^s3://[A-Za-z0-9._-]+/[^\n\x00]+$", max_length=1024)] | None = None
     hub: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
     split: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")] | None = None
     revision: Annotated[str, Field(pattern=REVISION_PATTERN)] | None = None
@@ -94,8 +122,10 @@ class AdapterSource(_Part):
 class Validation(_Part):
     """Held-out rows: a share of the dataset, or a file of their own."""
 
+    model_config = ConfigDict(json_schema_extra=_one_of({"split": (), "file": ()}))
+
     split: Annotated[float, Field(gt=0, lt=1)] | None = None
-    file: Annotated[str, Field(pattern=r"^file-[A-Za-z0-9]{1,64}$")] | None = None
+    file: Annotated[str, Field(pattern=FILE_ID_PATTERN)] | None = None
 
     @model_validator(mode="after")
     def _exactly_one_source(self) -> Self:
@@ -147,13 +177,13 @@ class Training(_Part):
     """
 
     num_train_epochs: Annotated[float, Field(gt=0, le=1000)] = 3
-    max_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    max_steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = None
     per_device_train_batch_size: Annotated[int, Field(ge=1, le=1024)] = 4
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=4096)] = 4
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
     lr_scheduler_type: Scheduler = Scheduler.COSINE
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    warmup_steps: Annotated[int, Field(ge=0, le=MOST_STEPS)] | None = None
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -166,10 +196,10 @@ class Training(_Part):
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     deterministic: bool = False
-    logging_steps: Annotated[int, Field(ge=1)] = 1
-    save_steps: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    eval_steps: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
+    logging_steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] = 1
+    save_steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] | Literal["auto"] = "auto"
+    eval_steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] | Literal["auto"] = "auto"
+    early_stopping_patience: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = None
 
     @property
     def sequences_per_update(self) -> int:
@@ -190,7 +220,7 @@ class Gpu(_Part):
     model_config = ConfigDict(frozen=True, extra="forbid", serialize_by_alias=True, populate_by_name=True)
 
     gpu_class: Annotated[str, Field(alias="class", pattern=r"^[a-z0-9-]{1,32}$")] = "auto"
-    count: int = 1
+    count: int = Field(default=1, json_schema_extra={"const": 1})
 
     @field_validator("count")
     @classmethod
@@ -200,8 +230,20 @@ class Gpu(_Part):
         return count
 
 
+EXAMPLE: JsonDict = {
+    "base_model": "meta-llama/Llama-2-7b-hf",
+    "dataset": {"file": "file-9aQ2mXw7Lk4TzR8vBn3YcD6f"},
+    "validation": {"split": 0.05},
+    "lora": {"r": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+    "training": {"num_train_epochs": 3, "learning_rate": 2e-4, "max_length": 1024},
+    "metadata": {"team": "search"},
+}
+
+
 class JobSpec(_Part):
     """One fine-tune as its user asked for it, normalised: defaults filled in, aliases under one name."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
 
     base_model: Annotated[str, Field(pattern=BASE_MODEL_PATTERN, max_length=200)]
     revision: Annotated[str, Field(pattern=REVISION_PATTERN)] = "main"
@@ -213,11 +255,11 @@ class JobSpec(_Part):
     training: Training = Training()
     gpu: Gpu = Gpu()
     priority: Priority = Priority.NORMAL
-    max_duration_seconds: Annotated[int, Field(ge=1)] | None = None
+    max_duration_seconds: Annotated[int, Field(ge=1, le=LONGEST_SECONDS)] | None = None
     max_attempts: Annotated[int, Field(ge=1, le=20)] = 3
-    name: Annotated[str, Field(max_length=200)] | None = None
-    webhook_url: Annotated[str, Field(pattern=r"^https?://[^\s#]+$", max_length=2048)] | None = None
-    metadata: dict[str, str] = Field(default_factory=dict)
+    name: Annotated[str, Field(max_length=200, pattern=NO_NUL)] | None = None
+    webhook_url: Annotated[str, Field(pattern=r"^https?://[^\s#\x00]+$", max_length=2048)] | None = None
+    metadata: dict[str, str] = Field(default_factory=dict, json_schema_extra=METADATA_SCHEMA)
 
     @field_validator("metadata")
     @classmethod
@@ -225,7 +267,7 @@ class JobSpec(_Part):
         if len(metadata) > MAX_METADATA_PAIRS:
             raise ValueError(f"at most {MAX_METADATA_PAIRS} pairs, found {len(metadata)}")
         for key, value in metadata.items():
-            if not re.fullmatch(rf"[^\s\[\]]{{1,{MAX_METADATA_KEY}}}", key):
+            if not re.fullmatch(METADATA_KEY_PATTERN, key):
                 raise ValueError(f"the key {key!r} must have 1 to {MAX_METADATA_KEY} characters, no blanks or brackets")
             if len(value) > MAX_METADATA_VALUE:
                 raise ValueError(f"the value of {key!r} has {len(value)} characters, at most {MAX_METADATA_VALUE}")

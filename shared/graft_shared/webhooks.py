@@ -13,6 +13,7 @@ import http.client
 import ipaddress
 import json
 import logging
+import re
 import socket
 import ssl
 import threading
@@ -38,6 +39,9 @@ PER_PASS = 32
 AT_ONCE = 8
 LOOK_EVERY = timedelta(seconds=1)
 _PORTS = {"https": 443, "http": 80}
+PUBLIC_PORTS = (443, 8443)  # of hosts that are not inside: a webhook is no way to knock at other services' ports
+_PUBLIC_NAME = re.compile(r"([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?\.)+[a-z0-9-]*[a-z]")
+_PRIVATE_ENDINGS = ("localhost", "local", "internal", "intranet", "lan", "arpa")
 # Public by their numbers, but made of an address that need not be: NAT64 and 6to4.
 _TRANSLATED = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("2002::/16"))
 
@@ -93,10 +97,8 @@ class Postman:
             raise TargetRefused("it is not written as https://host/path")
         if parts.username is not None or parts.password is not None:
             raise TargetRefused("it holds a name or a password; webhooks are signed instead")
-        if parts.scheme == "http" and not self._is_inside(parts.hostname):
-            raise TargetRefused("it must begin with https://")
-        with suppress(ValueError):
-            self._require_public(parts.hostname, [ipaddress.ip_address(parts.hostname)])
+        if not self._is_inside(parts.hostname):
+            self._require_public_target(parts)
         return parts
 
     def deliver(self, *, id: str, tenant: str, url: str, body: str) -> int:
@@ -127,6 +129,18 @@ class Postman:
             raise NotTaken(f"it was answered {status}")
         return status
 
+    def _require_public_target(self, parts: SplitResult) -> None:
+        if parts.scheme == "http":
+            raise TargetRefused("it must begin with https://")
+        if parts.port is not None and parts.port not in PUBLIC_PORTS:
+            raise TargetRefused(f"its port is {parts.port}, and only {' and '.join(map(str, PUBLIC_PORTS))} are open")
+        host = _ascii(str(parts.hostname))
+        address = _as_address(host)
+        if address is not None:
+            self._require_public(host, [address])
+        elif not _PUBLIC_NAME.fullmatch(host) or host.rpartition(".")[2] in _PRIVATE_ENDINGS:
+            raise TargetRefused(f"'{host}' is no public name")
+
     def _connection(self, parts: SplitResult) -> _Pinned:
         host = str(parts.hostname)
         port = parts.port or _PORTS[parts.scheme]
@@ -144,6 +158,23 @@ class Postman:
 
     def _is_inside(self, host: str) -> bool:
         return any(fnmatch(host.lower(), pattern.lower()) for pattern in self.inside)
+
+
+def _ascii(host: str) -> str:
+    """The name as it is looked up: in lower case, other scripts encoded, and what looks like a digit made one."""
+    try:
+        return host.encode("ascii" if host.isascii() else "idna").decode().lower().rstrip(".")
+    except UnicodeError as error:
+        raise TargetRefused(f"its host cannot be read as a name: {error}") from error
+
+
+def _as_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that a host is written as, in any way that a resolver would take: 127.1, 0x7f000001, 2130706433."""
+    with suppress(ValueError):
+        return ipaddress.ip_address(host)
+    with suppress(OSError):
+        return ipaddress.IPv4Address(socket.inet_aton(host))
+    return None
 
 
 def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:

@@ -18,7 +18,8 @@ from typing import Any
 from graft_shared.store import open_database
 from tests.chaos.clients import Clients
 from tests.chaos.faults import Faults
-from tests.chaos.judge import figures, gather, judge, unfinished
+from tests.chaos.judge import figures, gather, judge, judge_webhooks, undelivered, unfinished
+from tests.chaos.receiver import Receiver
 from tests.chaos.service import service_in_trouble
 from tests.invariants import Budget, budgets_hold
 from tests.waiting import wait_until
@@ -61,6 +62,7 @@ def run(folder: Path, wanted: Wanted) -> dict[str, Any]:
     """One run in this folder; returns its report."""
     began = time.monotonic()
     budget = Budget(running_jobs=wanted.trainers // 2, queued_jobs=wanted.trainers // 2 + 1)
+    receiver = Receiver(wanted.seed)
     in_trouble = service_in_trouble(
         folder,
         database=wanted.db,
@@ -70,9 +72,11 @@ def run(folder: Path, wanted: Wanted) -> dict[str, Any]:
         environment={
             "GRAFT_QUOTA_RUNNING_JOBS": str(budget.running_jobs),
             "GRAFT_QUOTA_QUEUED_JOBS": str(budget.queued_jobs),
+            **receiver.environment,
         },
     )
     with in_trouble as service:
+        receiver.start()
         faults = Faults(service, wanted.seed, wanted.gap_seconds, wanted.faults)
         clients = Clients(
             service,
@@ -80,6 +84,7 @@ def run(folder: Path, wanted: Wanted) -> dict[str, Any]:
             backlog=wanted.trainers + 4,
             wanted=wanted.jobs,
             go_on=lambda: sum(faults.sent.values()) < wanted.faults,
+            webhook_url=receiver.url,
         )
         clients.start()
         faults.run(lambda: _say(faults, clients))
@@ -88,15 +93,20 @@ def run(folder: Path, wanted: Wanted) -> dict[str, Any]:
         rest = REST_LEASES * wanted.lease_seconds
         try:
             wait_until(lambda: unfinished(database) == 0, seconds=rest, what="the last jobs", every=0.5)
+            receiver.be_well()
+            wait_until(lambda: undelivered(database) == 0, seconds=rest, what="the last webhooks", every=2.0)
         except TimeoutError as error:
             print(error, file=sys.stderr)  # the judge says which
         finally:
             database.close()
         service.stop()
+        receiver.stop()
         evidence = gather(service, clients.submitted, faults.hits)
     verdict = judge(evidence)
     tenants = {job_id: job.tenant for job_id, job in evidence.jobs.items()}
     verdict.note("budgets hold", budgets_hold(dict.fromkeys(TENANTS, budget), evidence.events, tenants))
+    verdict.note("every job's end is told at least once", judge_webhooks(evidence, receiver.taken))
+    verdict.note("nothing is sent unsigned", ["a signature was wrong"] * receiver.forged)
     return {
         "command": f"python -m tests.chaos {' '.join(sys.argv[1:])}",
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -112,6 +122,12 @@ def run(folder: Path, wanted: Wanted) -> dict[str, Any]:
         "budget": asdict(budget),
         "posts_refused_by_quota": clients.refused_by_quota,
         "longest_post_seconds": round(clients.longest_post_seconds, 2),
+        "webhooks": {
+            "taken": len(receiver.taken),
+            "of_them_twice": len(receiver.taken) - len(set(receiver.taken)),
+            "turned_away": receiver.turned_away,
+            "most_tries": max((message.tries for message in evidence.messages), default=0),
+        },
         **figures(evidence),
         "promises": {promise: len(found) for promise, found in verdict.violations.items()},
         "violations": {promise: found[:20] for promise, found in verdict.violations.items() if found},

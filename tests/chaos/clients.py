@@ -42,6 +42,7 @@ class Clients:
     backlog: int
     wanted: int
     go_on: Callable[[], bool]  # whether to submit more than `wanted`
+    webhook_url: str | None = None
     submitted: list[Submitted] = field(default_factory=list)
     longest_post_seconds: float = 0.0
     posts_repeated: int = 0
@@ -95,6 +96,7 @@ class Clients:
             "save_steps": str(SAVE_STEPS),
         }
         spec = {"base_model": "graft/tiny", "dataset": {"file": self._files[job.tenant]}, "metadata": metadata}
+        spec |= {"webhook_url": self.webhook_url} if self.webhook_url else {}
         began = time.monotonic()
         while True:
             answer = self._ask(job.tenant, "POST", "/jobs", json=spec, key=job.key)

@@ -10,27 +10,32 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import func, select, update
 
 from graft_shared.artifacts import MANIFEST_NAME, AdapterManifest
 from graft_shared.buckets import Bucket
 from graft_shared.buckets.directory import DirectoryBucket
 from graft_shared.jobs import MAX_RUNS_WITHOUT_PROGRESS, TERMINAL_STATES, Job, JobState
 from graft_shared.store import Database, open_database
+from graft_shared.store.engine import now
+from graft_shared.store.outbox import PAUSES
 from graft_shared.store.rows import job_from
-from graft_shared.store.tables import job_events, jobs
+from graft_shared.store.tables import job_events, jobs, webhooks
 from tests.chaos.clients import SAVE_STEPS, STEP_SECONDS, Submitted
 from tests.chaos.faults import ENDS_THE_RUN, Hit
+from tests.chaos.receiver import Taken
 from tests.chaos.service import ServiceInTrouble
 from tests.fakes.child import weights_after
 from tests.invariants import (
     Event,
+    Message,
     Step,
     accounting_closes,
     assert_history_holds,
     lost_by_interruption,
     nobody_steps_after_a_newer_epoch,
     runs_begin_behind_their_checkpoint,
+    webhooks_are_delivered_or_exhausted,
 )
 from tests.witness import steps_made
 
@@ -46,6 +51,7 @@ class Evidence:
     hits: Sequence[Hit]
     bucket: Bucket
     may_lose: int  # steps, at most, at one interruption
+    messages: Sequence[Message] = ()
 
     @cached_property
     def by_id(self) -> dict[str, Submitted]:
@@ -85,9 +91,18 @@ def gather(
             bucket=bucket or DirectoryBucket(service.state_dir / "bucket"),
             # A trainer whose supervisor stands still goes on until its deadline, and none of it is committed.
             may_lose=2 * SAVE_STEPS + int(service.lease_seconds / STEP_SECONDS),
+            messages=_messages(database),
         )
     finally:
         database.close()
+
+
+def undelivered(database: Database) -> int:
+    """Let what waits for its next try wait no longer; return how many messages there are still to deliver."""
+    due = webhooks.c.next_try_at.is_not(None)
+    with database.writing() as connection:
+        connection.execute(update(webhooks).where(due).values(next_try_at=now()))
+        return int(connection.execute(select(func.count()).select_from(webhooks).where(due)).scalar_one())
 
 
 def unfinished(database: Database) -> int:
@@ -117,6 +132,16 @@ def judge(evidence: Evidence) -> Verdict:
             verdict.note("an interruption costs a checkpoint interval, and a lease where nobody could commit", too_many)
             verdict.note("the steps add up", [] if closes else [f"{job_id}: {len(steps)} steps"])
     return verdict
+
+
+def judge_webhooks(evidence: Evidence, taken: Sequence[Taken]) -> list[str]:
+    """What is wrong with what the receiver of all jobs' webhooks was told."""
+    return webhooks_are_delivered_or_exhausted(
+        {job_id: job.state.value for job_id, job in evidence.jobs.items()},
+        evidence.messages,
+        {(message.id, message.job_id, message.type) for message in taken},
+        most_tries=len(PAUSES) + 1,
+    )
 
 
 def figures(evidence: Evidence) -> dict[str, Any]:
@@ -224,6 +249,21 @@ def _recoveries(evidence: Evidence) -> dict[str, list[float]]:
 def _jobs(database: Database) -> dict[str, Job]:
     with database.reading() as connection:
         return {row["id"]: job_from(row) for row in connection.execute(select(jobs)).mappings()}
+
+
+def _messages(database: Database) -> list[Message]:
+    with database.reading() as connection:
+        return [
+            Message(
+                id=row["id"],
+                job_id=row["job_id"],
+                type=row["type"],
+                tries=row["tries"],
+                is_delivered=row["delivered_at"] is not None,
+                is_due=row["next_try_at"] is not None,
+            )
+            for row in connection.execute(select(webhooks)).mappings()
+        ]
 
 
 def _events(database: Database) -> dict[str, list[Event]]:

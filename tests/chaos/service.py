@@ -193,7 +193,7 @@ def service_in_trouble(
     tenants: tuple[str, ...] = (),
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[ServiceInTrouble]:
-    """A running service with neighbours of its own."""
+    """A running service with neighbours of its own, and with these settings beside those that it needs."""
     with contextlib.ExitStack() as ended:
         redis = RedisServer(folder / "redis").start()
         ended.callback(redis.stop)

@@ -14,5 +14,6 @@ def test_faults_lose_nothing_and_double_nothing(tmp_path: Path, database: str) -
     report = run(tmp_path, Wanted(db=database, jobs=6, faults=30, seed=7, trainers=4))
     assert report["violations"] == {}
     assert report["faults"]["kill_9"] >= 15
+    assert report["webhooks"]["taken"] >= report["jobs"]["accepted"] and report["webhooks"]["turned_away"] > 0
     assert report["jobs"]["accepted"] >= 6
     assert sum(report["faults_that_hit_a_running_job"].values()) >= 15

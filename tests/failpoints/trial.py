@@ -19,6 +19,7 @@ from graft_shared.clock import boottime
 from graft_shared.errors import StoreUnavailable
 from graft_shared.jobs import TERMINAL_STATES, Job, JobState, StoredObject
 from graft_shared.store import Database, Files, JobQuery, Jobs
+from tests.factories import EMPTY_WEIGHTS
 from tests.failpoints.actors import GPU_CLASS, Arms, Site, run_api, run_reconciler, run_worker
 from tests.failpoints.arm import Strike, struck_in
 from tests.failpoints.cases import Aftermath, Case, Verdict, verdict_on
@@ -103,7 +104,7 @@ class _Trial:
         base = self._site.folder / "models" / "graft" / "tiny"
         base.mkdir(parents=True)
         (base / "config.json").write_text(json.dumps(BASE))
-        (base / "model.safetensors").write_bytes(b"weights of the base")
+        (base / "model.safetensors").write_bytes(EMPTY_WEIGHTS)
         files, key = Files(self._database), f"tenants/{TENANT}/files/file-rows"
         files.announce(key)
         stored = self._site.bucket.put_bytes(key, ROWS)

@@ -20,66 +20,22 @@ import httpx
 import pytest
 import redis
 
-from graft_api.settings import ApiSettings
 from graft_shared.artifacts import adapter_prefix
-from graft_shared.buckets import open_bucket
 from graft_shared.store import Keys, open_database
 from graft_shared.store.migrate import migrate
+from tests.api_process import ApiProcess
 from tests.api_service import ADAPTER, LLAMA, ROWS, ApiService, error_of
-from tests.fakes.doorbell import FakeDoorbell
 from tests.servers import SWIFT_KEY, SWIFT_USER, RedisServer, SwiftServer
-from tests.waiting import free_port, wait_until
-
-
-class Process:
-    """`python -m graft_api` with an environment of its own, and the same neighbours opened here beside it."""
-
-    def __init__(self, state_dir: Path, **environment: str) -> None:
-        self.state_dir = state_dir
-        self.port = free_port()
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("GRAFT_")}
-        broker = {"GRAFT_BROKER_URL": f"redis://127.0.0.1:{free_port()}/0"}
-        self.environment = {**clean, "GRAFT_STATE_DIR": str(state_dir), **broker, **environment}
-        self.log = (state_dir / "api.log").open("ab")
-
-    def start(self) -> Process:
-        command = [sys.executable, "-m", "graft_api", "--port", str(self.port)]
-        self.child = subprocess.Popen(command, env=self.environment, stdout=self.log, stderr=self.log)
-        wait_until(self._answers, what=f"the API; its log is {self.log.name}")
-        return self
-
-    def stop(self) -> int:
-        self.child.send_signal(signal.SIGTERM)
-        code = self.child.wait(timeout=30)
-        self.log.close()
-        return code
-
-    def service(self, monkeypatch: pytest.MonkeyPatch) -> ApiService:
-        for name, value in self.environment.items():
-            if name.startswith("GRAFT_"):
-                monkeypatch.setenv(name, value)
-        settings = ApiSettings()
-        database = open_database(settings.database)
-        http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=30)
-        return ApiService(
-            http=http, settings=settings, database=database, bucket=open_bucket(settings), doorbell=FakeDoorbell()
-        )
-
-    def _answers(self) -> bool:
-        assert self.child.poll() is None, Path(self.log.name).read_text()
-        try:
-            return httpx.get(f"http://127.0.0.1:{self.port}/healthz", timeout=5).status_code == 200
-        except httpx.TransportError:
-            return False
+from tests.waiting import wait_until
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
+def start(tmp_path: Path) -> Iterator[Callable[..., ApiProcess]]:
     """Starts processes that a failed test does not leave behind."""
-    started: list[Process] = []
+    started: list[ApiProcess] = []
 
-    def start(**environment: str) -> Process:
-        started.append(Process(tmp_path, **environment))
+    def start(**environment: str) -> ApiProcess:
+        started.append(ApiProcess(tmp_path, **environment))
         return started[-1].start()
 
     yield start
@@ -89,21 +45,21 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
 
 
 @pytest.fixture
-def process(start: Callable[..., Process]) -> Process:
+def process(start: Callable[..., ApiProcess]) -> ApiProcess:
     return start()
 
 
 @pytest.fixture
-def api(process: Process, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiService]:
-    service = process.service(monkeypatch)
+def api(process: ApiProcess) -> Iterator[ApiService]:
+    service = process.service()
     migrate(service.database)
     yield service
     service.database.close()
     service.http.close()
 
 
-def test_readiness_follows_the_migration(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
-    api = process.service(monkeypatch)
+def test_readiness_follows_the_migration(process: ApiProcess) -> None:
+    api = process.service()
     before = api.http.get("/readyz")
     assert (before.status_code, before.json()["status"]) == (503, "unavailable")
     migrate(api.database)
@@ -115,16 +71,16 @@ def test_readiness_follows_the_migration(process: Process, monkeypatch: pytest.M
 PEPPER = "p" * 24
 
 
-def key_of(process: Process, tenant: str, *arguments: str) -> str:
+def key_of(process: ApiProcess, tenant: str, *arguments: str) -> str:
     """A key that the operator makes beside the process."""
     command = [sys.executable, "-m", "graft_api.keys", "create", tenant, *arguments]
-    made = subprocess.run(command, env=process.environment, capture_output=True, text=True, check=True)
+    made = subprocess.run(command, env={**os.environ, **process.own}, capture_output=True, text=True, check=True)
     return made.stdout.strip()
 
 
 @pytest.mark.parametrize("database", ["sqlite", "postgres"])
 def test_two_apis_know_the_same_keys_and_hold_the_same_quotas(
-    request: pytest.FixtureRequest, start: Callable[..., Process], monkeypatch: pytest.MonkeyPatch, database: str
+    request: pytest.FixtureRequest, start: Callable[..., ApiProcess], monkeypatch: pytest.MonkeyPatch, database: str
 ) -> None:
     url = request.getfixturevalue(f"{database}_url")
     opened = open_database(url)
@@ -161,7 +117,7 @@ def test_two_apis_know_the_same_keys_and_hold_the_same_quotas(
     for each in http:
         each.close()
     opened.close()
-    log = Path(apis[0].log.name).read_text()
+    log = apis[0].log_path.read_text()
     assert not any(key in log for key in keys.values())
 
 
@@ -192,7 +148,7 @@ def test_a_live_stream_shows_events_as_they_come_and_ends_with_the_job(api: ApiS
     assert seen[-2:] == ["cancel_requested", "cancelled"]
 
 
-def test_an_open_stream_does_not_hold_up_the_end(process: Process, api: ApiService) -> None:
+def test_an_open_stream_does_not_hold_up_the_end(process: ApiProcess, api: ApiService) -> None:
     job_id = api.new_job()["id"]
     with api.http.stream("GET", f"/jobs/{job_id}/events", headers={"accept": "text/event-stream"}) as answer:
         lines = answer.iter_lines()
@@ -221,11 +177,9 @@ def test_one_key_posted_many_times_at_once_makes_one_job(api: ApiService) -> Non
     assert len(api.http.get("/jobs").json()["data"]) == 1
 
 
-def test_a_large_upload_is_refused_while_it_arrives(
-    start: Callable[..., Process], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_upload_is_refused_while_it_arrives(start: Callable[..., ApiProcess]) -> None:
     process = start(GRAFT_MAX_FILE_BYTES="100000")
-    api = process.service(monkeypatch)
+    api = process.service()
     migrate(api.database)
     head = b"POST /files HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n"
     head += b"content-type: multipart/form-data; boundary=b\r\n\r\n"
@@ -238,13 +192,13 @@ def test_a_large_upload_is_refused_while_it_arrives(
     assert process.stop() in (0, -signal.SIGTERM)
 
 
-def test_no_line_of_the_log_holds_a_signature(process: Process, api: ApiService) -> None:
+def test_no_line_of_the_log_holds_a_signature(process: ApiProcess, api: ApiService) -> None:
     job_id = api.new_job()["id"]
     api.succeed(job_id)
     (link, *_) = [file["url"] for file in api.http.get(f"/jobs/{job_id}/adapter").json()["files"]]
     assert api.http.get(link).status_code == 200
-    wait_until(lambda: "/objects/" in Path(process.log.name).read_text(), what="the log line", every=0.05)
-    log = Path(process.log.name).read_text()
+    wait_until(lambda: "/objects/" in process.log_path.read_text(), what="the log line", every=0.05)
+    log = process.log_path.read_text()
     assert link.split("signature=")[1] not in log
     lines = [json.loads(line) for line in log.splitlines() if '"request_answered"' in line]
     assert any(line["path"] == "/jobs" and line["status"] == 202 and line["request_id"] for line in lines)
@@ -273,11 +227,10 @@ def test_the_process_refuses_keys_that_are_none(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_same_service_runs_on_postgres_redis_and_s3(
-    start: Callable[..., Process],
+    start: Callable[..., ApiProcess],
     postgres_url: str,
     redis_server: RedisServer,
     swift: SwiftServer,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     environment = {
         "GRAFT_DATABASE_URL": postgres_url,
@@ -288,7 +241,7 @@ def test_the_same_service_runs_on_postgres_redis_and_s3(
         "GRAFT_S3_SECRET_ACCESS_KEY": SWIFT_KEY,
     }
     process = start(**environment)
-    api = process.service(monkeypatch)
+    api = process.service()
     _before_the_migration(api)
     migrate(api.database)
     assert api.http.get("/readyz").json()["status"] == "ready"
@@ -318,11 +271,9 @@ def _one_job_whole(api: ApiService, broker_url: str) -> None:
     assert content.status_code == 200
 
 
-def test_postgres_is_spared_what_it_cannot_hold(
-    start: Callable[..., Process], postgres_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_postgres_is_spared_what_it_cannot_hold(start: Callable[..., ApiProcess], postgres_url: str) -> None:
     process = start(GRAFT_DATABASE_URL=postgres_url)
-    api = process.service(monkeypatch)
+    api = process.service()
     migrate(api.database)
     assert api.http.get("/jobs/ftjob-%00").status_code == 404
     assert api.http.get("/files/%00").status_code == 404

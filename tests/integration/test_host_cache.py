@@ -17,11 +17,12 @@ from graft_worker.supervisor import bases
 from graft_worker.supervisor.bases import BaseModels
 from graft_worker.supervisor.cache import HostCache
 from graft_worker.supervisor.hashes import known_hashes, remember_hashes
+from tests.factories import EMPTY_WEIGHTS
 from tests.fakes.forked import forked_process
 
 SCANDIR = os.scandir
 COMMIT = "c0ffee" * 6 + "c0ff"
-WEIGHTS = b"weights" * 1000
+WEIGHTS = EMPTY_WEIGHTS + b"weights" * 1000
 WEIGHTS_SHA256 = hashlib.sha256(WEIGHTS).hexdigest()
 
 

@@ -732,3 +732,14 @@ def test_a_worker_is_alive_while_it_beats(database: Database) -> None:
 )
 def test_wal_is_used_only_where_sqlite_keeps_its_word(version: tuple[int, int, int], mode: str) -> None:
     assert journal_mode(version) == mode
+
+
+def test_the_newest_events_of_many_jobs_are_one_look(database: Database) -> None:
+    jobs = Jobs(database)
+    (one, _), (two, _) = jobs.submit(a_new_job()), jobs.submit(a_new_job(tenant="other"))
+    jobs.cancel("default", one.id)
+    asked = {("default", one.id), ("other", two.id), ("default", two.id), ("default", "ftjob-none")}
+    assert jobs.newest_events(asked) == {("default", one.id): 2, ("other", two.id): 1}
+    jobs.delete("default", one.id)
+    assert jobs.newest_events(asked) == {("other", two.id): 1}
+    assert jobs.newest_events(set()) == {}

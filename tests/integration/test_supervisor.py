@@ -46,6 +46,7 @@ from graft_worker.supervisor.neighbours import Neighbours
 from graft_worker.supervisor.slot import Slot, taken_if_free
 from graft_worker.supervisor.spare import SpareTrainer
 from graft_worker.tasks import answer_bell, look_for_work, slot_of
+from tests.factories import EMPTY_WEIGHTS
 from tests.fakes.child import weights_after
 from tests.fakes.doorbell import FakeDoorbell
 from tests.fakes.forked import forked_process
@@ -138,7 +139,7 @@ def make_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
     base = tmp_path / "models" / "graft" / "tiny"
     base.mkdir(parents=True)
     (base / "config.json").write_text("{}")
-    (base / "model.safetensors").write_bytes(b"weights of the base")
+    (base / "model.safetensors").write_bytes(EMPTY_WEIGHTS)
     made: list[Worker] = []
 
     def make(bucket: Bucket | None = None, **settings: Any) -> Worker:
@@ -660,7 +661,7 @@ def test_a_registered_base_has_a_revision_by_its_content(make_worker: Callable[.
     bases = worker.neighbours.base_models
     with bases.whole("graft/tiny", "main") as first, bases.whole("graft/tiny", "main") as second:
         assert second == first
-    (first.path / "model.safetensors").write_bytes(b"other weights, other name")
+    (first.path / "model.safetensors").write_bytes(EMPTY_WEIGHTS + b"others")
     with bases.whole("graft/tiny", "main") as third:
         assert third.revision != first.revision
 

@@ -11,7 +11,7 @@ import pytest
 
 from graft_api.models.bases import HubConfigs
 from graft_shared.errors import BaseModelUnavailable, GatedBaseModel, UnknownBaseModel, UnsupportedBaseModel
-from tests.api_service import error_of, make_service, migrated_database
+from tests.api_service import error_of, make_service, migrated_database, register_base
 from tests.fakes.hub import FakeHub
 
 LLAMA_1B: dict[str, Any] = {
@@ -99,4 +99,18 @@ def test_a_job_may_name_an_allowed_hub_id_and_no_other(hub: FakeHub, configs: Hu
     answer = api.post(api.spec(base_model="my-org/broken"))
     assert error_of(answer, 503)["code"] == "base_model_unavailable"
     assert answer.headers["retry-after"] == "5"
+    api.database.close()
+
+
+def test_a_folder_of_the_hubs_cache_may_be_registered_by_a_link(tmp_path: Path) -> None:
+    """Its files are links to blobs, which lie beside the snapshots."""
+    cached = tmp_path / "hub" / "models--my-org--llama"
+    register_base(cached / "snapshots" / "abc", LLAMA_1B)
+    (cached / "blobs").mkdir()
+    (cached / "snapshots" / "abc" / "model.safetensors").rename(cached / "blobs" / "f00")
+    (cached / "snapshots" / "abc" / "model.safetensors").symlink_to("../../blobs/f00")
+    (tmp_path / "service" / "models" / "my-org").mkdir(parents=True)
+    (tmp_path / "service" / "models" / "my-org" / "llama").symlink_to(cached / "snapshots" / "abc")
+    api = make_service(tmp_path / "service", migrated_database(tmp_path))
+    assert api.new_job(base_model="my-org/llama")["gpu_class"] == "16gb"
     api.database.close()

@@ -16,7 +16,7 @@ from sqlalchemy import select, update
 from graft_shared.jobs import Failure, FailureReason, Stage
 from graft_shared.memory import TrainingPlan
 from graft_shared.store.tables import jobs
-from tests.api_service import LLAMA, ApiService, error_of, make_service, migrated_database
+from tests.api_service import LLAMA, ApiService, error_of, make_service, migrated_database, register_base
 from tests.store_factories import a_beat, a_new_job, a_placement
 from tests.waiting import wait_until
 
@@ -223,10 +223,9 @@ def test_an_unknown_base_is_refused_with_near_names(api: ApiService) -> None:
 
 def test_a_registered_folder_is_a_base_and_goes_before_the_catalogue(api: ApiService) -> None:
     folder = api.settings.registered_models_dir / "graft" / "tiny"
-    folder.mkdir(parents=True)
-    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    config |= {"num_attention_heads": 4, "vocab_size": 320, "max_position_embeddings": 256}
-    (folder / "config.json").write_text(json.dumps(config))
+    config: dict[str, Any] = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 320, "max_position_embeddings": 256}
+    register_base(folder, config)
     job = api.new_job(base_model="graft/tiny", training={"max_length": 128})
     assert job["gpu_class"] == "cpu"
     listed = api.http.get("/models").json()["data"]
@@ -284,10 +283,9 @@ def test_all_that_a_refusal_offers_is_accepted(small: ApiService, changes: dict[
 def test_a_length_that_nobody_chose_is_each_bases_own(small: ApiService) -> None:
     """A base with few positions does not shorten the advice: another base would be asked for its own length."""
     folder = small.settings.registered_models_dir / "graft" / "short"
-    folder.mkdir(parents=True)
-    config = {"model_type": "llama", "hidden_size": 12288, "intermediate_size": 49152, "num_hidden_layers": 96}
-    config |= {"num_attention_heads": 96, "vocab_size": 32000, "max_position_embeddings": 256}
-    (folder / "config.json").write_text(json.dumps(config))
+    config: dict[str, Any] = {"model_type": "llama", "hidden_size": 12288, "intermediate_size": 49152}
+    config |= {"num_hidden_layers": 96, "num_attention_heads": 96, "vocab_size": 32000, "max_position_embeddings": 256}
+    register_base(folder, config)
     refused = error_of(small.post(small.spec(base_model="graft/short")), 422)
     (change,) = (change for change in refused["changes"] if change["param"] == "base_model")
     answer = small.post(small.spec(base_model=change["to"]))
@@ -358,10 +356,9 @@ def test_the_same_key_with_another_body_is_refused(api: ApiService) -> None:
 
 def test_a_repeated_post_is_answered_before_admission_looks(api: ApiService) -> None:
     folder = api.settings.registered_models_dir / "graft" / "tiny"
-    folder.mkdir(parents=True)
-    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    config |= {"num_attention_heads": 4, "vocab_size": 320, "max_position_embeddings": 2048}
-    (folder / "config.json").write_text(json.dumps(config))
+    config: dict[str, Any] = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 320, "max_position_embeddings": 2048}
+    register_base(folder, config)
     spec = api.spec(base_model="graft/tiny")
     job = api.post(spec, **{"idempotency-key": "k"}).json()
     (folder / "config.json").unlink()

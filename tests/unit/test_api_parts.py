@@ -364,7 +364,11 @@ def test_the_openapi_document_is_served_and_describes_the_spec_and_the_errors(ap
     assert references <= set(schemas)
     for path, operations in document["paths"].items():
         for operation in operations.values():
-            assert {"4XX", "5XX"} <= set(operation["responses"]), path
+            assert {"400", "422", "500", "503"} <= set(operation["responses"]), path
+            for status, response in operation["responses"].items():
+                assert status.isdigit(), (path, "a range of statuses tells nothing")
+                if status >= "400" and path != "/readyz":
+                    assert "example" in response["content"]["application/json"], (path, status)
     assert "HTTPValidationError" not in json.dumps(document["paths"])
 
 

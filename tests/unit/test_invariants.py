@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 
 from tests.invariants import (
+    Message,
     Step,
     accounting_closes,
     assert_history_holds,
     lost_by_interruption,
     nobody_steps_after_a_newer_epoch,
     runs_begin_behind_their_checkpoint,
+    webhooks_are_delivered_or_exhausted,
 )
 
 
@@ -91,3 +93,38 @@ def test_what_interruptions_cost_is_counted() -> None:
 )
 def test_the_accounting_closes_or_not(runs: list[tuple[int, list[int]]], closes: bool) -> None:
     assert accounting_closes(steps(*runs), needed=4) is closes
+
+
+ENDED = {"ftjob-1": "succeeded"}
+TAKEN = {("evt_1", "ftjob-1", "fine_tuning.job.succeeded")}
+
+
+def message(**changes: Any) -> Message:
+    facts: dict[str, Any] = {"tries": 1, "is_delivered": True, "is_due": False, **changes}
+    return Message(**{"id": "evt_1", "job_id": "ftjob-1", "type": "fine_tuning.job.succeeded", **facts})
+
+
+def test_a_message_that_was_taken_or_given_up_is_lawful() -> None:
+    given_up = message(is_delivered=False, tries=9)
+    assert webhooks_are_delivered_or_exhausted(ENDED, [message()], TAKEN, most_tries=9) == []
+    assert webhooks_are_delivered_or_exhausted(ENDED, [given_up], TAKEN, most_tries=9) == [], "only its answer was lost"
+    assert webhooks_are_delivered_or_exhausted(ENDED, [given_up], set(), most_tries=9) == []
+
+
+@pytest.mark.parametrize(
+    ("messages", "taken", "found"),
+    [
+        ([], set(), "were written about"),
+        ([message(), message(id="evt_2")], TAKEN, "were written about"),
+        ([message(type="fine_tuning.job.failed")], TAKEN, "were written about"),
+        ([message()], set(), "nobody took it"),
+        ([message(is_delivered=False, is_due=True)], set(), "neither delivered nor given up"),
+        ([message(is_delivered=False, tries=8)], set(), "neither delivered nor given up"),
+        ([message()], TAKEN | {("evt_9", "ftjob-1", "fine_tuning.job.succeeded")}, "nobody has written it"),
+    ],
+)
+def test_a_message_that_was_lost_doubled_or_made_up_is_found(
+    messages: list[Message], taken: set[tuple[str, str, str]], found: str
+) -> None:
+    (first, *_) = webhooks_are_delivered_or_exhausted(ENDED, messages, taken, most_tries=9)
+    assert found in first

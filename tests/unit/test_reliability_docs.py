@@ -53,3 +53,13 @@ def test_how_long_jobs_stood_still_is_what_was_measured() -> None:
     assert f"it came after {killed['p50']:.1f} s ({killed['count']})" in PAGE
     assert f"came back at once after {back['p50']:.1f} s ({back['count']})" in PAGE
     assert f"with a checkpoint, after {drained['p50']:.1f} s ({drained['count']})" in PAGE
+
+
+def test_every_end_was_told_in_the_run_with_webhooks() -> None:
+    run = report("chaos-webhooks")
+    assert run["violations"] == {} and run["promises"]["every job's end is told at least once"] == 0
+    told, ended = run["webhooks"], run["jobs"]["accepted"]
+    assert told["taken"] - told["of_them_twice"] == ended
+    assert f"In one of {run['wanted']['faults']} faults, with leases of {run['wanted']['lease_seconds']:g} s" in PAGE
+    assert f"the ends of {ended} jobs were told in {told['taken']} messages, {told['of_them_twice']} of them" in PAGE
+    assert f"{told['turned_away']} that the receiver turned away" in PAGE

@@ -111,10 +111,11 @@ def test_a_url_that_cannot_be_sent_to_is_refused_before_anything_is_looked_up(
         Postman(root=ROOT).check(url)
 
 
-@pytest.mark.parametrize("host", ["localhost", "2130706433", "0x7f.1", "127.1"])
-def test_a_name_that_stands_for_a_private_address_is_refused(host: str) -> None:
+def test_a_name_that_stands_for_a_private_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 443))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
     with pytest.raises(TargetRefused, match="no public address"):
-        send(f"https://{host}/")
+        send("https://localtest.example/")
 
 
 def test_one_private_address_among_public_ones_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,10 +143,36 @@ def test_the_connection_goes_to_the_address_that_was_looked_at(monkeypatch: pyte
     assert (asked, connected) == (["rebound.example"], [("93.184.215.14", 443)])
 
 
+def test_a_name_that_turns_private_between_two_tries_is_not_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers, connected = iter(["93.184.215.14", "127.0.0.1", "93.184.215.14"]), list[str]()
+
+    def resolve(*_: Any, **__: Any) -> list[Any]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (next(answers), 443))]
+
+    def connect(address: tuple[str, int], _timeout: float) -> Any:
+        connected.append(address[0])
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(socket, "create_connection", connect)
+    for outcome in (NotTaken, TargetRefused, NotTaken):
+        with pytest.raises(outcome):
+            send("https://rebound.example/")
+    assert connected == ["93.184.215.14"] * 2
+
+
+@pytest.mark.parametrize("url", ["https://example.com/", "https://example.com:8443/x", "https://b\u00fccher.example/"])
+def test_a_public_name_may_be_sent_to(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("looked up"))
+    assert Postman(root=ROOT).check(url).hostname
+
+
 @pytest.mark.parametrize("host", [".example.com", "a..example.com", "x" * 64 + ".example.com"])
 def test_a_host_that_cannot_be_looked_up_ends_its_delivery_and_no_sender(host: str) -> None:
-    with pytest.raises(NotTaken):
+    with pytest.raises(TargetRefused):
         send(f"https://{host}/")
+    with pytest.raises(NotTaken):
+        send(f"http://{host}/", "*")
 
 
 @pytest.mark.parametrize("status", [302, 404, 500])

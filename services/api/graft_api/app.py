@@ -15,12 +15,13 @@ from graft_api.compatible import jobs as compatible_jobs
 from graft_api.compatible import models as compatible_models
 from graft_api.compatible.requests import FineTuningRequest
 from graft_api.deps import Neighbours, known_query
-from graft_api.errors import DOCUMENTED, documented, install_handlers
+from graft_api.errors import DOCUMENTED, ErrorBody, documented, install_handlers
 from graft_api.exchanges import Exchanges
 from graft_api.files import endpoints as file_routes
 from graft_api.jobs import endpoints as job_routes
 from graft_api.jobs import merged as merged_routes
 from graft_api.jobs.bells import Bells
+from graft_api.jobs.watch import Watch
 from graft_api.keys.ring import KeyRing
 from graft_api.keys.static import read_keys
 from graft_api.models import endpoints as model_routes
@@ -87,6 +88,7 @@ def neighbours_of(
 ) -> Neighbours:
     """Everything that the routes are handed, made from what was chosen."""
     quotas = Quotas.of(settings)
+    jobs = Jobs(database, quotas)
     return Neighbours(
         settings=settings,
         keys=KeyRing(
@@ -97,12 +99,13 @@ def neighbours_of(
         ),
         rates=Rates(settings.requests_per_minute),
         database=database,
-        jobs=Jobs(database, quotas),
+        jobs=jobs,
         merges=Merges(database),
         files=Files(database, quotas),
         workers=Workers(database),
         totals=Totals(database),
         bells=Bells(doorbell, Leases(database, settings.lease)),
+        watch=Watch(jobs),
         outbox=Outbox(database),
         postman=Postman.of(settings),
         bucket=bucket,
@@ -156,9 +159,9 @@ def _hub_of(settings: ApiSettings) -> HubConfigs:
 
 
 def _describe_spec(app: FastAPI) -> None:
-    """Put bodies into the OpenAPI document whose routes read them themselves, stricter than FastAPI would."""
+    """Put bodies into the OpenAPI document that FastAPI does not see: those that routes read themselves, and errors."""
     document = app.openapi()
-    for body in (JobSpec, FineTuningRequest):
+    for body in (JobSpec, FineTuningRequest, ErrorBody):
         schema = body.model_json_schema(by_alias=True, ref_template="#/components/schemas/{model}")
         parts: dict[str, Any] = schema.pop("$defs")
         document["components"]["schemas"] |= {**parts, body.__name__: schema}

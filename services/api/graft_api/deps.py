@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
-from graft_api.errors import BodyTooLarge, RouteNotFound, UnsupportedMediaType
+from graft_api.errors import BodyTooLarge, RouteNotFound, UnsupportedEncoding, UnsupportedMediaType
 from graft_api.jobs.bells import Bells
+from graft_api.jobs.watch import Watch
 from graft_api.keys.ring import KeyRing
 from graft_api.models.bases import BaseModels
 from graft_api.parsing import hint_for, parse_json
@@ -40,6 +41,7 @@ class Neighbours:
     workers: Workers
     totals: Totals
     bells: Bells
+    watch: Watch
     outbox: Outbox
     postman: Postman | None  # None: the operator has not set webhooks up
     bucket: Bucket
@@ -82,7 +84,14 @@ JsonBody = Annotated[Any, Depends(json_body)]
 
 
 async def limited(request: Request, limit_bytes: int, too_large: Exception) -> AsyncIterator[bytes]:
-    """The body piece by piece; raises `too_large` as soon as it is known to be longer than the limit."""
+    """The body piece by piece; raises `too_large` as soon as it is known to be longer than the limit.
+
+    Raises:
+        UnsupportedEncoding: It is compressed.
+    """
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.strip().lower() != "identity":
+        raise UnsupportedEncoding(found=encoding)
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit_bytes:
         raise too_large

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from math import inf
@@ -20,15 +21,21 @@ from graft_shared.errors import (
     Conflict,
     FileTooLarge,
     GraftError,
+    InvalidParameter,
+    JobFinished,
+    JobNotFound,
     LeaseLost,
     LimitReached,
     NeighbourUnavailable,
     NotFound,
     Refused,
+    StoreUnavailable,
+    UnknownParameter,
 )
 from graft_shared.logs import log_event
 
 LONGEST_WAIT_SECONDS = 120  # that a client should do by itself; what takes longer is for its user to decide
+REQUEST_ID_HEADER = "x-request-id"
 RETRY_AFTER_SECONDS = 5  # a neighbour that restarts is usually back by then
 
 logger = logging.getLogger(__name__)
@@ -36,6 +43,26 @@ logger = logging.getLogger(__name__)
 
 class BodyTooLarge(BadRequest):
     """The body is larger than {limit_bytes} bytes."""
+
+
+class AddressTooLong(BadRequest):
+    """The path and the query have more than {limit_bytes} bytes."""
+
+
+class HeadersTooLarge(BadRequest):
+    """The headers have more than {limit_bytes} bytes."""
+
+
+class AmbiguousLength(BadRequest):
+    """The request has both a Content-Length and a Transfer-Encoding: where it ends cannot be known for sure."""
+
+
+class RepeatedHeader(BadRequest):
+    """The header '{header}' is given twice: which one counts cannot be known for sure."""
+
+
+class UnsupportedEncoding(BadRequest):
+    """The body is encoded as '{found}'. Send it as it is, without a Content-Encoding."""
 
 
 class UnsupportedMediaType(BadRequest):
@@ -81,7 +108,10 @@ STATUS_CODES: dict[type[GraftError], int] = {
     Conflict: 409,
     LeaseLost: 409,
     BodyTooLarge: 413,
+    AddressTooLong: 414,
+    HeadersTooLarge: 431,
     FileTooLarge: 413,
+    UnsupportedEncoding: 415,
     UnsupportedMediaType: 415,
     Refused: 422,
     LimitReached: 429,
@@ -117,31 +147,6 @@ class ErrorBody(BaseModel):
     error: ErrorFacts
 
 
-# Every route may answer so; what is documented is what `STATUS_CODES` can give.
-DOCUMENTED: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorBody, "description": "The request was refused; `code` says why."},
-    "5XX": {"model": ErrorBody, "description": "The service could not answer; try again after `Retry-After`."},
-    422: {"model": ErrorBody, "description": "The request was understood and refused by its meaning."},
-}
-
-
-_SAID = {
-    400: "The request cannot be read, or has a key that is not known.",
-    401: "The request brings no key that is in force.",
-    403: "The key lacks the scope that the route names.",
-    404: "There is no such thing, or it is another tenant's.",
-    409: "Too late or too early: it cannot succeed as things are, and says so in `x-should-retry`.",
-    413: "The body is too large.",
-    415: "The body is of another kind.",
-    429: "More than the tenant may have now: `rate_limited`, or `quota_exceeded` with the numbers.",
-}
-
-
-def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What a route says of the errors that it answers with, beside those that every route may."""
-    return {status: {"model": ErrorBody, "description": _SAID[status]} for status in statuses}
-
-
 def status_code(error: GraftError) -> int:
     """The HTTP status of an error."""
     return next(STATUS_CODES[kind] for kind in type(error).__mro__ if kind in STATUS_CODES)
@@ -165,16 +170,73 @@ def answer(error: GraftError) -> JSONResponse:
     return JSONResponse({"error": {**_facts(error), **own}}, status_code=status, headers=headers)
 
 
+def _facts(error: GraftError) -> Mapping[str, Any]:
+    """The facts that users may see: what a neighbour says of itself is for the log."""
+    return {} if isinstance(error, NeighbourUnavailable | ArtifactCorrupt) else error.facts
+
+
+_SAID = {
+    400: "The request cannot be read, or has a key that is not known.",
+    401: "The request brings no key that is in force.",
+    403: "The key lacks the scope that the route names, or the link has expired or was never signed.",
+    404: "There is no such thing, or it is another tenant's.",
+    409: "Too late or too early: it cannot succeed as things are, and says so in `x-should-retry`.",
+    413: "The body is too large.",
+    414: "The path and the query are too long.",
+    415: "The body is of another kind.",
+    422: "The request was understood and refused by its meaning.",
+    429: "More than the tenant may have now: `rate_limited`, or `quota_exceeded` with the numbers.",
+    431: "The headers are too large.",
+    500: "Something unforeseen went wrong, or stored bytes are not those that were proven.",
+    503: "Something that the service depends on does not answer; try again after `Retry-After`.",
+}
+_EXAMPLES: dict[int, GraftError] = {
+    400: UnknownParameter(param="lora.rank", hint="Did you mean 'r'?"),
+    401: Unauthenticated(),
+    403: InsufficientScope(scope="jobs:write"),
+    404: JobNotFound(job_id="ftjob-4fTr8vBn3YcD6f9aQ2mXw7Lk"),
+    409: JobFinished(job_id="ftjob-4fTr8vBn3YcD6f9aQ2mXw7Lk", status="succeeded"),
+    413: BodyTooLarge(limit_bytes=1_000_000),
+    414: AddressTooLong(limit_bytes=16_384),
+    415: UnsupportedMediaType(expected="application/json", found="text/plain"),
+    422: InvalidParameter(param="lora.r", reason="input should be less than or equal to 512"),
+    429: RateLimited(limit=600, retry_after_seconds=3),
+    431: HeadersTooLarge(limit_bytes=32_768),
+    500: InternalError(request_id="req-9aQ2mXw7Lk4TzR8vBn3YcD6f"),
+    503: StoreUnavailable(reason="connection refused"),
+}
+_HEADERS = {
+    401: {"www-authenticate": "The scheme: `Bearer`."},
+    409: {"x-should-retry": "`false`: sending it again would be answered alike."},
+    429: {"retry-after": "Seconds, where waiting helps."},
+    503: {"retry-after": "Seconds."},
+}
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What a route says of the errors that it answers with, beside those that every route may."""
+    return {status: _documented(status) for status in statuses}
+
+
+def _documented(status: int) -> dict[str, Any]:
+    """The content is named here, since FastAPI would give an error the media type of the route's success."""
+    content: dict[str, Any] = {"schema": {"$ref": "#/components/schemas/ErrorBody"}}
+    if status in _EXAMPLES:
+        content["example"] = json.loads(bytes(answer(_EXAMPLES[status]).body))
+    named = {REQUEST_ID_HEADER: "Names this exchange in the service's log.", **_HEADERS.get(status, {})}
+    headers = {name: {"description": said, "schema": {"type": "string"}} for name, said in named.items()}
+    return {"description": _SAID[status], "content": {"application/json": content}, "headers": headers}
+
+
+# Every route may answer so.
+DOCUMENTED = documented(400, 414, 422, 431, 500, 503)
+
+
 def install_handlers(app: FastAPI) -> None:
     """Make every error that a route raises leave in one shape."""
     app.add_exception_handler(GraftError, _on_graft_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_parameters)
     app.add_exception_handler(HTTPException, _on_http_exception)
-
-
-def _facts(error: GraftError) -> Mapping[str, Any]:
-    """The facts that users may see: what a neighbour says of itself is for the log."""
-    return {} if isinstance(error, NeighbourUnavailable | ArtifactCorrupt) else error.facts
 
 
 async def _on_graft_error(request: Request, error: Exception) -> JSONResponse:
@@ -195,7 +257,15 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
     if error.status_code == 405:
         response = answer(MethodNotAllowed(method=request.method))
         response.headers.update(error.headers or {})
+        response.headers.update(_allow(request))
         return response
     if error.status_code == 404:
         return answer(RouteNotFound())
     return answer(BadRequest(str(error.detail)))
+
+
+def _allow(request: Request) -> dict[str, str]:
+    """Every method of a documented path: Starlette names those of the first route on it alone."""
+    route = request.scope.get("route")
+    operations = request.app.openapi()["paths"].get(route.path_format, {}) if route is not None else {}
+    return {"allow": ", ".join(method.upper() for method in operations)} if operations else {}

@@ -1,4 +1,4 @@
-"""What surrounds every exchange: its request id, its log line, and the answer when something unforeseen happens."""
+"""What surrounds every exchange: its request id, its log line, and the answer where no route gives one."""
 
 from __future__ import annotations
 
@@ -12,11 +12,23 @@ from urllib.parse import quote
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from graft_api.errors import InternalError, answer
+from graft_api.errors import (
+    REQUEST_ID_HEADER,
+    AddressTooLong,
+    AmbiguousLength,
+    HeadersTooLarge,
+    InternalError,
+    RepeatedHeader,
+    answer,
+)
+from graft_shared.errors import GraftError
 from graft_shared.ids import new_request_id
 from graft_shared.logs import log_event
 
-REQUEST_ID_HEADER = "x-request-id"
+LONGEST_ADDRESS_BYTES = 16_384  # a page of jobs by sixteen pairs of metadata fits
+MOST_HEADER_BYTES = 32_768
+# What a proxy and this process must read alike: of two, each of them might heed another.
+_ONCE = (b"authorization", b"content-encoding", b"content-type", b"idempotency-key", b"last-event-id")
 _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _QUIET = ("/healthz", "/readyz", "/metrics")  # asked every few seconds; worth a line only when they fail
 
@@ -35,6 +47,12 @@ class Exchanges:
             await self._app(scope, receive, send)
             return
         exchange = _Exchange(scope, send)
+        refusal = _refusal_of(scope)
+        if refusal is not None:
+            response = answer(refusal)
+            response.headers["connection"] = "close"  # what follows may be anything
+            await response(scope, receive, exchange.send)
+            return
         try:
             await self._app(scope, receive, exchange.send)
         except ClientDisconnect:
@@ -45,6 +63,19 @@ class Exchanges:
             if exchange.status is not None:
                 raise  # half an answer is out: the broken connection tells the client
             await answer(InternalError(request_id=exchange.request_id))(scope, receive, exchange.send)
+
+
+def _refusal_of(scope: Scope) -> GraftError | None:
+    """What is wrong with the head of a request, whatever it asks for."""
+    if len(scope["raw_path"]) + len(scope["query_string"]) > LONGEST_ADDRESS_BYTES:
+        return AddressTooLong(limit_bytes=LONGEST_ADDRESS_BYTES)
+    if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
+        return HeadersTooLarge(limit_bytes=MOST_HEADER_BYTES)
+    names = [name for name, _ in scope["headers"]]
+    if b"content-length" in names and b"transfer-encoding" in names:
+        return AmbiguousLength()
+    repeated = next((name for name in _ONCE if names.count(name) > 1), None)
+    return RepeatedHeader(header=repeated.decode()) if repeated is not None else None
 
 
 class _Exchange:

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query
 from fastapi.responses import StreamingResponse
 
 from graft_api.deps import Here
-from graft_api.errors import LinkExpired
+from graft_api.errors import LinkExpired, documented
 from graft_api.streams import chunks_of
 from graft_shared.buckets.directory import DirectoryBucket
 
@@ -19,7 +19,7 @@ router = APIRouter(tags=["objects"])
     "/objects/{key:path}",
     summary="An object, by a signed link",
     response_class=StreamingResponse,
-    responses={200: {"content": {"application/octet-stream": {}}}},
+    responses={200: {"content": {"application/octet-stream": {}}}, **documented(403, 404)},
 )
 def read_object(
     here: Here,

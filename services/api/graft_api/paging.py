@@ -7,8 +7,11 @@ from typing import Annotated, Generic, Literal, TypeVar
 from fastapi import Query
 from pydantic import BaseModel
 
+from graft_shared.specs import NO_NUL
+
 Item = TypeVar("Item")
 
+After = Annotated[str | None, Query(pattern=NO_NUL, description="The last id of the page before.")]
 Limit = Annotated[int, Query(ge=1, le=100, description="At most so many.")]
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, bindparam, insert, or_, select, true
+from sqlalchemy import ColumnElement, and_, bindparam, insert, or_, select, true, tuple_
 from sqlalchemy.engine import Connection, RowMapping
 from sqlalchemy.exc import IntegrityError
 
@@ -174,6 +174,14 @@ class Jobs:
             )
             page = connection.execute(query).mappings().all()
         return [event_from(row) for row in page[:limit]], len(page) > limit
+
+    def newest_events(self, asked: Collection[tuple[str, str]]) -> dict[tuple[str, str], int]:
+        """The id of the last event of each of these jobs that there is; a job is asked for as its tenant and its id."""
+        query = select(jobs.c.tenant, jobs.c.id, jobs.c.next_event).where(
+            tuple_(jobs.c.tenant, jobs.c.id).in_(asked), jobs.c.deleted_at.is_(None)
+        )
+        with self._database.reading() as connection:
+            return {(tenant, job_id): last for tenant, job_id, last in connection.execute(query)}
 
     def latest_events(
         self, tenant: str, job_id: str, *, before: int | None = None, limit: int = 20

@@ -16,7 +16,8 @@ from graft_api.files.endpoints import CONTENT, FORM, content_of
 from graft_api.files.multipart import PURPOSE
 from graft_api.files.schemas import FileDeleted
 from graft_api.files.service import receive
-from graft_api.paging import Page, envelope
+from graft_api.paging import After, Page, envelope
+from graft_shared.specs import NO_NUL
 from graft_shared.store import Order
 
 router = APIRouter(prefix="/v1/files", tags=["compatible"])
@@ -24,7 +25,7 @@ router = APIRouter(prefix="/v1/files", tags=["compatible"])
 MOST_FILES = 10_000  # in a page, as OpenAI has it
 
 
-@router.post("", summary="Upload a dataset", openapi_extra=FORM, responses=documented(400, 409, 413, 415))
+@router.post("", summary="Upload a dataset", openapi_extra=FORM, responses=documented(409, 413, 415))
 async def create_file(request: Request, tenant: MayWriteFiles, here: Here) -> FileObject:
     """Take a JSONL file; a line that cannot be trained on is refused with its number. `expires_after` is refused."""
     return file_object(await receive(request, tenant, here))
@@ -34,10 +35,10 @@ async def create_file(request: Request, tenant: MayWriteFiles, here: Here) -> Fi
 def list_files(
     tenant: MayReadFiles,
     here: Here,
-    after: Annotated[str | None, Query(description="The last id of the page before.")] = None,
+    after: After = None,
     limit: Annotated[int, Query(ge=1, le=MOST_FILES)] = MOST_FILES,
     order: Annotated[Order, Query(description="By the time of their upload.")] = Order.DESC,
-    purpose: Annotated[str, Query(description="Any other than `fine-tune` finds none.")] = PURPOSE,
+    purpose: Annotated[str, Query(pattern=NO_NUL, description="Any other than `fine-tune` finds none.")] = PURPOSE,
 ) -> Page[FileObject]:
     """List this tenant's files."""
     if purpose != PURPOSE:

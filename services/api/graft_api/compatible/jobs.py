@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Request
+from fastapi import APIRouter, Header, Request
 
 from graft_api.auth import MayReadJobs, MayWriteJobs
 from graft_api.compatible.names import renamed
@@ -17,7 +17,7 @@ from graft_api.errors import documented
 from graft_api.jobs import service
 from graft_api.jobs.checkpoints import checkpoint_id, committed_checkpoints, number_behind, page_of
 from graft_api.jobs.endpoints import METADATA_QUERY, metadata_of
-from graft_api.paging import Limit, Page, envelope
+from graft_api.paging import After, Limit, Page, envelope
 from graft_shared.errors import GraftError
 from graft_shared.store import JobQuery
 
@@ -43,7 +43,7 @@ ReadTimeout = Annotated[
 ]
 
 
-@router.post("", summary="Submit a job", openapi_extra=_BODY, responses=documented(400, 413, 415))
+@router.post("", summary="Submit a job", openapi_extra=_BODY, responses=documented(413, 415))
 def create_job(
     tenant: MayWriteJobs,
     body: JsonBody,
@@ -69,7 +69,7 @@ def list_jobs(
     request: Request,
     tenant: MayReadJobs,
     here: Here,
-    after: Annotated[str | None, Query(description="The last id of the page before.")] = None,
+    after: After = None,
     limit: Limit = 20,
 ) -> Page[FineTuningJobObject]:
     """List this tenant's jobs, those that were posted to `/jobs` included."""
@@ -107,7 +107,7 @@ def list_events(
     job_id: str,
     tenant: MayReadJobs,
     here: Here,
-    after: Annotated[str | None, Query(description="The last id of the page before.")] = None,
+    after: After = None,
     limit: Limit = 20,
 ) -> Page[FineTuningEventObject]:
     """Return a page of what has happened."""
@@ -123,7 +123,7 @@ def list_checkpoints(
     job_id: str,
     tenant: MayReadJobs,
     here: Here,
-    after: Annotated[str | None, Query(description="The last id of the page before.")] = None,
+    after: After = None,
     limit: Limit = 10,
 ) -> Page[FineTuningCheckpointObject]:
     """Return a page of the checkpoints that were stored while the job trained."""

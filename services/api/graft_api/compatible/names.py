@@ -7,9 +7,14 @@ from typing import Any
 
 from graft_shared.errors import GraftError, InvalidParameter
 from graft_shared.jobs import Job
+from graft_shared.specs import BASE_MODEL_PATTERN
 
 _JOB_PREFIX = "ftjob-"
-_MODEL = re.compile(r"ft:(?P<base>[^:]+):[^:]+:[^:]*:(?P<job>[A-Za-z0-9]{1,64})")
+_ADAPTER = r"ft:(?P<base>[^:\s]+):[A-Za-z0-9_-]+:[A-Za-z0-9._-]*:(?P<job>[A-Za-z0-9]{1,64})"
+_MODEL = re.compile(_ADAPTER)
+# What a model may be called in a request: a base, or an adapter. The parts have no names there: schemas know none.
+MODEL_PATTERN = f"{BASE_MODEL_PATTERN}|^{re.sub(r'[?]P<[a-z]+>', '', _ADAPTER)}$"
+LONGEST_MODEL = 400  # characters
 _HYPERPARAMETERS = "method.supervised.hyperparameters"
 
 # Parameters of a job's spec, and what they are called in the request that was translated into it.

@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from graft_api.compatible.names import base_and_job_of_model
+from graft_api.compatible.names import LONGEST_MODEL, MODEL_PATTERN, base_and_job_of_model
 from graft_api.parsing import error_of
 from graft_shared.errors import InvalidParameter
-from graft_shared.specs import Training
+from graft_shared.specs import FILE_ID_PATTERN, METADATA_SCHEMA, NO_NUL, Training
 
 DEFAULTS = Training()
 LARGEST_ACCUMULATION = 4096  # of `gradient_accumulation_steps`
@@ -53,10 +53,14 @@ class Supervised(_Part):
 class Method(_Part):
     """How the base is tuned: `supervised`."""
 
-    type: Literal["supervised", "dpo", "reinforcement"] = Field(description="The last two are refused with 422.")
+    type: Literal["supervised", "dpo", "reinforcement"] = Field(
+        description="The last two are refused with 422.", json_schema_extra={"const": "supervised"}
+    )
     supervised: Supervised | None = None
-    dpo: dict[str, Any] | None = Field(default=None, description="Refused.")
-    reinforcement: dict[str, Any] | None = Field(default=None, description="Refused.")
+    dpo: dict[str, Any] | None = Field(default=None, description="Refused.", json_schema_extra={"type": "null"})
+    reinforcement: dict[str, Any] | None = Field(
+        default=None, description="Refused.", json_schema_extra={"type": "null"}
+    )
 
 
 class FineTuningRequest(_Part):
@@ -65,16 +69,20 @@ class FineTuningRequest(_Part):
     model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
 
     model: str = Field(
-        description="A base model or an adapter of GET /v1/models, or a base that the operator allows from the hub."
+        pattern=MODEL_PATTERN,
+        max_length=LONGEST_MODEL,
+        description="A base model or an adapter of GET /v1/models, or a base that the operator allows from the hub.",
     )
-    training_file: str
-    validation_file: str | None = None
-    suffix: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    training_file: str = Field(pattern=FILE_ID_PATTERN)
+    validation_file: Annotated[str, Field(pattern=FILE_ID_PATTERN)] | None = None
+    suffix: Annotated[str, Field(min_length=1, max_length=64, pattern=NO_NUL)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
-    metadata: dict[str, str] | None = None
+    metadata: dict[str, str] | None = Field(default=None, json_schema_extra=METADATA_SCHEMA)
     hyperparameters: Hyperparameters | None = Field(default=None, description="OpenAI's older place for them.")
     method: Method | None = None
-    integrations: list[Any] | None = Field(default=None, description="None or an empty list: there are none here.")
+    integrations: list[Any] | None = Field(
+        default=None, description="None or an empty list: there are none here.", json_schema_extra={"maxItems": 0}
+    )
 
 
 def native_body(body: Any) -> dict[str, Any]:

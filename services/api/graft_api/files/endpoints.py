@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 from urllib.parse import quote
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
 from graft_api.auth import MayReadFiles, MayWriteFiles
@@ -13,7 +13,7 @@ from graft_api.deps import Here, Neighbours
 from graft_api.errors import documented
 from graft_api.files.schemas import FileBody, FileDeleted, file_body
 from graft_api.files.service import receive
-from graft_api.paging import Limit, Page, envelope
+from graft_api.paging import After, Limit, Page, envelope
 from graft_api.streams import chunks_of
 from graft_shared.store import StoredFile
 
@@ -28,6 +28,7 @@ FORM: dict[str, Any] = {
                 "schema": {
                     "type": "object",
                     "required": ["file"],
+                    "additionalProperties": False,
                     "properties": {
                         "file": {"type": "string", "format": "binary", "description": "JSONL, UTF-8, one row a line."},
                         "purpose": {"type": "string", "const": "fine-tune"},
@@ -39,17 +40,17 @@ FORM: dict[str, Any] = {
 }
 
 
-@router.post("", status_code=201, summary="Upload a dataset", openapi_extra=FORM)
+@router.post("", status_code=201, summary="Upload a dataset", openapi_extra=FORM, responses=documented(409, 413, 415))
 async def create_file(request: Request, tenant: MayWriteFiles, here: Here) -> FileBody:
     """Take a JSONL file; a line that cannot be trained on is refused with its number."""
     return file_body(await receive(request, tenant, here))
 
 
-@router.get("", summary="List files, newest first")
+@router.get("", summary="List files, newest first", responses=documented(404))
 def list_files(
     tenant: MayReadFiles,
     here: Here,
-    after: Annotated[str | None, Query(description="The last id of the page before.")] = None,
+    after: After = None,
     limit: Limit = 20,
 ) -> Page[FileBody]:
     """List this tenant's files."""
@@ -57,7 +58,7 @@ def list_files(
     return envelope([file_body(file) for file in files], [file.id for file in files], has_more=has_more)
 
 
-@router.get("/{file_id}", summary="One file")
+@router.get("/{file_id}", summary="One file", responses=documented(404))
 def get_file(file_id: str, tenant: MayReadFiles, here: Here) -> FileBody:
     """Return what is known of it."""
     return file_body(here.files.get(tenant, file_id))
@@ -67,7 +68,7 @@ def get_file(file_id: str, tenant: MayReadFiles, here: Here) -> FileBody:
     "/{file_id}/content",
     summary="A file's bytes",
     response_class=StreamingResponse,
-    responses=CONTENT,
+    responses={**CONTENT, **documented(404)},
 )
 def get_content(file_id: str, tenant: MayReadFiles, here: Here) -> StreamingResponse:
     """Stream the file as it was uploaded."""

@@ -86,7 +86,7 @@ class FileForm:
             raise _malformed("a part's header is too long")
 
     def _end_header(self) -> None:
-        name, value = (bytes(part).decode("utf-8", "replace") for part in self._header)
+        name, value = (bytes(part).decode("latin-1") for part in self._header)  # any byte, as the parser wants it
         self._part.headers[name.lower()] = value
         self._header = (bytearray(), bytearray())
 

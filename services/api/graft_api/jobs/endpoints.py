@@ -28,14 +28,17 @@ from graft_api.jobs.schemas import (
     JobMetrics,
     MemoryForecast,
     Refusal,
+    event_body,
 )
-from graft_api.jobs.views import event_body, job_bodies, job_body, metric_series, plan_body
-from graft_api.paging import Limit, Page, envelope
+from graft_api.jobs.views import job_bodies, job_body, metric_series, plan_body
+from graft_api.jobs.watch import Place
+from graft_api.paging import After, Limit, Page, envelope
 from graft_api.parsing import parse_spec
 from graft_api.streams import chunks_of
 from graft_shared.artifacts import log_key
 from graft_shared.errors import InvalidParameter, NotFound, ObjectNotFound, VramCapacityExceeded
 from graft_shared.jobs import TERMINAL_STATES, Job, JobStatus, Stage
+from graft_shared.specs import METADATA_KEY_PATTERN, NO_NUL
 from graft_shared.store import JobQuery
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
@@ -55,7 +58,11 @@ METADATA_QUERY: dict[str, Any] = {
             "style": "deepObject",
             "explode": True,
             "description": "Only jobs whose metadata has these pairs, as `metadata[team]=search`.",
-            "schema": {"type": "object", "additionalProperties": {"type": "string"}},
+            "schema": {
+                "type": "object",
+                "propertyNames": {"pattern": METADATA_KEY_PATTERN},
+                "additionalProperties": {"type": "string", "pattern": NO_NUL},
+            },
         }
     ]
 }
@@ -72,7 +79,7 @@ class LogNotFound(NotFound):
     """The job '{job_id}' has written no log yet."""
 
 
-@router.post("", status_code=202, summary="Submit a job", openapi_extra=_SPEC_BODY)
+@router.post("", status_code=202, summary="Submit a job", openapi_extra=_SPEC_BODY, responses=documented(413, 415))
 def create_job(
     tenant: MayWriteJobs,
     body: JsonBody,
@@ -83,7 +90,12 @@ def create_job(
     return job_body(service.submit(tenant, body, idempotency_key, here), here)
 
 
-@router.post("/estimate", summary="What submitting this job would decide", openapi_extra=_SPEC_BODY)
+@router.post(
+    "/estimate",
+    summary="What submitting this job would decide",
+    openapi_extra=_SPEC_BODY,
+    responses=documented(413, 415),
+)
 def estimate_job(tenant: MayReadJobs, body: JsonBody, here: Here) -> Estimate | Refusal:
     """Decide as POST /jobs would, without a job. What does not fit anywhere is answered with what would."""
     spec = parse_spec(body)
@@ -105,16 +117,16 @@ def estimate_job(tenant: MayReadJobs, body: JsonBody, here: Here) -> Estimate | 
     )
 
 
-@router.get("", summary="List jobs, newest first", openapi_extra=METADATA_QUERY)
+@router.get("", summary="List jobs, newest first", openapi_extra=METADATA_QUERY, responses=documented(404))
 def list_jobs(
     request: Request,
     tenant: MayReadJobs,
     here: Here,
     status: JobStatus | None = None,
-    base_model: Annotated[str | None, Query(max_length=200)] = None,
+    base_model: Annotated[str | None, Query(max_length=200, pattern=NO_NUL)] = None,
     created_after: UnixSeconds = None,
     created_before: UnixSeconds = None,
-    after: Annotated[str | None, Query(description="The last id of the page before.")] = None,
+    after: After = None,
     limit: Limit = 20,
 ) -> Page[JobBody]:
     """List this tenant's jobs."""
@@ -131,7 +143,7 @@ def list_jobs(
     return envelope(job_bodies(jobs, here), [job.id for job in jobs], has_more=has_more)
 
 
-@router.get("/{job_id}", summary="One job")
+@router.get("/{job_id}", summary="One job", responses=documented(404))
 def get_job(job_id: str, tenant: MayReadJobs, here: Here) -> JobBody:
     """Return the job."""
     return job_body(here.jobs.get(tenant, job_id), here)
@@ -144,19 +156,19 @@ def delete_job(job_id: str, tenant: MayWriteJobs, here: Here) -> JobDeleted:
     return JobDeleted(id=job_id)
 
 
-@router.post("/{job_id}/cancel", summary="End a job before its time")
+@router.post("/{job_id}/cancel", summary="End a job before its time", responses=documented(404, 409))
 def cancel_job(job_id: str, tenant: MayWriteJobs, here: Here) -> JobBody:
     """Cancel a queued job at once and stop a running one soon; 409 when it has ended already."""
     return job_body(here.jobs.cancel(tenant, job_id), here)
 
 
-@router.post("/{job_id}/pause", summary="Stop a job for a while")
+@router.post("/{job_id}/pause", summary="Stop a job for a while", responses=documented(404, 409))
 def pause_job(job_id: str, tenant: MayWriteJobs, here: Here) -> JobBody:
     """Pause a queued job at once and a running one once it is saved; 409 when it has ended or is being cancelled."""
     return job_body(here.jobs.pause(tenant, job_id), here)
 
 
-@router.post("/{job_id}/resume", summary="Let a paused job go on")
+@router.post("/{job_id}/resume", summary="Let a paused job go on", responses=documented(404, 409))
 def resume_job(job_id: str, tenant: MayWriteJobs, here: Here) -> JobBody:
     """Go on from the last checkpoint, in the old place; 409 when the job has ended or is being cancelled."""
     return job_body(service.resume(tenant, job_id, here), here)
@@ -166,7 +178,7 @@ def resume_job(job_id: str, tenant: MayWriteJobs, here: Here) -> JobBody:
     "/{job_id}/events",
     summary="A job's history, as a page or live",
     response_model=Page[EventBody],
-    responses=_EVENT_STREAM,
+    responses={**_EVENT_STREAM, **documented(404)},
 )
 async def list_events(
     request: Request,
@@ -189,7 +201,7 @@ async def _live(request: Request, job_id: str, tenant: str, here: Here, after: i
     first, _ = await run_in_threadpool(here.jobs.events, tenant, job_id, after=after)
     if not first and job.state in TERMINAL_STATES:
         return Response(status_code=204)
-    stream = event_stream(here.jobs, tenant, job_id, first, after=after, may_go_on=partial(may_go_on, request, here))
+    stream = event_stream(here.watch, Place(tenant, job_id, after), first, may_go_on=partial(may_go_on, request, here))
     headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
     return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
 
@@ -199,7 +211,7 @@ def list_checkpoints(
     job_id: str,
     tenant: MayReadJobs,
     here: Here,
-    after: Annotated[str | None, Query(description="The last id of the page before.")] = None,
+    after: After = None,
     limit: Limit = 20,
 ) -> Page[CheckpointBody]:
     """Return a page of the checkpoints that were stored while the job trained."""
@@ -209,7 +221,7 @@ def list_checkpoints(
     return envelope(bodies, [body.id for body in bodies], has_more=has_more)
 
 
-@router.get("/{job_id}/metrics", summary="Losses and speeds by step")
+@router.get("/{job_id}/metrics", summary="Losses and speeds by step", responses=documented(404))
 def get_metrics(job_id: str, tenant: MayReadJobs, here: Here) -> JobMetrics:
     """Return series for plotting."""
     return metric_series(job_id, all_events(here.jobs, tenant, job_id))
@@ -219,7 +231,7 @@ def get_metrics(job_id: str, tenant: MayReadJobs, here: Here) -> JobMetrics:
     "/{job_id}/logs",
     summary="The log of the job's last run",
     response_class=PlainTextResponse,
-    responses={200: {"content": {"text/plain": {}}}},
+    responses={200: {"content": {"text/plain": {}}}, **documented(404)},
 )
 def get_logs(job_id: str, tenant: MayReadJobs, here: Here) -> StreamingResponse:
     """Stream the log that the latest epoch left."""
@@ -233,7 +245,7 @@ def get_logs(job_id: str, tenant: MayReadJobs, here: Here) -> StreamingResponse:
     raise LogNotFound(job_id=job_id)
 
 
-@router.get("/{job_id}/adapter", summary="The adapter's manifest, with a link per file")
+@router.get("/{job_id}/adapter", summary="The adapter's manifest, with a link per file", responses=documented(404, 409))
 def get_adapter(request: Request, job_id: str, tenant: MayReadJobs, here: Here) -> AdapterBody:
     """Return what the adapter consists of; 409 until the job has succeeded."""
     adapter = read_adapter(here.jobs.get(tenant, job_id), here.bucket)
@@ -241,7 +253,10 @@ def get_adapter(request: Request, job_id: str, tenant: MayReadJobs, here: Here) 
 
 
 @router.get(
-    "/{job_id}/adapter/archive", summary="The adapter as one .tar", response_class=StreamingResponse, responses=TAR
+    "/{job_id}/adapter/archive",
+    summary="The adapter as one .tar",
+    response_class=StreamingResponse,
+    responses={**TAR, **documented(404, 409)},
 )
 def get_archive(job_id: str, tenant: MayReadJobs, here: Here) -> StreamingResponse:
     """Stream the adapter's files and its manifest, each proven by its sha256 on the way."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from graft_shared.jobs import Fault, JobStatus, Phase
+from graft_shared.jobs import Fault, JobEvent, JobStatus, Phase
 
 UnixSeconds = Annotated[int, Field(description="Unix seconds.")]
 
@@ -125,6 +125,20 @@ class EventBody(BaseModel):
     message: str
     data: dict[str, Any]
     created_at: UnixSeconds
+
+
+def event_body(event: JobEvent) -> EventBody:
+    """One line of a job's history as its user sees it."""
+    return EventBody(
+        id=event.id,
+        job_id=event.job_id,
+        epoch=event.epoch,
+        type=event.type,
+        level=event.level,
+        message=event.message,
+        data=event.data,
+        created_at=int(event.created_at.timestamp()),
+    )
 
 
 class CheckpointBody(BaseModel):

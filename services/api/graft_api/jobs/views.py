@@ -10,7 +10,6 @@ from graft_api.deps import Neighbours
 from graft_api.jobs.queue import queue_of
 from graft_api.jobs.schemas import (
     AdapterLink,
-    EventBody,
     JobBody,
     JobError,
     JobMetrics,
@@ -38,20 +37,6 @@ def job_bodies(jobs: Sequence[Job], here: Neighbours) -> list[JobBody]:
 def job_body(job: Job, here: Neighbours) -> JobBody:
     """One job as its user sees it."""
     return job_bodies([job], here)[0]
-
-
-def event_body(event: JobEvent) -> EventBody:
-    """One line of a job's history."""
-    return EventBody(
-        id=event.id,
-        job_id=event.job_id,
-        epoch=event.epoch,
-        type=event.type,
-        level=event.level,
-        message=event.message,
-        data=event.data,
-        created_at=_seconds(event.created_at),
-    )
 
 
 def metric_series(job_id: str, events: Iterable[JobEvent]) -> JobMetrics:

@@ -23,6 +23,7 @@ from graft_shared.errors import (
     UnsupportedBaseModel,
 )
 from graft_shared.specs import BASE_MODEL_PATTERN
+from graft_shared.weights import check_folder
 
 HUB_ANSWERS_HOLD = timedelta(minutes=10)  # a branch of a hub repository may move
 CONFIG = "config.json"
@@ -171,8 +172,11 @@ class BaseModels:
     def _registered(self, base_model: str) -> ModelShape | None:
         if not re.fullmatch(BASE_MODEL_PATTERN, base_model):
             return None
-        path = self.registered_dir / base_model / "config.json"
-        return _shape_of(path, base_model, "main") if path.is_file() else None
+        folder = self.registered_dir / base_model
+        if not (folder / CONFIG).is_file():
+            return None
+        check_folder(base_model, folder)
+        return _shape_of(folder / CONFIG, base_model, "main")
 
     def _registered_names(self) -> list[str]:
         configs = [*self.registered_dir.glob("*/config.json"), *self.registered_dir.glob("*/*/config.json")]
@@ -191,6 +195,8 @@ def _shape_of(path: Path, base_model: str, revision: str) -> ModelShape:
         raise UnsupportedBaseModel(base_model=base_model, reason=f"its config.json has over {MAX_CONFIG_BYTES} bytes")
     try:
         config: Any = json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise UnsupportedBaseModel(base_model=base_model, reason="its config.json is nested too deeply") from error
     except ValueError as error:
         raise UnsupportedBaseModel(base_model=base_model, reason=f"its config.json is not JSON: {error}") from error
     if not isinstance(config, dict):

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Security
 
 from graft_api.auth import tenant
 from graft_api.deps import Here
+from graft_api.errors import documented
 from graft_api.models.schemas import BaseModelBody, base_model_body
 from graft_api.paging import Page, envelope
 
@@ -19,7 +20,7 @@ def list_models(here: Here) -> Page[BaseModelBody]:
     return envelope(bodies, [body.id for body in bodies], has_more=False)
 
 
-@router.get("/{base_model:path}", summary="One base model")
+@router.get("/{base_model:path}", summary="One base model", responses=documented(404))
 def get_model(base_model: str, here: Here) -> BaseModelBody:
     """Return its shape and limits."""
     return base_model_body(*here.bases.get(base_model))

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from graft_api.auth import MayReadJobs, MayUseWebhooks
 from graft_api.deps import Here, JsonBody
+from graft_api.errors import documented
 from graft_api.jobs.service import WEBHOOKS_ARE_OFF
 from graft_api.paging import Page, envelope
 from graft_api.parsing import error_of
@@ -35,13 +36,18 @@ class WebhooksNotSetUp(NotFound):
     """There are no webhooks here: {reason}."""
 
 
-@router.get("/webhooks/secret", summary="What webhooks are signed with")
+@router.get("/webhooks/secret", summary="What webhooks are signed with", responses=documented(404))
 def get_secret(tenant: MayUseWebhooks, here: Here) -> SigningSecret:
     """Return this tenant's signing secret; a receiver needs it to know what comes from here."""
     return SigningSecret(secret=signing_secret(_postman(here).root, tenant))
 
 
-@router.post("/webhooks/test", summary="Send a webhook that is about nothing", openapi_extra=_TEST_BODY)
+@router.post(
+    "/webhooks/test",
+    summary="Send a webhook that is about nothing",
+    openapi_extra=_TEST_BODY,
+    responses=documented(404, 413, 415),
+)
 def test_webhook(tenant: MayUseWebhooks, body: JsonBody, here: Here) -> WebhookTested:
     """Send one message now, once, and tell what came of it."""
     url, id = _url_of(body), new_webhook_id()
@@ -53,7 +59,9 @@ def test_webhook(tenant: MayUseWebhooks, body: JsonBody, here: Here) -> WebhookT
     return WebhookTested(delivered=True, reason=None)
 
 
-@router.get("/jobs/{job_id}/webhooks", summary="What was sent about a job's end", tags=["jobs"])
+@router.get(
+    "/jobs/{job_id}/webhooks", summary="What was sent about a job's end", tags=["jobs"], responses=documented(404)
+)
 def list_webhooks(job_id: str, tenant: MayReadJobs, here: Here) -> Page[WebhookBody]:
     """Return the job's webhook and how far it has come; nothing before the job's end, or without a `webhook_url`."""
     bodies = [_body(webhook) for webhook in here.outbox.of_job(tenant, job_id)]

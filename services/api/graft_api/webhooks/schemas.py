@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from graft_shared.specs import NO_NUL
+
 
 class SigningSecret(BaseModel):
     """By what the receivers of this tenant's webhooks know that they are ours."""
@@ -14,9 +16,11 @@ class SigningSecret(BaseModel):
 class WebhookTest(BaseModel):
     """Where to send a message that is about nothing."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"url": "https://hooks.example.com/graft"}]}
+    )
 
-    url: str = Field(max_length=2048)
+    url: str = Field(max_length=2048, pattern=NO_NUL)
 
 
 class WebhookTested(BaseModel):

@@ -26,6 +26,7 @@ from graft_shared.errors import (
     UnknownBaseModel,
     UnsupportedBaseModel,
 )
+from graft_shared.weights import check_folder
 from graft_worker.supervisor.cache import HostCache
 from graft_worker.supervisor.hashes import known_hashes, remember_hashes
 
@@ -80,12 +81,12 @@ class BaseModels:
         Raises:
             UnknownBaseModel: Neither registered nor on the hub.
             GatedBaseModel: The operator's token may not read it.
-            UnsupportedBaseModel: It has no safetensors.
+            UnsupportedBaseModel: It has no safetensors; a registered one also as `check_folder`.
             BaseModelUnavailable: The hub does not answer.
             ArtifactCorrupt: Its bytes on this disk are not those of the hub.
         """
         if (registered := self._registered(base_model)) is not None:
-            _check_weights(base_model, registered)
+            check_folder(base_model, registered)
             revision = self._content_revision(registered)
             with self.cache.quantised(revision) as kept:
                 yield LocalBase(path=registered, revision=revision, quantised_dir=kept)
