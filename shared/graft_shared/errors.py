@@ -12,11 +12,13 @@ GraftError
 │   ├── InvalidTrainingFile
 │   ├── NoTrainableTokens
 │   ├── FileTooLarge
+│   ├── UploadDiffers
 │   ├── VramCapacityExceeded
 │   └── IdempotencyConflict
 ├── NotFound
 │   ├── JobNotFound
 │   ├── FileNotFound
+│   ├── UploadNotFound
 │   ├── BaseModelNotFound
 │   └── ObjectNotFound
 ├── Conflict                       right in itself, too late or too early
@@ -24,15 +26,19 @@ GraftError
 │   ├── JobNotEnded
 │   ├── JobCancelling
 │   ├── AdapterNotReady
+│   ├── ReportNotReady
 │   ├── FileInUse
+│   ├── UploadNotReceived
 │   ├── UploadExpired
 │   └── WorkerNameTaken
+├── TooManyReports                 wait until some are made
 ├── LeaseLost                      another epoch owns the job now
 ├── ArtifactCorrupt                bytes read back differ from bytes written
 └── NeighbourUnavailable           worth trying again
     ├── StoreUnavailable
     ├── BucketUnavailable
-    └── BaseModelUnavailable
+    ├── BaseModelUnavailable
+    └── ReportUnavailable
 
 The class name gives the stable `code`, the docstring the default message (a format string over the facts).
 Facts travel to the answer and to the logs. HTTP status codes stand in `graft_api.errors` and nowhere else.
@@ -103,6 +109,10 @@ class FileTooLarge(Refused):
     """The file is larger than {limit_bytes} bytes. Split it, or ask the operator to raise GRAFT_MAX_FILE_BYTES."""
 
 
+class UploadDiffers(Refused):
+    """What came is not the file that was announced: {found}, where {announced} was expected. Send it again."""
+
+
 class VramCapacityExceeded(Refused):
     """No GPU class of this service holds the job."""
 
@@ -121,6 +131,10 @@ class JobNotFound(NotFound):
 
 class FileNotFound(NotFound):
     """There is no file '{file_id}'."""
+
+
+class UploadNotFound(NotFound):
+    """There is no upload '{upload_id}', or it was begun more than a day ago. POST /files/uploads begins one."""
 
 
 class BaseModelNotFound(NotFound):
@@ -151,6 +165,14 @@ class AdapterNotReady(Conflict):
     """The job '{job_id}' is '{status}': its adapter exists once it has succeeded."""
 
 
+class ReportNotReady(Conflict):
+    """The data of the job '{job_id}' is not prepared: its status is '{status}'."""
+
+
+class UploadNotReceived(Conflict):
+    """Nothing has come through the link of '{upload_id}' yet. Send the file there first, then complete the upload."""
+
+
 class FileInUse(Conflict):
     """The job '{job_id}' has not read the file '{file_id}' yet. Wait until its data is prepared, or cancel it first."""
 
@@ -161,6 +183,10 @@ class UploadExpired(Conflict):
 
 class WorkerNameTaken(Conflict):
     """Another live worker is named '{name}'. Set GRAFT_WORKER_NAME to a name that no other worker of the fleet has."""
+
+
+class TooManyReports(GraftError):
+    """{limit} reports of this tenant wait already. Ask again once some of them are made."""
 
 
 class LeaseLost(GraftError):
@@ -185,3 +211,7 @@ class BucketUnavailable(NeighbourUnavailable):
 
 class BaseModelUnavailable(NeighbourUnavailable):
     """The hub does not answer for '{base_model}': {reason}."""
+
+
+class ReportUnavailable(NeighbourUnavailable):
+    """The report could not be made, and will be tried again when it is asked for later: {reason}"""

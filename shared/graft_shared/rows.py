@@ -15,8 +15,12 @@ from graft_shared.errors import InvalidTrainingFile
 MAX_LINE_BYTES = 10 * 1024 * 1024
 MAX_ROWS = 20_000_000
 MAX_DEPTH = 16
+MAX_VALUES = 100_000  # in one row: each costs some hundred bytes once it is read, so that a line could fill a gigabyte
 
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_ESCAPED_NUL = b"\\u0000"
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"')
+_BORDERS = (b",", b"[", b"{")  # before each value but the first stands one of these
 
 Row = dict[str, Any]
 
@@ -125,6 +129,8 @@ def _parse(line: bytes, number: int) -> Row:
     except UnicodeDecodeError as error:
         raise InvalidTrainingFile(line=number, reason=f"byte {error.start + 1} is not valid UTF-8") from error
 
+    if _holds_many_values(line):
+        raise InvalidTrainingFile(line=number, reason=f"one row holds more than {MAX_VALUES} values")
     row = _load(text, number)
     if not isinstance(row, dict):
         raise InvalidTrainingFile(line=number, reason=f"a row is a JSON object, found {_name(row)}")
@@ -132,7 +138,25 @@ def _parse(line: bytes, number: int) -> Row:
         raise InvalidTrainingFile(line=number, reason=f"nested deeper than {MAX_DEPTH} levels")
     if _ESCAPED_SURROGATE.search(line) and not _is_unicode(row):
         raise InvalidTrainingFile(line=number, reason="a \\u escape names half a character, which is not valid Unicode")
+    if _ESCAPED_NUL in line and _holds_nul(row):
+        raise InvalidTrainingFile(line=number, reason="a text holds the NUL character")
     return row
+
+
+def _holds_many_values(line: bytes) -> bool:
+    """Whether JSON holds more than `MAX_VALUES`; what stands in texts is looked past only where it could matter."""
+    if sum(map(line.count, _BORDERS)) <= MAX_VALUES:
+        return False
+    bare = _STRING.sub(b"", line)
+    return sum(map(bare.count, _BORDERS)) > MAX_VALUES
+
+
+def _holds_nul(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_holds_nul(part) for pair in value.items() for part in pair)
+    if isinstance(value, list):
+        return any(map(_holds_nul, value))
+    return isinstance(value, str) and "\0" in value
 
 
 def _load(text: str, number: int) -> Any:

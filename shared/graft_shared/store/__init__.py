@@ -1,10 +1,11 @@
 """The truth about every job: tables, and each edge of a job's life as one compare-and-set transaction."""
 
 from graft_shared.store.engine import Database, open_database
-from graft_shared.store.files import UPLOAD_LIFE, Files, Order, StoredFile
+from graft_shared.store.files import UPLOAD_LIFE, Files, Order, StoredFile, Upload
 from graft_shared.store.jobs import JobQuery, Jobs, NewJob
 from graft_shared.store.leases import Leases, Orders
 from graft_shared.store.outbox import Outbox, Webhook
+from graft_shared.store.reports import Report, Reports, ReportState
 from graft_shared.store.resends import Sending
 from graft_shared.store.sweeps import DueSweep, Sweeps
 from graft_shared.store.totals import Backlog, Totals
@@ -25,10 +26,14 @@ __all__ = [
     "Order",
     "Orders",
     "Outbox",
+    "Report",
+    "ReportState",
+    "Reports",
     "Sending",
     "StoredFile",
     "Sweeps",
     "Totals",
+    "Upload",
     "Webhook",
     "Workers",
     "open_database",
