@@ -19,6 +19,7 @@ from graft_api.deps import Neighbours, known_query
 from graft_api.errors import DOCUMENTED, install_handlers
 from graft_api.exchanges import Exchanges
 from graft_api.files import endpoints as file_routes
+from graft_api.files.schemas import UploadRequest
 from graft_api.jobs import endpoints as job_routes
 from graft_api.jobs.bells import Bells
 from graft_api.models import endpoints as model_routes
@@ -32,7 +33,7 @@ from graft_shared.catalogue import Catalogue
 from graft_shared.defaults import load_capacity, load_catalogue
 from graft_shared.dispatch import CeleryDoorbell, Doorbell
 from graft_shared.specs import JobSpec
-from graft_shared.store import Database, Files, Jobs, Leases, Outbox, Totals, Workers, open_database
+from graft_shared.store import Database, Files, Jobs, Leases, Outbox, Reports, Totals, Workers, open_database
 from graft_shared.webhooks import Postman
 
 DESCRIPTION = (
@@ -71,6 +72,7 @@ def neighbours_of(
         database=database,
         jobs=Jobs(database),
         files=Files(database),
+        reports=Reports(database, settings.lease),
         workers=Workers(database),
         totals=Totals(database),
         bells=Bells(doorbell, Leases(database, settings.lease)),
@@ -129,9 +131,9 @@ def _hub_of(settings: ApiSettings) -> HubConfigs:
 def _describe_spec(app: FastAPI) -> None:
     """Put bodies into the OpenAPI document whose routes read them themselves, stricter than FastAPI would."""
     document = app.openapi()
-    for body in (JobSpec, FineTuningRequest):
+    for body in (JobSpec, FineTuningRequest, UploadRequest):
         schema = body.model_json_schema(by_alias=True, ref_template="#/components/schemas/{model}")
-        parts: dict[str, Any] = schema.pop("$defs")
+        parts: dict[str, Any] = schema.pop("$defs", {})
         document["components"]["schemas"] |= {**parts, body.__name__: schema}
 
 

@@ -20,7 +20,7 @@ from graft_shared.buckets import Bucket
 from graft_shared.capacity import CapacityTable
 from graft_shared.dispatch import Doorbell
 from graft_shared.errors import BadRequest, MalformedBody, UnknownParameter
-from graft_shared.store import Database, Files, Jobs, Outbox, Totals, Workers
+from graft_shared.store import Database, Files, Jobs, Outbox, Reports, Totals, Workers
 from graft_shared.webhooks import Postman
 
 
@@ -33,6 +33,7 @@ class Neighbours:
     database: Database
     jobs: Jobs
     files: Files
+    reports: Reports
     workers: Workers
     totals: Totals
     bells: Bells

@@ -23,6 +23,7 @@ from graft_shared.errors import (
     NeighbourUnavailable,
     NotFound,
     Refused,
+    TooManyReports,
 )
 from graft_shared.logs import log_event
 
@@ -72,6 +73,7 @@ STATUS_CODES: dict[type[GraftError], int] = {
     FileTooLarge: 413,
     UnsupportedMediaType: 415,
     Refused: 422,
+    TooManyReports: 429,
     InternalError: 500,
     ArtifactCorrupt: 500,
     NeighbourUnavailable: 503,
@@ -112,6 +114,7 @@ _SAID = {
     409: "Too late or too early: it cannot succeed as things are, and says so in `x-should-retry`.",
     413: "The body is too large.",
     415: "The body is of another kind.",
+    429: "Too much of it at once: try again after `Retry-After`.",
 }
 
 
@@ -135,7 +138,7 @@ def answer(error: GraftError) -> JSONResponse:
         headers["www-authenticate"] = "Bearer"
     if isinstance(error, Conflict):
         headers["x-should-retry"] = "false"
-    if isinstance(error, NeighbourUnavailable):
+    if isinstance(error, NeighbourUnavailable | TooManyReports):
         headers["retry-after"] = str(RETRY_AFTER_SECONDS)
     return JSONResponse({"error": {**_facts(error), **own}}, status_code=status, headers=headers)
 

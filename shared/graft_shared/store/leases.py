@@ -178,7 +178,8 @@ class Leases:
                 attempt=0,
                 runs_without_progress=0,
             )
-            add_event(connection, job_id, epoch, "prepared", "The data is ready for training.", data=prepared["report"])
+            told = {name: found for name, found in prepared["report"].items() if name != "first_rows"}
+            add_event(connection, job_id, epoch, "prepared", "The data is ready for training.", data=told)
             if row["cancel_requested"]:
                 row = _end(connection, row, JobState.CANCELLED, "The job was cancelled.")
             elif row["pause_requested"]:

@@ -14,6 +14,7 @@ from graft_api.jobs.schemas import (
     JobBody,
     JobError,
     JobMetrics,
+    JobReport,
     JobWarning,
     Memory,
     Metrics,
@@ -21,6 +22,7 @@ from graft_api.jobs.schemas import (
     Progress,
     Queue,
 )
+from graft_shared.errors import ReportNotReady
 from graft_shared.jobs import Job, JobEvent, JobState, JobStatus
 from graft_shared.memory import TrainingPlan
 
@@ -69,6 +71,17 @@ def metric_series(job_id: str, events: Iterable[JobEvent]) -> JobMetrics:
         if values
     }
     return JobMetrics(job_id=job_id, series=series)
+
+
+def report_body(job: Job) -> JobReport:
+    """The report on a job's data.
+
+    Raises:
+        ReportNotReady: It is not prepared.
+    """
+    if job.prepared is None:
+        raise ReportNotReady(job_id=job.id, status=job.status.value)
+    return JobReport.model_validate({"job_id": job.id, "report": job.prepared["report"]})
 
 
 def plan_body(plan: TrainingPlan) -> dict[str, object]:
