@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from graft_shared.errors import InvalidParameter, InvalidTrainingFile
 from graft_shared.jobs import FailureReason
 from graft_shared.rows import RowKind
 from graft_shared.specs import JobSpec, ReportSpec
-from graft_worker.preparing.prepare import RowSource, split
+from graft_worker.preparing.prepare import RowSource, report, split
 from graft_worker.preparing.rendering import ChatTemplate, Piece, Rendered, as_one_piece, render
 from graft_worker.preparing.tokens import Encoder, TokenRows, tokenize
 from graft_worker.protocol import (
@@ -92,31 +93,6 @@ def run_preparing(
         train_file=str(folder / "rows.jsonl"),
         validation_file=None if held_out is None else str(folder / "held_out.jsonl"),
     )
-    return run_child(folder, request)
-
-
-def run_report(
-    folder: Path,
-    tokenizer_path: Path,
-    rows: list[dict[str, Any]],
-    *,
-    held_out: list[dict[str, Any]] | None = None,
-    **spec: Any,
-) -> Prepared:
-    folder.mkdir()
-    files = {"rows.jsonl": rows, **({} if held_out is None else {"held_out.jsonl": held_out})}
-    for name, content in files.items():
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in content))
-    request = ReportRequest(
-        spec=ReportSpec.model_validate({"base_model": "graft/tiny", **spec}).model_dump(mode="json"),
-        tokenizer_path=str(tokenizer_path),
-        train_file=str(folder / "rows.jsonl"),
-        validation_file=None if held_out is None else str(folder / "held_out.jsonl"),
-    )
-    return run_child(folder, request)
-
-
-def run_child(folder: Path, request: PrepareRequest | ReportRequest) -> Prepared:
     (folder / REQUEST_NAME).write_text(request.model_dump_json())
     blocked = folder / "blocked"
     blocked.mkdir()
@@ -127,6 +103,30 @@ def run_child(folder: Path, request: PrepareRequest | ReportRequest) -> Prepared
     )
     assert done.stdout, done.stderr.decode()
     return Prepared(done.returncode, [parse_event(line) for line in done.stdout.decode().splitlines()], folder)
+
+
+def report_on(
+    folder: Path,
+    tokenizer_path: Path,
+    rows: list[dict[str, Any]],
+    *,
+    held_out: list[dict[str, Any]] | None = None,
+    **spec: Any,
+) -> dict[str, Any]:
+    """What the preparing child says when it is asked for a report alone, without the seconds that a child takes."""
+    files = {"report.jsonl": rows, **({} if held_out is None else {"held_out.jsonl": held_out})}
+    for name, content in files.items():
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in content))
+    said: list[Any] = []
+    request = ReportRequest(
+        spec=ReportSpec.model_validate({"base_model": "graft/tiny", **spec}).model_dump(mode="json"),
+        tokenizer_path=str(tokenizer_path),
+        train_file=str(folder / "report.jsonl"),
+        validation_file=None if held_out is None else str(folder / "held_out.jsonl"),
+    )
+    report(request, SimpleNamespace(emit=said.append))  # type: ignore[arg-type]
+    (made,) = said
+    return dict(made.report)
 
 
 def tokens_of(rows: list[Rendered], tokenizer: Any) -> TokenRows:
@@ -346,58 +346,45 @@ PAIRS = [{"prompt": f"What does the {name} say?", "completion": f" {name}"} for 
 
 def test_a_report_says_what_the_prepared_data_of_a_job_says(tokenizer_path: Path, tmp_path: Path) -> None:
     asked: dict[str, Any] = {"validation": {"split": 0.5}}
-    job = run_preparing(tmp_path / "job", tokenizer_path, PAIRS * 2, **asked)
-    alone = run_report(tmp_path / "report", tokenizer_path, PAIRS * 2, **asked)
-    (of_job,), (of_file,) = job.of(PreparedEvent), alone.of(PreparedEvent)
-    assert of_file.report == of_job.report
-    assert not (tmp_path / "report" / "prepared").exists()
-    assert of_file.report["duplicate_rows"] == 4
-    assert of_file.report["validation"]["rows"] == of_file.report["train"]["rows"] == 4
+    (of_job,) = run_preparing(tmp_path / "job", tokenizer_path, PAIRS * 2, **asked).of(PreparedEvent)
+    of_file = report_on(tmp_path, tokenizer_path, PAIRS * 2, **asked)
+    assert of_file == of_job.report
+    assert of_file["duplicate_rows"] == 4
+    assert of_file["validation"]["rows"] == of_file["train"]["rows"] == 4
 
 
 def test_overlap_with_a_validation_file_is_counted_in_its_rows(tokenizer_path: Path, tmp_path: Path) -> None:
     held_out = [PAIRS[0], PAIRS[0], {"prompt": "new", "completion": "row"}]
-    ended = run_report(
-        tmp_path / "run", tokenizer_path, PAIRS, held_out=held_out, validation={"file": "file-b"}, max_length=64
-    )
-    (made,) = ended.of(PreparedEvent)
-    assert (made.report["validation"]["rows"], made.report["validation"]["overlap_rows"]) == (3, 2)
-    assert [warning["code"] for warning in made.report["warnings"]] == ["validation_overlap"]
+    made = report_on(tmp_path, tokenizer_path, PAIRS, held_out=held_out, validation={"file": "file-b"}, max_length=64)
+    assert (made["validation"]["rows"], made["validation"]["overlap_rows"]) == (3, 2)
+    assert [warning["code"] for warning in made["warnings"]] == ["validation_overlap"]
 
 
 def test_a_report_shows_what_lies_beyond_max_length_and_counts_every_length(
     tokenizer_path: Path, tmp_path: Path
 ) -> None:
     rows = [{"prompt": "cat", "completion": " dog" * 200}, *PAIRS]
-    (made,) = run_report(tmp_path / "run", tokenizer_path, rows, max_length=32).of(PreparedEvent)
-    first = made.report["first_rows"][0]
-    assert (first["line"], [(span["trained"], span["cut"]) for span in first["spans"]][:3]) == (
-        1,
-        [(False, False), (True, False), (False, True)],
-    )
+    made = report_on(tmp_path, tokenizer_path, rows, max_length=32)
+    first = made["first_rows"][0]
+    marks = [(span["trained"], span["cut"]) for span in first["spans"]]
+    assert (first["line"], marks[:3]) == (1, [(False, False), (True, False), (False, True)])
     assert "".join(span["text"] for span in first["spans"][:2]) == "cat" + " dog" * 30
-    histogram = made.report["lengths"]["histogram"]
-    assert sum(histogram["counts"]) == len(rows) == made.report["rows"]
+    histogram, longest = made["lengths"]["histogram"], made["lengths"]["percentiles"]["100"]
+    assert sum(histogram["counts"]) == len(rows) == made["rows"]
     assert len(histogram["edges"]) == len(histogram["counts"]) + 1
-    assert histogram["edges"][-1] == first["tokens"] + 1 == made.report["lengths"]["percentiles"]["100"] + 1
+    assert histogram["edges"][-1] == first["tokens"] + 1 == longest + 1
+
+
+def test_long_texts_and_rows_of_many_turns_are_shown_in_part(tokenizer_path: Path, tmp_path: Path) -> None:
+    turns = [{"role": role, "content": "cat " * 1000} for role in ("user", "assistant") * 50]
+    (shown,) = report_on(tmp_path, tokenizer_path, [{"messages": turns}], max_length=1_000_000)["first_rows"]
+    assert (len(shown["spans"]), shown["spans_left_out"]) == (24, 76 + 1)
+    assert all(len(span["text"]) < 1000 and span["left_out"] > 3000 for span in shown["spans"])
+    assert len(json.dumps(shown)) < 30_000
 
 
 def test_a_report_on_rows_that_teach_nothing_says_so(tokenizer_path: Path, tmp_path: Path) -> None:
-    ended = run_report(
-        tmp_path / "run",
-        tokenizer_path,
-        [{"prompt": "cat " * 99, "completion": "x"}],
-        max_length=8,
-        validation={"split": 0.5},
-    )
-    (made,) = ended.of(PreparedEvent)
-    assert made.report["train"] == {"rows": 0, "tokens": 0, "trained_tokens": 0}
-    assert "no_trainable_tokens" in [warning["code"] for warning in made.report["warnings"]]
-
-
-def test_a_base_without_a_tokenizer_is_refused_by_its_name(tmp_path: Path) -> None:
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    (failure,) = run_report(tmp_path / "run", empty, PAIRS).of(FailureEvent)
-    assert failure.reason is FailureReason.UNSUPPORTED_BASE_MODEL
-    assert "'graft/tiny'" in failure.message and "tokenizer" in failure.message
+    rows = [{"prompt": "cat " * 99, "completion": "x"}]
+    made = report_on(tmp_path, tokenizer_path, rows, max_length=8, validation={"split": 0.5})
+    assert made["train"] == {"rows": 0, "tokens": 0, "trained_tokens": 0}
+    assert "no_trainable_tokens" in [warning["code"] for warning in made["warnings"]]
