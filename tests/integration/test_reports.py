@@ -10,9 +10,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from sqlalchemy import select, update
 
+from graft_client import GraftClient
+from graft_client.transport import Transport
 from graft_shared.defaults import load_capacity
 from graft_shared.errors import BucketUnavailable, FileNotFound, LeaseLost, TooManyReports
 from graft_shared.jobs import Failure, FailureReason, Stage, StoredObject
@@ -375,3 +378,34 @@ def test_a_worker_that_is_told_to_leave_gives_its_report_back(api: ApiService) -
     at_work.join(timeout=60)
     assert not at_work.is_alive()
     assert ask(api, file_id).json()["status"] == "queued"
+
+
+class InProcess(httpx.BaseTransport):
+    """The SDK's way to an app that is not served."""
+
+    def __init__(self, api: ApiService) -> None:
+        self._api = api
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        headers = dict(request.headers)
+        answer = self._api.http.request(request.method, str(request.url), content=request.read(), headers=headers)
+        return httpx.Response(answer.status_code, headers=dict(answer.headers), content=answer.content)
+
+
+def test_the_sdk_sends_a_file_to_the_bucket_and_waits_for_its_report(api: ApiService, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(JSONL)
+    worker = preparing_worker(api)
+    transport = Transport(
+        str(api.http.base_url),
+        api_key=None,
+        timeout=30,
+        patience_seconds=0,
+        transport=InProcess(api),
+        sleep=lambda _: look_for_work(worker),
+    )
+    with GraftClient(transport=transport) as client:
+        file = client.upload_directly(path)
+        assert file["report"] == {"rows": 4, "kind": "prompt_completion", "bytes": len(JSONL)}
+        report = client.report(file["id"], base_model="graft/tiny", max_length=64, validation_split=0.5)
+        assert (report["status"], report["report"]["train"]["rows"]) == ("ready", 2)
