@@ -250,7 +250,7 @@ def _check_turns(row: Row, number: int, name: str, who: str, what: str, roles: s
     if len(turns) > MAX_TURNS:
         raise InvalidTrainingFile(line=number, reason=f"'{name}' has {len(turns)} turns, at most {MAX_TURNS}; split it")
     for position, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict) or turn.get(who) not in roles:
+        if not isinstance(turn, dict) or not isinstance(turn.get(who), str) or turn[who] not in roles:
             known = ", ".join(sorted(roles))
             raise InvalidTrainingFile(line=number, reason=f"turn {position} of '{name}' needs '{who}', one of {known}")
         _want_text(turn, what, number, may_be_empty=True)

@@ -37,7 +37,7 @@ class Exchanges:
         exchange = _Exchange(scope, send)
         scope.setdefault("state", {})["request_id"] = exchange.request_id
         try:
-            await self._app(scope, receive, exchange.send)
+            await self._app(scope, exchange.receiving(receive), exchange.send)
         except ClientDisconnect:
             exchange.log("request_abandoned")
             return
@@ -55,13 +55,26 @@ class _Exchange:
         self.status: int | None = None
         self._method, self._path = scope["method"], quote(scope["path"])  # a path may hold line breaks and escapes
         self._send = send
+        self._is_coming = _has_body(scope)  # the body, or the rest of it
         self._started = time.monotonic()
+
+    def receiving(self, receive: Receive) -> Receive:
+        """The same messages, while it is noted whether the body has come whole."""
+
+        async def noted() -> MutableMapping[str, Any]:
+            message = await receive()
+            self._is_coming = self._is_coming and message.get("more_body", False)
+            return message
+
+        return noted
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
         """Pass a message on, the head of the answer with the request id."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             message["headers"] = [*message.get("headers", []), (REQUEST_ID_HEADER.encode(), self.request_id.encode())]
+            if self._is_coming:  # refused before its end: a client that goes on sending would be listened to for ever
+                message["headers"].append((b"connection", b"close"))
         await self._send(message)
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             self.log("request_answered")  # here: what runs after the answer is not waited for
@@ -73,3 +86,8 @@ class _Exchange:
         seconds = round(time.monotonic() - self._started, 4)
         facts = {"method": self._method, "path": self._path, "status": self.status, "seconds": seconds}
         log_event(logger, event, request_id=self.request_id, **facts)
+
+
+def _has_body(scope: Scope) -> bool:
+    headers = dict(scope["headers"])
+    return b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
