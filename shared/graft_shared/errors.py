@@ -19,6 +19,7 @@ GraftError
 │   ├── JobNotFound
 │   ├── FileNotFound
 │   ├── UploadNotFound
+│   ├── ReportNotFound
 │   ├── BaseModelNotFound
 │   └── ObjectNotFound
 ├── Conflict                       right in itself, too late or too early
@@ -135,6 +136,10 @@ class FileNotFound(NotFound):
 
 class UploadNotFound(NotFound):
     """There is no upload '{upload_id}', or it was begun more than a day ago. POST /files/uploads begins one."""
+
+
+class ReportNotFound(NotFound):
+    """The data of the job '{job_id}' was prepared by an earlier version, which left no such report."""
 
 
 class BaseModelNotFound(NotFound):

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from graft_api.auth import read_keys
-from graft_shared.artifacts import log_key
-from graft_shared.ids import new_file_id, new_job_id
-from tests.api_service import LLAMA, ApiService, error_of, make_service, migrated_database
+from graft_shared.artifacts import log_key, sha256_of
+from graft_shared.ids import new_file_id, new_job_id, new_upload_id
+from tests.api_service import LLAMA, ROWS, ApiService, error_of, make_service, migrated_database
 
 RED, BLUE = "r" * 24, "b" * 24
 
@@ -64,6 +64,8 @@ def test_a_tenant_sees_its_own_jobs_and_files_alone(api: ApiService) -> None:
 IDS = {
     ("path", "job_id"): "job",
     ("path", "file_id"): "file",
+    ("path", "upload_id"): "upload",
+    ("query /files/{file_id}/report", "validation_file"): "file",
     ("query /jobs", "after"): "job",
     ("query /files", "after"): "file",
     ("query /v1/fine_tuning/jobs", "after"): "job",
@@ -76,6 +78,10 @@ NO_IDS = {
     ("query /jobs", "base_model"),
     ("query /jobs", "metadata"),
     ("query /objects/{key}", "signature"),
+    ("query /objects/{key}", "sha256"),
+    ("query /files/{file_id}/report", "base_model"),
+    ("query /files/{file_id}/report", "revision"),
+    ("query /files/{file_id}/report", "completion_only_loss"),
     ("query /v1/fine_tuning/jobs", "metadata"),
     ("query /v1/files", "order"),
     ("query /v1/files", "purpose"),
@@ -90,7 +96,14 @@ BODIES_WITH_IDS: dict[tuple[str, str], Callable[[str], dict[str, Any]]] = {
     ("post", "/jobs/estimate"): lambda file_id: {"base_model": LLAMA, "dataset": {"file": file_id}},
     ("post", "/v1/fine_tuning/jobs"): lambda file_id: {"model": LLAMA, "training_file": file_id},
 }
-BODIES_WITHOUT_IDS = {("post", "/files"), ("post", "/v1/files"), ("post", "/webhooks/test")}
+BODIES_WITHOUT_IDS = {
+    ("post", "/files"),
+    ("post", "/files/uploads"),
+    ("put", "/objects/{key}"),
+    ("post", "/v1/files"),
+    ("post", "/webhooks/test"),
+}
+REQUIRED = {"/files/{file_id}/report": {"base_model": LLAMA}}
 
 
 def requests_with(document: dict[str, Any], ids: dict[str, str]) -> Iterator[dict[str, Any]]:
@@ -113,10 +126,12 @@ def _request_by(parameter: dict[str, Any], method: str, path: str, ids: dict[str
         return
     assert place in IDS, f"{method} {path} takes {place}: say in this file what it names"
     named = ids[IDS[place]]
+    filled = path.replace("{file_id}", ids["file"])
+    required = {"params": REQUIRED[path]} if path in REQUIRED else {}
     if parameter["in"] == "query":
-        yield {"method": method, "url": path, "params": {name: named}}
+        yield {"method": method, "url": filled, "params": {**REQUIRED.get(path, {}), name: named}}
         return
-    request = {"method": method, "url": path.replace(f"{{{name}}}", named)}
+    request = {"method": method, "url": path.replace(f"{{{name}}}", named), **required}
     yield request
     if "text/event-stream" in str(parameter) or path.endswith("/events"):
         yield {**request, "headers": {"accept": "text/event-stream"}}
@@ -130,6 +145,14 @@ def answer_to(api: ApiService, request: dict[str, Any], ids: dict[str, str]) -> 
     for kind, named in ids.items():
         text = text.replace(named, kind)
     return answer.status_code, headers, text
+
+
+def an_upload(api: ApiService) -> str:
+    """An upload that has come and can be completed."""
+    announced = {"filename": "r.jsonl", "bytes": len(ROWS), "sha256": sha256_of(ROWS)}
+    upload = api.http.post("/files/uploads", json=announced).json()
+    assert api.http.put(upload["url"], content=ROWS).status_code == 204
+    return str(upload["id"])
 
 
 def what_is_known_of(api: ApiService, job_id: str) -> dict[str, Any]:
@@ -146,8 +169,8 @@ def test_a_foreign_id_answers_exactly_as_an_unknown_one_wherever_an_id_is_taken(
     for epoch in (1, 2):
         api.bucket.put_bytes(log_key("red", job["id"], epoch), b"what red did\n")
     document = api.http.get("/openapi.json").json()
-    foreign = {"job": job["id"], "file": job["spec"]["dataset"]["file"]}
-    unknown = {"job": new_job_id(), "file": new_file_id()}
+    foreign = {"job": job["id"], "file": job["spec"]["dataset"]["file"], "upload": an_upload(api)}
+    unknown = {"job": new_job_id(), "file": new_file_id(), "upload": new_upload_id()}
     before = what_is_known_of(api, job["id"])
 
     api.http.headers.update(bearer(BLUE))
@@ -167,10 +190,10 @@ def test_the_owner_is_answered_wherever_an_id_is_taken(api: ApiService) -> None:
     job = api.new_job()
     api.succeed(job["id"])
     api.bucket.put_bytes(log_key("red", job["id"], 2), b"what red did\n")
-    ids = {"job": job["id"], "file": job["spec"]["dataset"]["file"]}
+    ids = {"job": job["id"], "file": job["spec"]["dataset"]["file"], "upload": an_upload(api)}
     requests = list(requests_with(api.http.get("/openapi.json").json(), ids))
     for request in (request for request in requests if request["method"] != "delete"):
-        expected = (409,) if request["url"].endswith(("/cancel", "/pause", "/resume")) else (200, 202)
+        expected = (409,) if request["url"].endswith(("/cancel", "/pause", "/resume")) else (200, 201, 202)
         assert api.http.request(**request).status_code in expected, request
     assert {request["url"].partition("/ft")[0] for request in requests if request["method"] == "delete"} == {
         "/jobs",

@@ -166,6 +166,7 @@ class Leases:
         Raises:
             LeaseLost: Another epoch owns the job, or it has ended.
         """
+        told = {name: found for name, found in prepared["report"].items() if name != "first_rows"}
         with self._database.writing() as connection:
             row = compare_and_set(
                 connection,
@@ -178,7 +179,6 @@ class Leases:
                 attempt=0,
                 runs_without_progress=0,
             )
-            told = {name: found for name, found in prepared["report"].items() if name != "first_rows"}
             add_event(connection, job_id, epoch, "prepared", "The data is ready for training.", data=told)
             if row["cancel_requested"]:
                 row = _end(connection, row, JobState.CANCELLED, "The job was cancelled.")

@@ -22,7 +22,7 @@ from graft_api.jobs.schemas import (
     Progress,
     Queue,
 )
-from graft_shared.errors import ReportNotReady
+from graft_shared.errors import ReportNotFound, ReportNotReady
 from graft_shared.jobs import Job, JobEvent, JobState, JobStatus
 from graft_shared.memory import TrainingPlan
 
@@ -78,10 +78,14 @@ def report_body(job: Job) -> JobReport:
 
     Raises:
         ReportNotReady: It is not prepared.
+        ReportNotFound: An earlier version prepared it.
     """
     if job.prepared is None:
         raise ReportNotReady(job_id=job.id, status=job.status.value)
-    return JobReport.model_validate({"job_id": job.id, "report": job.prepared["report"]})
+    report = job.prepared["report"]
+    if "train" not in report:
+        raise ReportNotFound(job_id=job.id)
+    return JobReport.model_validate({"job_id": job.id, "report": report})
 
 
 def plan_body(plan: TrainingPlan) -> dict[str, object]:
