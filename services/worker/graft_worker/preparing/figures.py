@@ -15,6 +15,7 @@ from graft_worker.preparing.tokens import Ends, Tokenized
 SHOWN_ROWS = 3
 SHOWN_SPANS = 24  # of a row, and
 SHOWN_CHARACTERS = 800  # of a span, half from each end: the report is kept in the database
+LONG_TOKEN = 16  # characters; few tokens of any language have as many
 BINS = 24  # of the histogram, up to the 99th percentile; one more holds the rest
 PERCENTILES = (5, 50, 95, 100)
 
@@ -122,8 +123,9 @@ class Figures:
         text = "".join(piece.text for piece in self._with_ends(rendered))
         if len(row.ids) <= self._max_length or not self._tokenizer.is_fast:
             return len(text)
-        offsets = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).offsets
-        return int(offsets[self._max_length][0]) if len(offsets) > self._max_length else len(text)
+        begun = text[: LONG_TOKEN * self._max_length]
+        offsets = self._tokenizer.backend_tokenizer.encode(begun, add_special_tokens=False).offsets
+        return int(offsets[self._max_length][0]) if len(offsets) > self._max_length else len(begun)
 
 
 def overlap(train: np.ndarray, held_out: np.ndarray) -> int:

@@ -19,6 +19,7 @@ from graft_worker.preparing.rendering import Rendered
 # Rows handed to the tokenizer at once: enough for all cores, and few enough that what they become fits beside the rest.
 BATCH_ROWS = 1000
 BATCH_CHARACTERS = 2_000_000
+LONGEST_TEXT = 500_000  # characters tokenised at once: the tokenizer holds some 250 bytes for each
 KNOWN_WORDS = 100_000  # whose tokens a BPE remembers, ten times its default: of natural text that spares a quarter
 KNOWN_TAILS = 10_000  # remembered tokens of what stands between a special token and a border; see `Encoder`
 LONGEST_TAIL = 200  # characters
@@ -220,10 +221,27 @@ def _plain_encoder(tokenizer: Any) -> Callable[[Sequence[str]], list[list[int]]]
     if (resize := getattr(backend.model, "_resize_cache", None)) is not None:
         resize(KNOWN_WORDS)
 
+    def tokens(texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
     def encode(texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        encoded = iter(tokens([text for text in texts if len(text) <= LONGEST_TEXT]))
+        return [next(encoded) if len(text) <= LONGEST_TEXT else _in_slices(text, tokens) for text in texts]
 
     return encode
+
+
+def _in_slices(text: str, tokens: Callable[[list[str]], list[list[int]]]) -> list[int]:
+    """The tokens of a very long text, slice by slice, each cut before a space: there most tokenizers break anyway."""
+    ids: list[int] = []
+    start = 0
+    while start < len(text):
+        end = start + LONGEST_TEXT
+        if end < len(text) and (space := text.rfind(" ", start + 1, end)) > 0:
+            end = space
+        ids += tokens([text[start:end]])[0]
+        start = end
+    return ids
 
 
 @dataclass(frozen=True, kw_only=True)
