@@ -20,7 +20,6 @@ from graft_worker.preparing.rendering import Rendered
 BATCH_ROWS = 1000
 BATCH_CHARACTERS = 2_000_000
 LONGEST_TEXT = 500_000  # characters tokenised at once: the tokenizer holds some 250 bytes for each
-KNOWN_WORDS = 100_000  # whose tokens a BPE remembers, ten times its default: of natural text that spares a quarter
 KNOWN_TAILS = 10_000  # remembered tokens of what stands between a special token and a border; see `Encoder`
 LONGEST_TAIL = 200  # characters
 MOST_PREFIX_CHARACTERS = 20_000_000  # of one row: all stretches up to a border together grow with its turns' square
@@ -218,8 +217,6 @@ def _plain_encoder(tokenizer: Any) -> Callable[[Sequence[str]], list[list[int]]]
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    if (resize := getattr(backend.model, "_resize_cache", None)) is not None:
-        resize(KNOWN_WORDS)
 
     def tokens(texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
