@@ -9,7 +9,7 @@ COMPOSE ?= docker compose
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --root-user-action=ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo up down logs ps check test test-unit test-s3 test-load test-model test-openapi test-keys test-streams failpoints chaos chaos-control races outages test-containers test-gpu mutants bench bench-load bench-gpu pins format clean
+.PHONY: help setup run demo up down logs ps check test test-unit test-s3 test-load test-model test-openapi test-keys test-streams hostile-line failpoints chaos chaos-control races outages test-containers test-gpu mutants bench bench-data bench-load bench-gpu pins format clean
 
 help: ## print this
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,9 @@ races: $(VENV)/.ready-dev ## cancels against finishes, drains of busy workers: D
 	@$(BIN)/python -m tests.chaos.races --db $(or $(DB),sqlite) --races $(or $(RACES),500) --drains $(or $(DRAINS),50) \
 		--seed $(or $(SEED),1) $(if $(LEASE),--lease-seconds $(LEASE)) $(if $(OUT),--out $(OUT))
 
+hostile-line: $(VENV)/.ready-dev ## a line of a GiB sent to the API, which must never hold it: [BYTES=] [OUT=]
+	@$(BIN)/python -m tests.hostile.long_line --bytes $(or $(BYTES),1073741824) $(if $(OUT),--out $(OUT))
+
 failpoints: $(VENV)/.ready-dev ## processes struck at named points: TIMES=1 [DB=postgres] [POINT=…] [FAULT=kill|freeze|raise|suspend]
 	@$(BIN)/python -m tests.failpoints --times $(or $(TIMES),1) $(if $(DB),--db $(DB)) $(if $(POINT),--point $(POINT)) \
 		$(if $(FAULT),--fault $(FAULT)) --out $(or $(OUT),.graft/failpoints.json)
@@ -105,6 +108,10 @@ test-gpu: $(VENV)/.ready-dev ## on a CUDA machine: the trainer's kernels, compil
 bench: $(VENV)/.ready-dev ## the CPU part of the benchmarks: how long a refusal takes, and the trainer on a tiny base
 	@PYTHONPATH=. $(BIN)/python tests/bench/refusal.py --out .graft/bench/refusal.json
 	@PYTHONPATH=. $(BIN)/python tests/bench/compare.py --set tiny --out-dir .graft/bench
+
+bench-data: $(VENV)/.ready-dev ## a report on a file of 200,000 chats, in a minute and half a GiB: [ROWS=] [OUT=]
+	@PYTHONPATH=. $(BIN)/python tests/bench/data_report.py --rows $(or $(ROWS),200000) \
+		--out $(or $(OUT),.graft/bench/data-report.json)
 
 bench-load: $(VENV)/.ready-dev ## jobs a second beside a beating fleet: [DB=postgres|sqlite] [SECONDS=30] [WORKERS=200] [APIS=2] [OUT=]
 	@PYTHONPATH=. $(BIN)/python tests/bench/load.py --db $(or $(DB),postgres) --seconds $(or $(SECONDS),30) \

@@ -31,6 +31,21 @@ ROWS = b'{"text": "one"}\n{"text": "two"}\n'
 ADAPTER = {"adapter_config.json": b'{"r": 8}', "adapter_model.safetensors": bytes(range(256)) * 5000}
 
 
+A_REPORT: dict[str, Any] = {
+    "kind": "text",
+    "rows": 2,
+    "max_length": 1024,
+    "train": {"rows": 2, "tokens": 6, "trained_tokens": 4},
+    "validation": None,
+    "truncated_rows": 0,
+    "truncated_share": 0.0,
+    "duplicate_rows": 0,
+    "nothing_to_learn_rows": 0,
+    "lengths": {"percentiles": {"50": 3}, "histogram": {"edges": [3, 4], "counts": [2]}},
+    "first_rows": [],
+    "warnings": [],
+}
+
 capacity_table = functools.cache(load_capacity)
 catalogue = functools.cache(load_catalogue)
 
@@ -96,7 +111,7 @@ class ApiService:
     def train(self, job_id: str, steps: int = 3) -> Job:
         """Bring a job to the middle of its training."""
         prepared = self.claim(job_id)
-        self.leases.hand_to_training(job_id, prepared.epoch, {"report": {"rows": 2}})
+        self.leases.hand_to_training(job_id, prepared.epoch, {"report": A_REPORT})
         job = self.claim(job_id, Stage.TRAIN)
         lines = [{"step": n, "loss": 3.0 / n, "grad_norm": 1.0, "learning_rate": 1e-4} for n in range(1, steps + 1)]
         progress = {"step": steps, "total_steps": 10, "percent": 10.0 * steps, "eta_seconds": 70.0}

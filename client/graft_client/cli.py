@@ -24,6 +24,7 @@ from graft_client import tables
 from graft_client.client import DEFAULT_URL, GraftClient
 from graft_client.errors import GraftAPIError, GraftClientError
 from graft_client.progress import watch as show_progress
+from graft_client.reports import report_view
 
 PLUGINS = "graft.commands"  # entry points that add commands: `up`, `doctor`, `keys` and `tenants` come from graft-local
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_CANCELLED, EXIT_SERVICE_ERROR = 1, 2, 3, 4
@@ -66,6 +67,8 @@ app = typer.Typer(
 
 webhooks_app = typer.Typer(help="How a job's end is told to a receiver of yours.", no_args_is_help=True)
 app.add_typer(webhooks_app, name="webhooks")
+files = typer.Typer(help="Look at datasets.", no_args_is_help=True)
+app.add_typer(files, name="files")
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id, ftjob-…")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the service's answer as JSON.")]
@@ -273,12 +276,44 @@ def capacity(as_json: AsJson = False) -> None:
 
 @app.command()
 def upload(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A JSONL file.")], as_json: AsJson = False
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A JSONL file.")],
+    direct: Annotated[bool, typer.Option("--direct", help="Send it to the bucket itself, through a link.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Send a dataset; prints its id for dataset.file."""
     with _client() as client:
-        found = client.upload(file)
+        found = client.upload_directly(file) if direct else client.upload(file)
         _answer(found, found["id"], as_json=as_json)
+
+
+@files.command()
+def report(
+    data: Annotated[str, typer.Argument(metavar="FILE", help="A JSONL file to upload, or the id of one.")],
+    base_model: Annotated[str, typer.Option(help="The base whose tokenizer and chat template read the rows.")],
+    revision: Annotated[str | None, typer.Option(help="Of the base.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Where rows are cut, in tokens.")] = None,
+    validation_split: Annotated[float | None, typer.Option(help="The share of rows that a job would hold out.")] = None,
+    validation: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A JSONL file to validate on, or the id of one.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the split; a job's training.seed.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a job on a base would learn from a dataset, before any GPU is taken."""
+    with _client() as client:
+        found = client.report(
+            _file_id(client, data),
+            base_model=base_model,
+            revision=revision,
+            max_length=max_length,
+            validation_split=validation_split,
+            validation_file=_file_id(client, validation) if validation is not None else None,
+            seed=seed,
+        )
+        if as_json:
+            _answer(found, None, as_json=True)
+        else:
+            Console().print(report_view(found["report"]))
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import uuid
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,8 @@ from graft_client.transport import Transport
 DEFAULT_URL = "http://127.0.0.1:8000"
 TERMINAL_STATUSES = frozenset({"succeeded", "failed", "cancelled"})
 UPLOAD_TIMEOUT_SECONDS = 600.0  # the service reads and checks every row before it answers
+CHUNK_BYTES = 1024 * 1024  # read from a file at once
+REPORT_POLL_SECONDS = 1.0
 WATCH_PATIENCE_SECONDS = 60.0  # a watcher outlives a restart of the service
 
 Document = dict[str, Any]
@@ -248,6 +251,59 @@ class GraftClient:
     def delete_file(self, file_id: str) -> None:
         """Remove a file; GraftAPIError `file_in_use` while a job has not prepared its data from it."""
         self._transport.json("DELETE", f"/files/{_part(file_id)}")
+
+    def upload_directly(self, path: str | Path) -> Document:
+        """Send a JSONL file past the service to its bucket, and return its description once it is checked.
+
+        The service gives a link for exactly these bytes. Right for large files: what the service itself takes in may be
+        limited by whatever stands before it.
+        """
+        path = Path(path)
+        digest, size = hashlib.sha256(), 0
+        with path.open("rb") as content:
+            while chunk := content.read(CHUNK_BYTES):
+                digest.update(chunk)
+                size += len(chunk)
+            announced = {"filename": path.name, "bytes": size, "sha256": digest.hexdigest()}
+            upload = self._transport.json("POST", "/files/uploads", json=announced)
+            content.seek(0)
+            self._transport.put(upload["url"], iter(lambda: content.read(CHUNK_BYTES), b""), upload["headers"])
+
+        def options() -> dict[str, Any]:
+            # Safe to repeat: an upload that is completed twice is the same file.
+            return {
+                "headers": {"idempotency-key": upload["id"]},
+                "timeout": httpx.Timeout(UPLOAD_TIMEOUT_SECONDS, connect=5.0),
+            }
+
+        answer: Document = self._transport.send("POST", f"/files/uploads/{upload['id']}/complete", options).json()
+        return answer
+
+    def report(
+        self, file_id: str, *, base_model: str, timeout_seconds: float | None = None, **settings: Any
+    ) -> Document:
+        """Return what a job on this base would learn from a file; waits while a worker makes the report.
+
+        Args:
+            settings: As the route's parameters: `max_length`, `validation_split`, `validation_file`, …
+
+        Raises:
+            WaitedTooLong: It is not made within `timeout_seconds`.
+        """
+        path, clock = f"/files/{_part(file_id)}/report", self._transport.clock
+        started = clock()
+        query = {"base_model": base_model, **{name: value for name, value in settings.items() if value is not None}}
+        while True:
+            answer: Document = self._transport.json("GET", path, params=query)
+            if answer["status"] == "ready":
+                return answer
+            if timeout_seconds is not None and clock() - started >= timeout_seconds:
+                raise WaitedTooLong(f"The report is still '{answer['status']}' after {timeout_seconds:g} s.")
+            self._transport.sleep(REPORT_POLL_SECONDS)
+
+    def job_report(self, job_id: str) -> Document:
+        """Return the report on a job's data; GraftAPIError `report_not_ready` until it is prepared."""
+        return self._get(f"/jobs/{_part(job_id)}/report")
 
     def file(self, file_id: str) -> Document:
         """Return the description of an uploaded file."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -107,6 +107,20 @@ class Transport:
                 response.read()
                 raise GraftAPIError.from_response(response)
             yield response
+
+    def put(self, url: str, content: Iterable[bytes], headers: dict[str, str]) -> None:
+        """Send bytes through a link, which carries its own permission: the key is none of its business.
+
+        Raises:
+            GraftAPIError: The other side refused.
+            ServiceUnreachable: It did not answer.
+        """
+        try:
+            response = self._http.put(url, content=content, headers=headers)
+        except httpx.TransportError as error:
+            raise ServiceUnreachable(url.partition("?")[0], _reason(error)) from error
+        if not response.is_success:
+            raise GraftAPIError.from_response(response)
 
     def _build(self, method: str, path: str, options: dict[str, Any]) -> httpx.Request:
         headers = {"headers": self._headers | options.get("headers", {})}

@@ -47,6 +47,11 @@ def file_key(tenant: str, file_id: str) -> str:
     return f"tenants/{tenant}/files/{file_id}"
 
 
+def upload_key(tenant: str, upload_id: str) -> str:
+    """Where a file lies that came through a link, until it is checked and becomes an object of its own."""
+    return f"tenants/{tenant}/uploads/{upload_id}"
+
+
 def job_prefix(tenant: str, job_id: str) -> str:
     """Everything that belongs to one job."""
     return f"tenants/{tenant}/jobs/{job_id}/"

@@ -12,12 +12,15 @@ GraftError
 │   ├── InvalidTrainingFile
 │   ├── NoTrainableTokens
 │   ├── FileTooLarge
+│   ├── UploadDiffers
 │   ├── VramCapacityExceeded
 │   └── IdempotencyConflict
 ├── NotFound
 │   ├── JobNotFound
 │   ├── MergedModelNotFound
 │   ├── FileNotFound
+│   ├── UploadNotFound
+│   ├── ReportNotFound
 │   ├── BaseModelNotFound
 │   ├── KeyNotFound
 │   └── ObjectNotFound
@@ -28,17 +31,21 @@ GraftError
 │   ├── MergedModelInUse
 │   ├── JobCancelling
 │   ├── AdapterNotReady
+│   ├── ReportNotReady
 │   ├── FileInUse
+│   ├── UploadNotReceived
 │   ├── UploadExpired
 │   └── WorkerNameTaken
 ├── LimitReached                   right in itself, and more than its tenant may have now
-│   └── QuotaExceeded
+│   ├── QuotaExceeded
+│   └── TooManyReports
 ├── LeaseLost                      another epoch owns the job now
 ├── ArtifactCorrupt                bytes read back differ from bytes written
 └── NeighbourUnavailable           worth trying again
     ├── StoreUnavailable
     ├── BucketUnavailable
-    └── BaseModelUnavailable
+    ├── BaseModelUnavailable
+    └── ReportUnavailable
 
 The class name gives the stable `code`, the docstring the default message (a format string over the facts).
 Facts travel to the answer and to the logs. HTTP status codes stand in `graft_api.errors` and nowhere else.
@@ -109,6 +116,10 @@ class FileTooLarge(Refused):
     """The file is larger than {limit_bytes} bytes. Split it, or ask the operator to raise GRAFT_MAX_FILE_BYTES."""
 
 
+class UploadDiffers(Refused):
+    """What came is not the file that was announced: {found}, where {announced} was expected. Send it again."""
+
+
 class VramCapacityExceeded(Refused):
     """No GPU class of this service holds the job."""
 
@@ -131,6 +142,14 @@ class MergedModelNotFound(NotFound):
 
 class FileNotFound(NotFound):
     """There is no file '{file_id}'."""
+
+
+class UploadNotFound(NotFound):
+    """There is no upload '{upload_id}', or it was begun more than a day ago. POST /files/uploads begins one."""
+
+
+class ReportNotFound(NotFound):
+    """The data of the job '{job_id}' was prepared by an earlier version, which left no such report."""
 
 
 class BaseModelNotFound(NotFound):
@@ -173,6 +192,14 @@ class AdapterNotReady(Conflict):
     """The job '{job_id}' is '{status}': its adapter exists once it has succeeded."""
 
 
+class ReportNotReady(Conflict):
+    """The data of the job '{job_id}' is not prepared: its status is '{status}'."""
+
+
+class UploadNotReceived(Conflict):
+    """Nothing has come through the link of '{upload_id}' yet. Send the file there first, then complete the upload."""
+
+
 class FileInUse(Conflict):
     """The job '{job_id}' has not read the file '{file_id}' yet. Wait until its data is prepared, or cancel it first."""
 
@@ -191,6 +218,10 @@ class LimitReached(GraftError):
 
 class QuotaExceeded(LimitReached):
     """The quota '{quota}' of this tenant is {limit}, and {used} are in use."""
+
+
+class TooManyReports(LimitReached):
+    """{limit} reports of this tenant wait already. Ask again once some of them are made."""
 
 
 class LeaseLost(GraftError):
@@ -215,3 +246,7 @@ class BucketUnavailable(NeighbourUnavailable):
 
 class BaseModelUnavailable(NeighbourUnavailable):
     """The hub does not answer for '{base_model}': {reason}."""
+
+
+class ReportUnavailable(NeighbourUnavailable):
+    """The report could not be made, and will be tried again when it is asked for later: {reason}"""

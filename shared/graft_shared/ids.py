@@ -20,6 +20,16 @@ def new_file_id() -> str:
     return "file-" + _random()
 
 
+def new_upload_id() -> str:
+    """Return a fresh id of a file that is still to come, e.g. `upload-7hK…`."""
+    return "upload-" + _random()
+
+
+def new_report_id() -> str:
+    """Return a fresh id of a report on a file, e.g. `report-2cW…`."""
+    return "report-" + _random()
+
+
 def new_webhook_id() -> str:
     """Return a fresh id of one message to a webhook's receiver, who knows by it what was sent twice."""
     return "evt_" + _random()

@@ -15,8 +15,13 @@ from graft_shared.errors import InvalidTrainingFile
 MAX_LINE_BYTES = 10 * 1024 * 1024
 MAX_ROWS = 20_000_000
 MAX_DEPTH = 16
+MAX_TURNS = 512  # of one chat: each answer is rendered with all that came before it
+MAX_VALUES = 100_000  # in one row: each costs some hundred bytes once it is read, so that a line could fill a gigabyte
 
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_ESCAPED_NUL = b"\\u0000"
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"')
+_BORDERS = (b",", b"[", b"{")  # before each value but the first stands one of these
 
 Row = dict[str, Any]
 
@@ -125,40 +130,71 @@ def _parse(line: bytes, number: int) -> Row:
     except UnicodeDecodeError as error:
         raise InvalidTrainingFile(line=number, reason=f"byte {error.start + 1} is not valid UTF-8") from error
 
+    if _holds_many_values(line):
+        raise InvalidTrainingFile(line=number, reason=f"one row holds more than {MAX_VALUES} values")
     row = _load(text, number)
     if not isinstance(row, dict):
         raise InvalidTrainingFile(line=number, reason=f"a row is a JSON object, found {_name(row)}")
-    if _depth(row) > MAX_DEPTH:
+    if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _depth(row) > MAX_DEPTH:
         raise InvalidTrainingFile(line=number, reason=f"nested deeper than {MAX_DEPTH} levels")
     if _ESCAPED_SURROGATE.search(line) and not _is_unicode(row):
         raise InvalidTrainingFile(line=number, reason="a \\u escape names half a character, which is not valid Unicode")
+    if _ESCAPED_NUL in line and _holds_nul(row):
+        raise InvalidTrainingFile(line=number, reason="a text holds the NUL character")
     return row
+
+
+def _holds_many_values(line: bytes) -> bool:
+    """Whether JSON holds more than `MAX_VALUES`; what stands in texts is looked past only where it could matter."""
+    if sum(map(line.count, _BORDERS)) <= MAX_VALUES:
+        return False
+    bare = _STRING.sub(b"", line)
+    return sum(map(bare.count, _BORDERS)) > MAX_VALUES
+
+
+def _holds_nul(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_holds_nul(part) for pair in value.items() for part in pair)
+    if isinstance(value, list):
+        return any(map(_holds_nul, value))
+    return isinstance(value, str) and "\0" in value
+
+
+class _NotStrict(Exception):
+    """JSON that `json` takes and we do not."""
+
+
+def _pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(found)
+    if len(made) < len(found):
+        names = [name for name, _ in found]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _NotStrict(f"the key '{twice}' stands twice in one object")
+    return made
+
+
+def _constant(name: str) -> Any:
+    raise _NotStrict(f"{name} is not valid JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise _NotStrict(f"the number {digits[:20]} is too large")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_constant, parse_float=_finite)
 
 
 def _load(text: str, number: int) -> Any:
     """Read JSON strictly: no key twice, no number that JSON does not know."""
-
-    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(found)
-        if len(made) < len(found):
-            names = [name for name, _ in found]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise InvalidTrainingFile(line=number, reason=f"the key '{twice}' stands twice in one object")
-        return made
-
-    def constant(name: str) -> Any:
-        raise InvalidTrainingFile(line=number, reason=f"{name} is not valid JSON")
-
-    def finite(digits: str) -> float:
-        value = float(digits)
-        if not math.isfinite(value):
-            raise InvalidTrainingFile(line=number, reason=f"the number {digits[:20]} is too large")
-        return value
-
     try:
-        return json.loads(text.rstrip("\r\n"), object_pairs_hook=pairs, parse_constant=constant, parse_float=finite)
+        return _DECODER.decode(text.rstrip("\r\n"))
     except json.JSONDecodeError as error:
         raise InvalidTrainingFile(line=number, reason=f"not valid JSON at column {error.colno}: {error.msg}") from error
+    except _NotStrict as error:
+        raise InvalidTrainingFile(line=number, reason=str(error)) from error
     except ValueError as error:  # an integer of more digits than Python reads
         raise InvalidTrainingFile(line=number, reason="a number has thousands of digits") from error
     except RecursionError as error:
@@ -211,8 +247,10 @@ def _check_turns(row: Row, number: int, name: str, who: str, what: str, roles: s
     turns = row[name]
     if not isinstance(turns, list) or not turns:
         raise InvalidTrainingFile(line=number, reason=f"'{name}' is a list of at least one turn, found {_name(turns)}")
+    if len(turns) > MAX_TURNS:
+        raise InvalidTrainingFile(line=number, reason=f"'{name}' has {len(turns)} turns, at most {MAX_TURNS}; split it")
     for position, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict) or turn.get(who) not in roles:
+        if not isinstance(turn, dict) or not isinstance(turn.get(who), str) or turn[who] not in roles:
             known = ", ".join(sorted(roles))
             raise InvalidTrainingFile(line=number, reason=f"turn {position} of '{name}' needs '{who}', one of {known}")
         _want_text(turn, what, number, may_be_empty=True)

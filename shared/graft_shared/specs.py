@@ -26,6 +26,16 @@ FILE_ID_PATTERN = r"^file-[A-Za-z0-9]{1,64}$"
 NO_NUL = r"^[^\x00]*$"  # of any text: no store can hold that character
 METADATA_KEY_PATTERN = rf"^[^\s\[\]\x00]{{1,{MAX_METADATA_KEY}}}$"
 REVISION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$"
+HUB_DATASET_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+DEFAULT_MAX_LENGTH = 1024
+DEFAULT_SEED = 42
+
+BaseModelName = Annotated[str, Field(pattern=BASE_MODEL_PATTERN, max_length=200)]
+FileId = Annotated[str, Field(pattern=FILE_ID_PATTERN)]
+MaxLength = Annotated[int, Field(ge=8, le=1_048_576)]
+CompletionOnlyLoss = bool | Literal["auto"]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 METADATA_SCHEMA: JsonDict = {
@@ -98,11 +108,21 @@ class DatasetSource(_Part):
 
     model_config = ConfigDict(json_schema_extra=_one_of({"file": _OF_HUB, "uri": _OF_HUB, "hub": ()}))
 
-    file: Annotated[str, Field(pattern=FILE_ID_PATTERN)] | None = None
+    file: FileId | None = None
     uri: Annotated[str, Field(pattern=r"^s3://[A-Za-z0-9._-]+/[^\n\x00]+$", max_length=1024)] | None = None
-    hub: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
-    split: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")] | None = None
+    hub: Annotated[str, Field(pattern=HUB_DATASET_PATTERN, max_length=200)] | None = None
+    split: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=128)] | None = None
     revision: Annotated[str, Field(pattern=REVISION_PATTERN)] | None = None
+
+    @field_validator("uri", "revision")
+    @classmethod
+    def _plain_path(cls, path: str | None) -> str | None:
+        parts = (path or "").removeprefix("s3://").split("/")
+        if path is not None and any(part in ("", ".", "..") for part in parts):
+            raise ValueError("no part of the path may be empty, '.' or '..'")
+        if path is not None and re.search(r"[\x00-\x1f\x7f\\#?%*]", path):
+            raise ValueError("it may hold no '#', '?', '%', '*', '\\\\' and no control character")
+        return path
 
     @model_validator(mode="after")
     def _exactly_one_source(self) -> Self:
@@ -125,7 +145,7 @@ class Validation(_Part):
     model_config = ConfigDict(json_schema_extra=_one_of({"split": (), "file": ()}))
 
     split: Annotated[float, Field(gt=0, lt=1)] | None = None
-    file: Annotated[str, Field(pattern=FILE_ID_PATTERN)] | None = None
+    file: FileId | None = None
 
     @model_validator(mode="after")
     def _exactly_one_source(self) -> Self:
@@ -189,12 +209,12 @@ class Training(_Part):
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    max_length: Annotated[int, Field(ge=8, le=1_048_576)] = 1024
+    max_length: MaxLength = DEFAULT_MAX_LENGTH
     packing: bool = True
-    completion_only_loss: bool | Literal["auto"] = "auto"
+    completion_only_loss: CompletionOnlyLoss = "auto"
     optim: Optim = Optim.PAGED_ADAMW_8BIT
     gradient_checkpointing: bool | Literal["auto"] = "auto"
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    seed: Seed = DEFAULT_SEED
     deterministic: bool = False
     logging_steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] = 1
     save_steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] | Literal["auto"] = "auto"
@@ -245,7 +265,7 @@ class JobSpec(_Part):
 
     model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
 
-    base_model: Annotated[str, Field(pattern=BASE_MODEL_PATTERN, max_length=200)]
+    base_model: BaseModelName
     revision: Annotated[str, Field(pattern=REVISION_PATTERN)] = "main"
     dataset: DatasetSource
     validation: Validation | None = None
@@ -283,6 +303,30 @@ class JobSpec(_Part):
     @classmethod
     def _one_name_each(cls, body: Any) -> Any:
         return rename_aliases(body) if isinstance(body, dict) else body
+
+
+class ReportSpec(_Part):
+    """What a report of data depends on beside the rows: the base that reads them, and how they are cut and split."""
+
+    base_model: BaseModelName
+    revision: Annotated[str, Field(pattern=REVISION_PATTERN)] = "main"
+    validation: Validation | None = None
+    max_length: MaxLength = DEFAULT_MAX_LENGTH
+    completion_only_loss: CompletionOnlyLoss = "auto"
+    seed: Seed = DEFAULT_SEED
+
+    @classmethod
+    def of(cls, spec: JobSpec) -> Self:
+        """What the report of a job's data depends on."""
+        training = spec.training
+        return cls(
+            base_model=spec.base_model,
+            revision=spec.revision,
+            validation=spec.validation,
+            max_length=training.max_length,
+            completion_only_loss=training.completion_only_loss,
+            seed=training.seed,
+        )
 
 
 # Other names for the same thing, from TRL, PEFT, transformers and OpenAI: (section, alias) -> name.

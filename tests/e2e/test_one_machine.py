@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from graft_client import GraftClient
 from tests.factories import make_tiny_base
-from tests.fleet import Fleet, a_job
+from tests.fleet import JSONL, Fleet, a_job
 from tests.invariants import assert_history_holds, steps_redone
 from tests.waiting import wait_until
 from tests.witness import watching
@@ -29,6 +29,25 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     yield running
     if running.process is not None:
         running.stop()
+
+
+@pytest.mark.parametrize("held_out_by", ["split", "file"])
+def test_held_out_rows_stop_a_job_early_and_its_report_tells_which_are_trained_on(
+    fleet: Fleet, held_out_by: str
+) -> None:
+    lines = JSONL.splitlines(keepends=True)
+    file_id = fleet.upload(b"".join([*lines[:2], *(line.replace(b"says", b"never says") for line in lines[:3])]))
+    validation = {"split": 0.1} if held_out_by == "split" else {"file": file_id}
+    training = {"max_steps": 300, "eval_steps": 2, "early_stopping_patience": 1, "save_steps": 300}
+    job = fleet.post(a_job(fleet, validation=validation, training=training))
+    ended = fleet.wait(job["id"])
+    assert ended["status"] == "succeeded", ended["error"]
+    assert ended["progress"]["step"] < 300
+    assert "stopped_early" in [warning["code"] for warning in ended["warnings"]]
+    with fleet.client() as client:
+        report = client.get(f"/jobs/{job['id']}/report").json()["report"]
+    held_out = report["validation"]
+    assert held_out["overlap_rows"] == (held_out["rows"] if held_out_by == "split" else held_out["rows"] - 3)
 
 
 def test_a_killed_broker_costs_latency_and_no_job(fleet: Fleet) -> None:

@@ -28,7 +28,7 @@ from graft_shared.errors import StoreUnavailable
 from graft_shared.jobs import Stage
 from graft_shared.logs import configure_logging
 from graft_shared.reconciler import Reconciler
-from graft_shared.store import Database, Files, Leases, Workers
+from graft_shared.store import Database, Files, Leases, Reports, Workers
 from graft_worker.device import Device
 from graft_worker.place import hold_name, place_of, register
 from graft_worker.settings import WorkerSettings
@@ -186,6 +186,7 @@ def _neighbours(site: Site, settings: WorkerSettings, stage: Stage, drain: threa
         database=database,
         leases=Leases(database, settings.lease),
         files=Files(database),
+        reports=Reports(database, settings.lease),
         bucket=bucket,
         doorbell=site.bell,
         base_models=BaseModels(

@@ -31,7 +31,7 @@ from graft_shared.jobs import Job, JobState, JobStatus, Phase, Stage, StoredObje
 from graft_shared.memory import TrainingPlan, estimate
 from graft_shared.planner import plans
 from graft_shared.specs import JobSpec
-from graft_shared.store import Files, Jobs, Leases, Sweeps, Workers, open_database
+from graft_shared.store import Files, Jobs, Leases, Reports, Sweeps, Workers, open_database
 from graft_shared.store.migrate import migrate
 from graft_shared.store.tables import jobs as jobs_table
 from graft_shared.sweeper import Sweeper
@@ -82,6 +82,7 @@ class Worker:
             database=self.database,
             leases=self.leases,
             files=Files(self.database),
+            reports=Reports(self.database, self.settings.lease),
             bucket=bucket,
             doorbell=self.doorbell,
             base_models=BaseModels(

@@ -281,8 +281,8 @@ WORKER = [
         _RUN,
         "a-drain-is-a-failure",
         "what a drain interrupts is charged to the job as a crash",
-        "failure = _failure_from(error) if watch.stop_reason is None else stopped(watch.stop_reason)",
-        "failure = _failure_from(error)",
+        "failure = failure_from(error) if watch.stop_reason is None else stopped(watch.stop_reason)",
+        "failure = failure_from(error)",
         f"{_SUPERVISOR}a_drain_while_the_bucket_is_away_costs_no_attempt",
     ),
     _of(

@@ -35,7 +35,7 @@ def api(tmp_path: Path, template: Path) -> Iterator[ApiService]:
 
 
 def test_an_uploaded_file_is_checked_stored_and_given_back(api: ApiService) -> None:
-    answer = api.http.post("/files", files={"file": ("../../rows.jsonl", ROWS)}, data={"purpose": "fine-tune"})
+    answer = api.http.post("/files", files={"file": ("C:\\data\\rows.jsonl", ROWS)}, data={"purpose": "fine-tune"})
     assert answer.status_code == 201
     file = answer.json()
     assert (file["object"], file["filename"], file["bytes"]) == ("file", "rows.jsonl", len(ROWS))

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from graft_client import GraftClient, Update, cli
 from graft_client.progress import duration, watch
+from graft_client.reports import masked
 from graft_client.tables import job_table, jobs_table, money, print_whole
 from graft_client.transport import Transport
 from tests.fakes.service import FakeService, error
@@ -398,3 +399,75 @@ def test_a_merged_model_is_waited_for_and_brought_home(
     service.answers[f"GET {route}"] = [httpx.Response(200, json=failed)]
     code, _, err = graft("merge", "ftjob-1", monkeypatch=monkeypatch)
     assert code == 1 and "It needs 18 GB." in err
+
+
+REPORT: dict[str, Any] = {
+    "kind": "messages",
+    "rows": 200,
+    "max_length": 64,
+    "train": {"rows": 150, "tokens": 3000, "trained_tokens": 1500},
+    "validation": {"rows": 40, "tokens": 800, "trained_tokens": 400, "overlap_rows": 4},
+    "truncated_rows": 20,
+    "truncated_share": 0.1,
+    "duplicate_rows": 3,
+    "nothing_to_learn_rows": 10,
+    "lengths": {
+        "percentiles": {"5": 3, "50": 20, "95": 60, "100": 90},
+        "histogram": {"edges": [3, 30, 91], "counts": [150, 50]},
+    },
+    "first_rows": [
+        {
+            "line": 7,
+            "tokens": 90,
+            "spans": [
+                {"text": "[user] hi\n", "trained": False, "cut": False, "left_out": 0},
+                {"text": "good\x1b[2Jbye", "trained": True, "cut": False, "left_out": 0},
+                {"text": "too late", "trained": False, "cut": True, "left_out": 0},
+            ],
+            "spans_left_out": 5,
+        }
+    ],
+    "warnings": [{"code": "rows_duplicated", "message": "3 of 200 rows [stand] twice."}],
+}
+
+
+def report_answers(service: FakeService) -> None:
+    waiting = {"id": "report-1", "status": "queued", "report": None}
+    ready = {"id": "report-1", "status": "ready", "report": REPORT}
+    answers = [httpx.Response(202, json=waiting, headers={"retry-after": "1"}), httpx.Response(200, json=ready)]
+    service.answers["GET /files/file-1/report"] = answers  # type: ignore[assignment]
+    service.jobs = [{"id": "ftjob-1", "status": "queued"}]
+
+
+def test_a_report_is_waited_for_and_shown_with_a_mask_that_needs_no_colour(
+    service: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report_answers(service)
+    arguments = ("files", "report", "file-1", "--base-model", "graft/tiny", "--max-length", "64")
+    code, out, _ = graft(*arguments, monkeypatch=monkeypatch)
+    assert code == 0
+    for shown in (
+        "200 of kind messages",
+        "150 rows, 3,000 tokens, learnt 1,500 (50.0 %)",
+        "4 validation rows (10.0 %)",
+        "20 rows (10.0 %), at 64 tokens",
+        "[user] hi\n⟦good�[2Jbye⟧‹too late›",
+        "and 5 more pieces",
+        "3 of 200 rows [stand] twice.",
+    ):
+        assert shown in out
+    asked = service.heard("GET", "/files/file-1/report")
+    assert len(asked) == 2
+    assert dict(asked[0].url.params) == {"base_model": "graft/tiny", "max_length": "64"}
+
+
+def test_a_report_as_json_is_the_services_answer(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
+    report_answers(service)
+    code, out, _ = graft("files", "report", "file-1", "--base-model", "graft/tiny", "--json", monkeypatch=monkeypatch)
+    assert (code, json.loads(out)["report"]) == (0, REPORT)
+
+
+def test_what_is_learnt_has_a_colour_of_its_own() -> None:
+    out = io.StringIO()
+    Console(file=out, force_terminal=True, width=100).print(masked(REPORT["first_rows"][0]["spans"]))
+    assert "\x1b[30;42m⟦good�[2Jbye⟧\x1b[0m" in out.getvalue()

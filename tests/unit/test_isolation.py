@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from graft_shared.artifacts import log_key
-from graft_shared.ids import new_file_id, new_job_id
-from tests.api_service import LLAMA, ApiService, make_service, migrated_database
+from graft_shared.artifacts import log_key, sha256_of
+from graft_shared.ids import new_file_id, new_job_id, new_upload_id
+from tests.api_service import LLAMA, ROWS, ApiService, make_service, migrated_database
 from tests.invariants import Answered, a_foreign_id_answers_as_an_unknown_one
 
 RED, BLUE = "r" * 24, "b" * 24
@@ -28,6 +28,7 @@ BY_JOB = {
     ("get", "/jobs/{job_id}/checkpoints"),
     ("get", "/jobs/{job_id}/metrics"),
     ("get", "/jobs/{job_id}/logs"),
+    ("get", "/jobs/{job_id}/report"),
     ("get", "/jobs/{job_id}/adapter"),
     ("get", "/jobs/{job_id}/adapter/archive"),
     ("post", "/jobs/{job_id}/merged"),
@@ -45,11 +46,13 @@ BY_JOB = {
 BY_FILE = {
     ("get", "/files/{file_id}"),
     ("get", "/files/{file_id}/content"),
+    ("get", "/files/{file_id}/report"),
     ("delete", "/files/{file_id}"),
     ("get", "/v1/files/{file_id}"),
     ("get", "/v1/files/{file_id}/content"),
     ("delete", "/v1/files/{file_id}"),
 }
+BY_UPLOAD = {("post", "/files/uploads/{upload_id}/complete")}
 BY_MODEL = {("get", "/v1/models/{model}")}
 LISTS = {  # and what their `after` names
     ("get", "/jobs"): "job",
@@ -63,18 +66,37 @@ BODIES: dict[tuple[str, str], dict[str, Any]] = {
     ("post", "/jobs/estimate"): {"base_model": LLAMA, "dataset": {"file": "FILE"}},
     ("post", "/v1/fine_tuning/jobs"): {"model": LLAMA, "training_file": "FILE"},
 }
-OF_THE_CALLER = {("post", "/files"), ("post", "/v1/files"), ("get", "/webhooks/secret"), ("post", "/webhooks/test")}
+QUERIES = {("get", "/files/{file_id}/report"): ({"base_model": LLAMA}, "validation_file")}  # and what names a file
+OF_THE_CALLER = {
+    ("post", "/files"),
+    ("post", "/files/uploads"),
+    ("post", "/v1/files"),
+    ("get", "/webhooks/secret"),
+    ("post", "/webhooks/test"),
+}
 OF_EVERYBODY = {
     ("get", "/models"),
     ("get", "/models/{base_model}"),
     ("get", "/capacity"),
     ("get", "/metrics"),  # names no tenant and no job
     ("get", "/objects/{key}"),  # by a signature
+    ("put", "/objects/{key}"),
     ("get", "/healthz"),
     ("get", "/readyz"),
 }
 # What else a caller may write that is no number and no id of a tenant's.
-HARMLESS = {"status", "base_model", "metadata", "order", "purpose", "signature", "idempotency-key"}
+HARMLESS = {
+    "status",
+    "base_model",
+    "revision",
+    "completion_only_loss",
+    "metadata",
+    "order",
+    "purpose",
+    "signature",
+    "sha256",
+    "idempotency-key",
+}
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +118,13 @@ def become(api: ApiService, key: str) -> None:
 
 def ids_of_nobody() -> dict[str, str]:
     job_id = new_job_id()
-    return {"job": job_id, "file": new_file_id(), "model": f"ft:{LLAMA}:red::{job_id.removeprefix('ftjob-')}"}
+    upload = new_upload_id()
+    return {
+        "job": job_id,
+        "file": new_file_id(),
+        "upload": upload,
+        "model": f"ft:{LLAMA}:red::{job_id.removeprefix('ftjob-')}",
+    }
 
 
 def made_by(api: ApiService, key: str, state: str) -> dict[str, str]:
@@ -113,11 +141,20 @@ def made_by(api: ApiService, key: str, state: str) -> dict[str, str]:
     for epoch in (1, 2):
         api.bucket.put_bytes(log_key(tenant, job["id"], epoch), b"what it did\n")
     ids = {"job": job["id"], "file": job["spec"]["dataset"]["file"]}
+    ids["upload"] = an_upload(api)
     ids["model"] = f"ft:{LLAMA}:red::{job['id'].removeprefix('ftjob-')}"
     if state == "deleted":
         assert api.http.delete(f"/jobs/{ids['job']}").status_code == 200
         assert api.http.delete(f"/files/{ids['file']}").status_code == 200
     return ids
+
+
+def an_upload(api: ApiService) -> str:
+    """An upload that has come and can be completed."""
+    announced = {"filename": "r.jsonl", "bytes": len(ROWS), "sha256": sha256_of(ROWS)}
+    upload = api.http.post("/files/uploads", json=announced).json()
+    assert api.http.put(upload["url"], content=ROWS).status_code == 204
+    return str(upload["id"])
 
 
 def requests_naming(document: dict[str, Any], ids: dict[str, str]) -> Iterator[dict[str, Any]]:
@@ -129,15 +166,21 @@ def requests_naming(document: dict[str, Any], ids: dict[str, str]) -> Iterator[d
 
 def _of_route(method: str, path: str, operation: dict[str, Any], ids: dict[str, str]) -> Iterator[dict[str, Any]]:
     route = (method, path)
-    kind = "job" if route in BY_JOB else "file" if route in BY_FILE else "model" if route in BY_MODEL else None
+    kinds = {"job": BY_JOB, "file": BY_FILE, "upload": BY_UPLOAD, "model": BY_MODEL}
+    kind = next((kind for kind, named in kinds.items() if route in named), None)
     classified = kind or route in LISTS or route in BODIES or route in OF_THE_CALLER or route in OF_EVERYBODY
     assert classified, f"{method} {path}: say in this file what it names"
-    assert ("requestBody" in operation) == (route in BODIES or (route in OF_THE_CALLER and method == "post")), route
+    bodies = route in BODIES or method == "put" or (route in OF_THE_CALLER and method == "post")
+    assert ("requestBody" in operation) == bodies, route
     for parameter in operation.get("parameters", []):
         _see_that_it_is_harmless(route, parameter, kind)
     if kind is not None:
-        request = {"method": method, "url": path.replace(path[path.index("{") : path.index("}") + 1], ids[kind])}
+        query, names_a_file = QUERIES.get(route, ({}, None))
+        url = path.replace(path[path.index("{") : path.index("}") + 1], ids[kind])
+        request = {"method": method, "url": url, "params": query}
         yield request
+        if names_a_file is not None:
+            yield {**request, "params": {**query, names_a_file: ids["file"]}}
         if path.endswith("/events") and not path.startswith("/v1"):
             yield {**request, "headers": {"accept": "text/event-stream"}}
             yield {**request, "headers": {"accept": "text/event-stream", "last-event-id": "1"}}
@@ -150,6 +193,8 @@ def _of_route(method: str, path: str, operation: dict[str, Any], ids: dict[str, 
 def _see_that_it_is_harmless(route: tuple[str, str], parameter: dict[str, Any], kind: str | None) -> None:
     types = {part.get("type") for part in [parameter["schema"], *parameter["schema"].get("anyOf", [])]}
     name = parameter["name"]
+    if name == QUERIES.get(route, ({}, None))[1]:
+        return
     if parameter["in"] == "path" or types & {"integer", "number", "boolean"} or name in HARMLESS:
         return
     assert name == "after" and (route in LISTS or kind == "job"), (
@@ -173,7 +218,7 @@ def answered(api: ApiService, request: dict[str, Any], ids: dict[str, str]) -> A
 
 def all_that_is_stored(api: ApiService) -> list[Any]:
     with api.database.reading() as connection:
-        tables = ("jobs", "job_events", "files", "uploads", "webhooks")
+        tables = ("jobs", "job_events", "files", "uploads", "reports", "webhooks")
         return [connection.exec_driver_sql(f"select * from {table}").all() for table in tables]
 
 
@@ -224,7 +269,7 @@ def test_the_owner_is_answered_wherever_an_id_is_taken(api: ApiService) -> None:
         if request["method"] == "delete":
             continue
         too_late_or_early = request["url"].endswith(("/cancel", "/pause", "/resume", "/merged/archive"))
-        expected = (409,) if too_late_or_early else (200, 202)
+        expected = (409,) if too_late_or_early else (200, 201, 202)
         assert api.http.request(**request).status_code in expected, request
     assert len(api.http.get(f"/jobs/{ids['job']}/webhooks").json()["data"]) == 1
     assert api.http.delete(f"/jobs/{ids['job']}").json()["deleted"] is True

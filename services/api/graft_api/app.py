@@ -18,6 +18,7 @@ from graft_api.deps import Neighbours, known_query
 from graft_api.errors import DOCUMENTED, ErrorBody, documented, install_handlers
 from graft_api.exchanges import Exchanges
 from graft_api.files import endpoints as file_routes
+from graft_api.files.schemas import UploadRequest
 from graft_api.jobs import endpoints as job_routes
 from graft_api.jobs import merged as merged_routes
 from graft_api.jobs.bells import Bells
@@ -45,6 +46,7 @@ from graft_shared.store import (
     Merges,
     Outbox,
     Quotas,
+    Reports,
     Totals,
     Workers,
     open_database,
@@ -102,6 +104,7 @@ def neighbours_of(
         jobs=jobs,
         merges=Merges(database),
         files=Files(database, quotas),
+        reports=Reports(database, settings.lease),
         workers=Workers(database),
         totals=Totals(database),
         bells=Bells(doorbell, Leases(database, settings.lease)),
@@ -161,9 +164,9 @@ def _hub_of(settings: ApiSettings) -> HubConfigs:
 def _describe_spec(app: FastAPI) -> None:
     """Put bodies into the OpenAPI document that FastAPI does not see: those that routes read themselves, and errors."""
     document = app.openapi()
-    for body in (JobSpec, FineTuningRequest, ErrorBody):
+    for body in (JobSpec, FineTuningRequest, UploadRequest, ErrorBody):
         schema = body.model_json_schema(by_alias=True, ref_template="#/components/schemas/{model}")
-        parts: dict[str, Any] = schema.pop("$defs")
+        parts: dict[str, Any] = schema.pop("$defs", {})
         document["components"]["schemas"] |= {**parts, body.__name__: schema}
 
 

@@ -23,7 +23,7 @@ from graft_shared.buckets import Bucket
 from graft_shared.capacity import CapacityTable
 from graft_shared.dispatch import Doorbell
 from graft_shared.errors import BadRequest, MalformedBody, UnknownParameter
-from graft_shared.store import Database, Files, Jobs, Merges, Outbox, Totals, Workers
+from graft_shared.store import Database, Files, Jobs, Merges, Outbox, Reports, Totals, Workers
 from graft_shared.webhooks import Postman
 
 
@@ -38,6 +38,7 @@ class Neighbours:
     jobs: Jobs
     merges: Merges
     files: Files
+    reports: Reports
     workers: Workers
     totals: Totals
     bells: Bells

@@ -54,7 +54,7 @@ class Exchanges:
             await response(scope, receive, exchange.send)
             return
         try:
-            await self._app(scope, receive, exchange.send)
+            await self._app(scope, exchange.receiving(receive), exchange.send)
         except ClientDisconnect:
             exchange.log("request_abandoned")
             return
@@ -85,9 +85,20 @@ class _Exchange:
         self.status: int | None = None
         self._method, self._path = scope["method"], quote(scope["path"])  # a path may hold line breaks and escapes
         self._send = send
+        self._is_coming = _has_body(scope)  # the body, or the rest of it
         self._started = time.monotonic()
         self._state = scope.setdefault("state", {})
         self._state["request_id"] = self.request_id
+
+    def receiving(self, receive: Receive) -> Receive:
+        """The same messages, while it is noted whether the body has come whole."""
+
+        async def noted() -> MutableMapping[str, Any]:
+            message = await receive()
+            self._is_coming = self._is_coming and message.get("more_body", False)
+            return message
+
+        return noted
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
         """Pass a message on, the head of the answer with the request id and what the tenant's rate left word of."""
@@ -96,6 +107,8 @@ class _Exchange:
             own = {REQUEST_ID_HEADER: self.request_id, **self._state.get("headers", {})}
             added = [(name.encode(), value.encode()) for name, value in own.items()]
             message["headers"] = [*message.get("headers", []), *added]
+            if self._is_coming:  # refused before its end: a client that goes on sending would be listened to for ever
+                message["headers"].append((b"connection", b"close"))
         await self._send(message)
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             self.log("request_answered")  # here: what runs after the answer is not waited for
@@ -107,3 +120,8 @@ class _Exchange:
         seconds = round(time.monotonic() - self._started, 4)
         facts = {"method": self._method, "path": self._path, "status": self.status, "seconds": seconds}
         log_event(logger, event, request_id=self.request_id, **facts)
+
+
+def _has_body(scope: Scope) -> bool:
+    headers = dict(scope["headers"])
+    return b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"

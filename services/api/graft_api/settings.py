@@ -25,6 +25,8 @@ class ApiSettings(SharedSettings):
     """The largest JSON body; files have `max_file_bytes`."""
     link_seconds: float = Field(default=600.0, gt=0)
     """How long a link to an adapter's file holds."""
+    upload_link_seconds: float = Field(default=3600.0, gt=0, le=43_200)
+    """How long a link holds through which a client sends a file to the bucket itself."""
     hub_timeout_seconds: float = Field(default=10.0, gt=0)
     """How long admission waits for the hub to answer for a base that the catalogue lacks."""
 
@@ -40,6 +42,11 @@ class ApiSettings(SharedSettings):
     def link_life(self) -> timedelta:
         """How long a link holds."""
         return timedelta(seconds=self.link_seconds)
+
+    @property
+    def upload_link_life(self) -> timedelta:
+        """How long a link for an upload holds."""
+        return timedelta(seconds=self.upload_link_seconds)
 
     @property
     def hub_cache_dir(self) -> Path:

@@ -30,7 +30,7 @@ from graft_shared.dispatch import BROKER_TRANSPORT_OPTIONS, RING_TASK, CeleryDoo
 from graft_shared.errors import StoreUnavailable, WorkerNameTaken
 from graft_shared.jobs import Stage
 from graft_shared.logs import configure_logging, log_event
-from graft_shared.store import Files, Leases, Quotas, Workers, open_database
+from graft_shared.store import Files, Leases, Quotas, Reports, Workers, open_database
 from graft_worker.device import Device, NoSuchDevice, find_device
 from graft_worker.place import hold_name, place_of, register
 from graft_worker.settings import WorkerSettings
@@ -129,6 +129,7 @@ def _open_neighbours(_pid: int) -> Neighbours:
         database=database,
         leases=Leases(database, settings.lease, Quotas.of(settings)),
         files=Files(database),
+        reports=Reports(database, settings.lease),
         bucket=open_bucket(settings),
         doorbell=CeleryDoorbell(settings.broker_url),
         base_models=BaseModels(

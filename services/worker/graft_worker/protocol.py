@@ -6,7 +6,7 @@ A trainer without WORKDIR is a spare one: it imports what it will need and waits
 input; from there on it is as if it had been started there (the supervisor moves its log there too).
 
     WORKDIR/
-      request.json        PrepareRequest, TrainRequest or MergeRequest
+      request.json        PrepareRequest, ReportRequest, TrainRequest or MergeRequest
       deadline            8 bytes: the lease's deadline on CLOCK_BOOTTIME, a little-endian double; rewritten in place
       checkpoints/        step-<n>/ written by the trainer: temp folder, fsync, rename, then the `checkpoint` event
       adapter/            the finished PEFT folder
@@ -62,11 +62,23 @@ class _Message(BaseModel):
 class PrepareRequest(_Message):
     """Turn raw rows into tokens. Paths are absolute and on this machine."""
 
+    task: Literal["prepare"] = "prepare"
     job_id: str
     spec: dict[str, Any]
     tokenizer_path: str
     base_commit: str | None
     max_positions: int
+    train_file: str
+    validation_file: str | None
+    source: dict[str, str] = Field(default_factory=dict)  # where the rows are from, for the report
+
+
+class ReportRequest(_Message):
+    """Say what raw rows would teach. Paths are absolute and on this machine."""
+
+    task: Literal["report"] = "report"
+    spec: dict[str, Any]
+    tokenizer_path: str
     train_file: str
     validation_file: str | None
 
@@ -156,7 +168,7 @@ class FailureEvent(_Message):
 
 
 class PreparedEvent(_Message):
-    """The prepared files lie in `prepared/`; `report` is what the user may see."""
+    """The prepared files lie in `prepared/`, if any were asked for; `report` is what the user may see."""
 
     event: Literal["prepared"] = "prepared"
     report: dict[str, Any]

@@ -1,4 +1,7 @@
-"""What a wake-up does: take the slot, claim the best row, run it, and again until there is nothing left."""
+"""What a wake-up does: take the slot, claim the best row, run it, and again until there is nothing left.
+
+A worker that prepares data takes a job and a report in turn, so that neither has to wait for all of the other kind.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from graft_shared.errors import StoreUnavailable
-from graft_shared.jobs import Job
+from graft_shared.jobs import Job, Stage
 from graft_shared.logs import log_event
 from graft_worker.supervisor.leftovers import folder_of, remove_leftovers
 from graft_worker.supervisor.neighbours import Neighbours
 from graft_worker.supervisor.patience import Patience
+from graft_worker.supervisor.report_run import run_report
 from graft_worker.supervisor.run import Run
 from graft_worker.supervisor.slot import Slot, taken, taken_if_free
 
@@ -66,14 +70,29 @@ def _work_until_idle(slot: Slot, neighbours: Neighbours) -> bool:
         if not _has_room(work_dir):
             return True
         try:
-            job = _next_job(slot, neighbours)
+            found = [_run_next_job(slot, neighbours), _run_next_report(slot, neighbours)]
         except StoreUnavailable as error:
             log_event(logger, "claim_postponed", level=logging.WARNING, reason=error.message)
             return False
-        if job is None:
+        if not any(found):
             return True
-        Run(job, folder_of(slot, work_dir) / f"{job.id}-e{job.epoch}", neighbours).run()
     return False
+
+
+def _run_next_job(slot: Slot, neighbours: Neighbours) -> bool:
+    job = _next_job(slot, neighbours)
+    if job is not None:
+        Run(job, folder_of(slot, neighbours.settings.work_dir) / f"{job.id}-e{job.epoch}", neighbours).run()
+    return job is not None
+
+
+def _run_next_report(slot: Slot, neighbours: Neighbours) -> bool:
+    if slot.stage is not Stage.PREPARE or neighbours.draining():
+        return False
+    report = neighbours.reports.claim()
+    if report is not None:
+        run_report(report, folder_of(slot, neighbours.settings.work_dir) / f"{report.id}-e{report.epoch}", neighbours)
+    return report is not None
 
 
 def _has_room(work_dir: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -12,6 +13,14 @@ from graft_shared.errors import ArtifactCorrupt
 from graft_shared.jobs import StoredObject
 
 CHUNK_BYTES = 1024 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class UploadLink:
+    """Where to PUT an object, and the headers that belong to it."""
+
+    url: str
+    headers: dict[str, str]
 
 
 class Bucket(Protocol):
@@ -47,6 +56,12 @@ class Bucket(Protocol):
 
         Args:
             base_url: The address that the user reached the API at; a bucket without an endpoint of its own links there.
+        """
+
+    def presign_upload(self, object: StoredObject, *, expires: timedelta, base_url: str) -> UploadLink:
+        """A link by which anyone can write this one object for a while: these bytes and no others.
+
+        A store that does not look at the headers may take others all the same: what came has to be read and compared.
         """
 
     def ping(self) -> None:

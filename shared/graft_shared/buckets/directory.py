@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import quote, urlencode
 
-from graft_shared.buckets.base import CHUNK_BYTES
+from graft_shared.buckets.base import CHUNK_BYTES, UploadLink
 from graft_shared.errors import BucketUnavailable, ObjectNotFound
 from graft_shared.jobs import StoredObject
 
@@ -80,13 +80,24 @@ class DirectoryBucket:
     def presign(self, key: str, *, expires: timedelta, base_url: str) -> str:
         """A link to the API that carries its own permission."""
         until = int(time.time() + expires.total_seconds())
-        signature = self._sign(key, until)
-        query = urlencode({"expires": until, "signature": signature})
-        return f"{base_url.rstrip('/')}{LINK_PATH}{quote(key)}?{query}"
+        return _link(key, base_url, expires=until, signature=self._sign(until, key))
 
     def is_signed(self, key: str, expires: int, signature: str) -> bool:
         """Tell whether a link was signed by this bucket and still holds."""
-        return time.time() < expires and hmac.compare_digest(self._sign(key, expires), signature)
+        return time.time() < expires and hmac.compare_digest(self._sign(expires, key), signature)
+
+    def presign_upload(self, object: StoredObject, *, expires: timedelta, base_url: str) -> UploadLink:
+        """A link to the API, signed for these bytes."""
+        until = int(time.time() + expires.total_seconds())
+        signature = self._sign("put", until, object.size, object.sha256, object.key)
+        facts = {"bytes": object.size, "sha256": object.sha256}
+        url = _link(object.key, base_url, expires=until, signature=signature, **facts)
+        return UploadLink(url=url, headers={"content-length": str(object.size)})
+
+    def may_write(self, object: StoredObject, expires: int, signature: str) -> bool:
+        """Tell whether a link to write this object was signed by this bucket and still holds."""
+        signed = self._sign("put", expires, object.size, object.sha256, object.key)
+        return time.time() < expires and hmac.compare_digest(signed, signature)
 
     def ping(self) -> None:
         """Make the root if it is missing."""
@@ -125,8 +136,9 @@ class DirectoryBucket:
             raise ObjectNotFound(key=key)
         return self._root.joinpath("objects", *parts)
 
-    def _sign(self, key: str, until: int) -> str:
-        return hmac.new(self._secret(), f"{until}\n{key}".encode(), hashlib.sha256).hexdigest()
+    def _sign(self, *facts: object) -> str:
+        """Sign what a link allows; its first word, a moment or `put`, keeps links to read and to write apart."""
+        return hmac.new(self._secret(), "\n".join(map(str, facts)).encode(), hashlib.sha256).hexdigest()
 
     def _secret(self) -> bytes:
         """The key of this bucket's links, made once, readable by the owner alone."""
@@ -143,6 +155,10 @@ class DirectoryBucket:
             finally:
                 mine.unlink()
         return path.read_bytes()
+
+
+def _link(key: str, base_url: str, **query: object) -> str:
+    return f"{base_url.rstrip('/')}{LINK_PATH}{quote(key)}?{urlencode(query)}"
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -13,7 +14,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from graft_shared.artifacts import sha256_of
-from graft_shared.buckets.base import hash_file
+from graft_shared.buckets.base import UploadLink, hash_file
 from graft_shared.errors import BucketUnavailable, ObjectNotFound
 from graft_shared.jobs import StoredObject
 
@@ -128,6 +129,14 @@ class S3Bucket:
         return str(
             self._public.generate_presigned_url("get_object", Params=target, ExpiresIn=int(expires.total_seconds()))
         )
+
+    def presign_upload(self, object: StoredObject, *, expires: timedelta, base_url: str) -> UploadLink:
+        """A presigned link on the public endpoint; length and checksum are signed: no other bytes go with it."""
+        self._ensure()
+        checksum = base64.b64encode(bytes.fromhex(object.sha256)).decode()
+        target = {"Bucket": self._name, "Key": object.key, "ContentLength": object.size, "ChecksumSHA256": checksum}
+        url = self._public.generate_presigned_url("put_object", Params=target, ExpiresIn=int(expires.total_seconds()))
+        return UploadLink(url=str(url), headers={"content-length": str(object.size), "x-amz-checksum-sha256": checksum})
 
     def ping(self) -> None:
         """Look at the bucket; create it when it is missing."""

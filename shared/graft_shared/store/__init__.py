@@ -1,7 +1,7 @@
 """The truth about every job: tables, and each edge of a job's life as one compare-and-set transaction."""
 
 from graft_shared.store.engine import Database, open_database
-from graft_shared.store.files import UPLOAD_LIFE, Files, Order, StoredFile
+from graft_shared.store.files import UPLOAD_LIFE, Files, Order, StoredFile, Upload
 from graft_shared.store.jobs import JobQuery, Jobs, NewJob
 from graft_shared.store.keys import Keys, StoredKey
 from graft_shared.store.leases import Leases, Orders
@@ -9,6 +9,7 @@ from graft_shared.store.line import PlaceInLine
 from graft_shared.store.merges import Merges
 from graft_shared.store.outbox import Outbox, Webhook
 from graft_shared.store.quotas import Quota, Quotas, Reached
+from graft_shared.store.reports import Report, Reports, ReportState
 from graft_shared.store.resends import Sending
 from graft_shared.store.sweeps import DueSweep, Sweeps
 from graft_shared.store.tenants import Tenants, TenantUse
@@ -36,6 +37,9 @@ __all__ = [
     "Quota",
     "Quotas",
     "Reached",
+    "Report",
+    "ReportState",
+    "Reports",
     "Sending",
     "StoredFile",
     "StoredKey",
@@ -43,6 +47,7 @@ __all__ = [
     "TenantUse",
     "Tenants",
     "Totals",
+    "Upload",
     "Webhook",
     "Workers",
     "open_database",

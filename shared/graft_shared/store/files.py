@@ -1,6 +1,8 @@
 """Uploaded files: what is known of them; their bytes lie in the bucket.
 
-Bytes are announced before they are written, so that those that never got a row are known and can be removed.
+Bytes are announced before they are written, so that those that never got a row are known and can be removed. So are
+those that a client sends to the bucket itself, through a link: what comes there stays an upload, and what was checked
+of it becomes an object and a file of its own, that nobody has a link to.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Select, and_, delete, insert, or_, select, update
 from sqlalchemy.engine import Connection, RowMapping
 
-from graft_shared.errors import FileInUse, FileNotFound, UploadExpired
+from graft_shared.errors import FileInUse, FileNotFound, UploadExpired, UploadNotFound
 from graft_shared.jobs import JobState, Stage, StoredObject
 from graft_shared.store.engine import Database, as_datetime, now
 from graft_shared.store.quotas import NO_QUOTAS, Quotas, require_room
@@ -41,6 +43,17 @@ class StoredFile:
     created_at: datetime
 
 
+@dataclass(frozen=True, kw_only=True)
+class Upload:
+    """A file that a client sends to the bucket itself, as it was announced."""
+
+    id: str
+    tenant: str
+    filename: str
+    object: StoredObject
+    file_id: str | None = None  # of the file that it became
+
+
 class Files:
     """Files as their tenants see them; `quotas` are those of a tenant that has none of its own."""
 
@@ -62,15 +75,64 @@ class Files:
         with self._database.writing() as connection:
             connection.execute(insert(uploads).values(key=key, started_at=now()))
 
-    def add(self, *, id: str, tenant: str, filename: str, object: StoredObject, report: dict[str, Any]) -> StoredFile:
+    def await_upload(self, upload: Upload) -> None:
+        """Say that a client was given a link to write these bytes."""
+        values = {
+            "id": upload.id,
+            "tenant": upload.tenant,
+            "filename": upload.filename,
+            "key": upload.object.key,
+            "bytes": upload.object.size,
+            "sha256": upload.object.sha256,
+        }
+        with self._database.writing() as connection:
+            connection.execute(insert(uploads).values(**values, started_at=now()))
+
+    def awaited(self, tenant: str, upload_id: str) -> Upload:
+        """Return an upload that was announced less than `UPLOAD_LIFE` ago.
+
+        Raises:
+            UploadNotFound: There is none, or it is another tenant's.
+        """
+        query = select(uploads).where(uploads.c.tenant == tenant, uploads.c.id == upload_id, ~_is_lost())
+        with self._database.reading() as connection:
+            row = connection.execute(query).mappings().one_or_none()
+        if row is None:
+            raise UploadNotFound(upload_id=upload_id)
+        return Upload(
+            id=row["id"],
+            tenant=row["tenant"],
+            filename=row["filename"],
+            object=StoredObject(key=row["key"], size=row["bytes"], sha256=row["sha256"]),
+            file_id=row["file_id"],
+        )
+
+    def add(
+        self,
+        *,
+        id: str,
+        tenant: str,
+        filename: str,
+        object: StoredObject,
+        report: dict[str, Any],
+        upload: Upload | None = None,
+    ) -> StoredFile:
         """Record a file whose bytes were announced and are in the bucket now.
+
+        Args:
+            upload: What it came from; it becomes one file, however often it is completed.
 
         Raises:
             UploadExpired: They were announced longer than `UPLOAD_LIFE` ago, or not at all, and may be gone.
             QuotaExceeded: It would be more than the tenant may store; `give_up` its bytes.
+            UploadNotFound: The upload is too old, or has become a file already.
         """
         with self._database.writing() as connection:
             require_room(connection, tenant, object.size, self._quotas, about_to_add=True)
+            if upload is not None:
+                this = and_(uploads.c.id == upload.id, uploads.c.file_id.is_(None), ~_is_lost())
+                if not connection.execute(update(uploads).where(this).values(file_id=id)).rowcount:
+                    raise UploadNotFound(upload_id=upload.id)
             announced = delete(uploads).where(uploads.c.key == object.key, ~_is_lost())
             if not connection.execute(announced).rowcount:
                 raise UploadExpired(file_id=id)

@@ -179,6 +179,7 @@ class Leases:
         Raises:
             LeaseLost: Another epoch owns the job, or it has ended.
         """
+        told = {name: found for name, found in prepared["report"].items() if name != "first_rows"}
         with self._database.writing() as connection:
             row = compare_and_set(
                 connection,
@@ -191,7 +192,7 @@ class Leases:
                 attempt=0,
                 runs_without_progress=0,
             )
-            add_event(connection, job_id, epoch, "prepared", "The data is ready for training.", data=prepared["report"])
+            add_event(connection, job_id, epoch, "prepared", "The data is ready for training.", data=told)
             count_run(connection, row["tenant"], Stage.PREPARE, row["claimed_at"])
             if row["cancel_requested"]:
                 row = _end(connection, row, JobState.CANCELLED, "The job was cancelled.")

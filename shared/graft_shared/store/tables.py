@@ -130,7 +130,37 @@ uploads = Table(
     metadata,
     Column("key", String(512), primary_key=True),  # of an object that is being written and has no row yet
     Column("started_at", Double, nullable=False),
+    Column("id", String(64)),  # of an upload through a link; null: this service writes the object itself
+    Column("tenant", String(64)),
+    Column("filename", String(255)),
+    Column("bytes", BigInteger),
+    Column("sha256", String(64)),
+    Column("file_id", String(64)),  # of the file that it became
     Index(None, "started_at"),
+    Index(None, "id", unique=True),
+)
+
+reports = Table(
+    "reports",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("tenant", String(64), nullable=False),
+    Column("file_id", String(64), ForeignKey("files.id", ondelete="CASCADE"), nullable=False),
+    Column("validation_file_id", String(64), ForeignKey("files.id", ondelete="CASCADE")),
+    Column("spec_sha256", String(64), nullable=False),
+    Column("spec", JSON, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("epoch", Integer, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("report", JSON),
+    Column("error", JSON),
+    Column("created_at", Double, nullable=False),
+    Column("claimed_at", Double),
+    Column("lease_expires_at", Double),
+    Column("finished_at", Double),
+    UniqueConstraint("file_id", "spec_sha256"),
+    Index(None, "state"),
+    Index(None, "validation_file_id"),
 )
 
 webhooks = Table(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import tempfile
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO
 
 from fastapi import Request
@@ -15,11 +14,11 @@ from starlette.concurrency import run_in_threadpool
 from graft_api.deps import Neighbours, limited
 from graft_api.files.multipart import FileForm
 from graft_shared.artifacts import file_key
-from graft_shared.errors import FileTooLarge, QuotaExceeded
+from graft_shared.errors import FileTooLarge, InvalidParameter, QuotaExceeded
 from graft_shared.ids import new_file_id
 from graft_shared.logs import log_event
-from graft_shared.rows import MAX_LINE_BYTES, check_lines
-from graft_shared.store import StoredFile
+from graft_shared.rows import check_lines, lines_of
+from graft_shared.store import StoredFile, Upload
 
 FORM_OVERHEAD_BYTES = 16_384  # boundaries and part headers around the file
 MAX_FILENAME = 255
@@ -32,14 +31,14 @@ async def receive(request: Request, tenant: str, here: Neighbours) -> StoredFile
 
     Raises:
         FileTooLarge: As soon as it is known.
-        MalformedBody, UnknownParameter, InvalidParameter: The form is not the one that is wanted.
+        MalformedBody, UnknownParameter, InvalidParameter: The form is not the one that is wanted, or the file's name.
         InvalidTrainingFile: A line that cannot be trained on.
         QuotaExceeded: The tenant has no room for it; where its length is declared, before it is read.
     """
     limit = here.settings.max_file_bytes
     await run_in_threadpool(here.files.require_room, tenant, _declared(request))
     # Without a name on disk (Linux: O_TMPFILE), nothing can be left behind, however this process ends.
-    with await run_in_threadpool(_scratch_file, here) as scratch:
+    with await run_in_threadpool(scratch_file, here) as scratch:
         form = FileForm(request.headers.get("content-type", ""), scratch)
         too_large = FileTooLarge(limit_bytes=limit)
         async for chunk in limited(request, limit + FORM_OVERHEAD_BYTES, too_large):
@@ -56,24 +55,38 @@ def _declared(request: Request) -> int:
     return max(1, int(declared) - FORM_OVERHEAD_BYTES) if declared.isdigit() else 1
 
 
-def _scratch_file(here: Neighbours) -> BinaryIO:
+def scratch_file(here: Neighbours) -> BinaryIO:
+    """An empty file without a name, for what comes in."""
     folder = here.settings.upload_dir
     folder.mkdir(parents=True, exist_ok=True)
     return tempfile.TemporaryFile(dir=folder)
 
 
 def _store(scratch: BinaryIO, filename: str, tenant: str, here: Neighbours) -> StoredFile:
+    return keep(scratch, safe_name(filename, param="file"), tenant, here)
+
+
+def keep(scratch: BinaryIO, name: str, tenant: str, here: Neighbours, *, upload: Upload | None = None) -> StoredFile:
+    """Check what has come, and make a file of it.
+
+    Args:
+        upload: Of what came through a link.
+
+    Raises:
+        InvalidTrainingFile: A line that cannot be trained on.
+        UploadNotFound: The upload has become a file meanwhile.
+    """
     scratch.flush()
     scratch.seek(0)
-    report = check_lines(_lines(scratch))
+    report = check_lines(lines_of(scratch))
     file_id = new_file_id()
     path = Path(f"/proc/self/fd/{scratch.fileno()}")  # a name for the nameless, as open() takes it
     key = file_key(tenant, file_id)
     here.files.announce(key)
     stored = here.bucket.put_file(key, path)
-    name = _safe_name(filename)
+    found = report.to_dict()
     try:
-        file = here.files.add(id=file_id, tenant=tenant, filename=name, object=stored, report=report.to_dict())
+        file = here.files.add(id=file_id, tenant=tenant, filename=name, object=stored, report=found, upload=upload)
     except QuotaExceeded:
         here.files.give_up(key)
         raise
@@ -81,13 +94,13 @@ def _store(scratch: BinaryIO, filename: str, tenant: str, here: Neighbours) -> S
     return file
 
 
-def _lines(source: BinaryIO) -> Iterator[bytes]:
-    """The lines; one that is too long is cut, so that it is refused and never held whole."""
-    while line := source.readline(MAX_LINE_BYTES + 1):
-        yield line
+def safe_name(filename: str, *, param: str) -> str:
+    """The last part of the name that the client gave.
 
-
-def _safe_name(filename: str) -> str:
-    """The last part of the name that the client gave, without control characters."""
-    name = PurePosixPath(re.sub(r"[\x00-\x1f\x7f]", "", filename).replace("\\", "/")).name
-    return name[:MAX_FILENAME] or "upload.jsonl"
+    Raises:
+        InvalidParameter: It holds control characters or climbs; no file's own name does.
+    """
+    parts = filename.replace("\\", "/").split("/")
+    if ".." in parts or re.search(r"[\x00-\x1f\x7f]", filename):
+        raise InvalidParameter(param=param, reason="a file's name holds no control characters and no '..'")
+    return parts[-1][:MAX_FILENAME] or "upload.jsonl"

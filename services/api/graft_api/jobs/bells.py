@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from graft_shared.dispatch import Doorbell, queue_for
 from graft_shared.errors import NeighbourUnavailable
-from graft_shared.jobs import Job
+from graft_shared.jobs import Job, Stage
 from graft_shared.logs import log_event
-from graft_shared.store import Leases
+from graft_shared.store import Leases, Report
 
 MAX_WAITING = 100  # bells; a dead broker takes seconds for each, and the reconciler rings whatever was dropped
 
@@ -34,6 +34,11 @@ class Bells:
             self._ringer.submit(self._ring_all)
         else:
             log_event(logger, "bell_dropped", level=logging.WARNING, job_id=job.id)
+
+    def ring_for_report(self, report: Report) -> None:
+        """Wake a worker that prepares data; a bell that is lost costs the time until one looks for work by itself."""
+        if len(self._waiting) < MAX_WAITING:
+            self._ringer.submit(self._doorbell.ring, report.id, queue_for(Stage.PREPARE, ""))
 
     def close(self) -> None:
         """Drop what has not been rung."""

@@ -26,11 +26,12 @@ from graft_api.jobs.schemas import (
     JobBody,
     JobDeleted,
     JobMetrics,
+    JobReport,
     MemoryForecast,
     Refusal,
     event_body,
 )
-from graft_api.jobs.views import job_bodies, job_body, metric_series, plan_body
+from graft_api.jobs.views import job_bodies, job_body, metric_series, plan_body, report_body
 from graft_api.jobs.watch import Place
 from graft_api.paging import After, Limit, Page, envelope
 from graft_api.parsing import parse_spec
@@ -172,6 +173,12 @@ def pause_job(job_id: str, tenant: MayWriteJobs, here: Here) -> JobBody:
 def resume_job(job_id: str, tenant: MayWriteJobs, here: Here) -> JobBody:
     """Go on from the last checkpoint, in the old place; 409 when the job has ended or is being cancelled."""
     return job_body(service.resume(tenant, job_id, here), here)
+
+
+@router.get("/{job_id}/report", summary="What a job learns from", responses=documented(404, 409))
+def get_report(job_id: str, tenant: MayReadJobs, here: Here) -> JobReport:
+    """Return the report on its data, as of a file; 409 until the data is prepared."""
+    return report_body(here.jobs.get(tenant, job_id))
 
 
 @router.get(

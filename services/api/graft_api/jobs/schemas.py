@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from graft_api.files.schemas import DataReport
 from graft_shared.jobs import Fault, JobEvent, JobStatus, Phase
 
 UnixSeconds = Annotated[int, Field(description="Unix seconds.")]
@@ -162,6 +163,14 @@ class JobDeleted(BaseModel):
     id: str
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
     deleted: Literal[True] = True
+
+
+class JobReport(BaseModel):
+    """What a job learns from, once its data is prepared."""
+
+    object: Literal["fine_tuning.job.report"] = "fine_tuning.job.report"
+    job_id: str
+    report: DataReport
 
 
 class MetricSeries(BaseModel):

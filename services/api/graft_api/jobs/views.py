@@ -13,6 +13,7 @@ from graft_api.jobs.schemas import (
     JobBody,
     JobError,
     JobMetrics,
+    JobReport,
     JobWarning,
     Memory,
     Metrics,
@@ -20,6 +21,7 @@ from graft_api.jobs.schemas import (
     Progress,
     Queue,
 )
+from graft_shared.errors import ReportNotFound, ReportNotReady
 from graft_shared.jobs import Job, JobEvent, JobState, JobStatus
 from graft_shared.memory import TrainingPlan
 
@@ -54,6 +56,21 @@ def metric_series(job_id: str, events: Iterable[JobEvent]) -> JobMetrics:
         if values
     }
     return JobMetrics(job_id=job_id, series=series)
+
+
+def report_body(job: Job) -> JobReport:
+    """The report on a job's data.
+
+    Raises:
+        ReportNotReady: It is not prepared.
+        ReportNotFound: An earlier version prepared it.
+    """
+    if job.prepared is None:
+        raise ReportNotReady(job_id=job.id, status=job.status.value)
+    report = job.prepared["report"]
+    if "train" not in report:
+        raise ReportNotFound(job_id=job.id)
+    return JobReport.model_validate({"job_id": job.id, "report": report})
 
 
 def plan_body(plan: TrainingPlan) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""`python -m graft_worker.preparing WORKDIR`: prepare what `request.json` asks for; the exit code says how it ended."""
+"""`python -m graft_worker.preparing WORKDIR`: do what `request.json` asks for; the exit code says how it ended."""
 
 from __future__ import annotations
 
@@ -6,15 +6,30 @@ import sys
 import traceback
 from pathlib import Path
 
-from graft_shared.errors import GraftError, InvalidParameter, InvalidTrainingFile, NoTrainableTokens
+from graft_shared.errors import (
+    GraftError,
+    InvalidParameter,
+    InvalidTrainingFile,
+    NoTrainableTokens,
+    UnsupportedBaseModel,
+)
 from graft_shared.jobs import FailureReason, Phase
 from graft_worker.parent import die_with_parent
-from graft_worker.protocol import EventWriter, ExitCode, FailureEvent, PhaseEvent, PrepareRequest, read_request
+from graft_worker.protocol import (
+    EventWriter,
+    ExitCode,
+    FailureEvent,
+    PhaseEvent,
+    PrepareRequest,
+    ReportRequest,
+    read_request,
+)
 
 _REASONS: dict[type[GraftError], FailureReason] = {
     InvalidTrainingFile: FailureReason.INVALID_TRAINING_FILE,
     InvalidParameter: FailureReason.INVALID_PARAMETER,
     NoTrainableTokens: FailureReason.NO_TRAINABLE_TOKENS,
+    UnsupportedBaseModel: FailureReason.UNSUPPORTED_BASE_MODEL,
 }
 
 
@@ -24,15 +39,18 @@ def main() -> int:
     workdir = Path(sys.argv[1])
     events = EventWriter()
     events.emit(PhaseEvent(phase=Phase.PREPARING))
-    request = PrepareRequest.model_validate(read_request(workdir))
+    request = read_request(workdir)
 
     # Tokenising needs no torch, and transformers would spend seconds on importing it: it is told that there is none.
     sys.modules["torch"] = None  # type: ignore[assignment]
-    from graft_worker.preparing.prepare import prepare
+    from graft_worker.preparing.prepare import prepare, report
 
     try:
-        prepare(workdir, request, events)
-    except (InvalidTrainingFile, InvalidParameter, NoTrainableTokens) as error:
+        if request["task"] == "report":
+            report(ReportRequest.model_validate(request), events)
+        else:
+            prepare(workdir, PrepareRequest.model_validate(request), events)
+    except tuple(_REASONS) as error:
         reason, param = _REASONS[type(error)], error.param or "dataset"
         events.emit(FailureEvent(reason=reason, message=error.message, param=param, facts=error.facts))
         return ExitCode.USER_ERROR

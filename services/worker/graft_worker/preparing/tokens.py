@@ -1,11 +1,13 @@
-"""From rendered rows to token arrays: tokenise, mark what is learnt, cut at the longest length."""
+"""From rendered rows to tokens: tokenise on every core, mark what is learnt, cut at the longest length."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import accumulate, chain, islice, pairwise
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +16,52 @@ from safetensors.numpy import save_file
 
 from graft_worker.preparing.rendering import Rendered
 
-BATCH_ROWS = 1000  # rows handed to the tokenizer at once
+# Rows handed to the tokenizer at once: enough for all cores, and few enough that what they become fits beside the rest.
+BATCH_ROWS = 1000
+BATCH_CHARACTERS = 2_000_000
+LONGEST_TEXT = 500_000  # characters tokenised at once: the tokenizer holds some 250 bytes for each
+KNOWN_TAILS = 10_000  # remembered tokens of what stands between a special token and a border; see `Encoder`
+LONGEST_TAIL = 200  # characters
+MOST_PREFIX_CHARACTERS = 20_000_000  # of one row: all stretches up to a border together grow with its turns' square
+
+Encoded = tuple[list[int], list[int]]
+"""A row's tokens, and for each of its pieces how many of them lie up to its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """A row's tokens before they are cut, and the stretches of them that are learnt."""
+
+    ids: list[int]
+    learnt: list[tuple[int, int]]
+
+    def learnt_within(self, max_length: int) -> int:
+        """How many tokens the model will learn; the first of a row has nothing to be predicted from."""
+        return sum(max(0, min(end, max_length) - max(start, 1)) for start, end in self.learnt)
+
+    def mask(self, max_length: int) -> np.ndarray:
+        """1 where a token is learnt, uint8, for the row as it is cut."""
+        mask = np.zeros(min(len(self.ids), max_length), dtype=np.uint8)
+        for start, end in self.learnt:
+            mask[start:end] = 1
+        return mask
 
 
 @dataclass
 class TokenRows:
-    """Tokenised rows, and what was done to them."""
+    """Tokenised rows as they are trained on: cut, and with something to learn in each."""
 
     ids: list[np.ndarray] = field(default_factory=list)  # int32 [tokens] each
     masks: list[np.ndarray] = field(default_factory=list)  # uint8 [tokens] each
-    truncated: int = 0
-    dropped: int = 0  # nothing was left to learn
-    duplicates: int = 0
-    lengths: list[int] = field(default_factory=list)  # of all rows before cutting
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
-    def learnt_tokens(self) -> int:
-        """Tokens that the model will learn; the first of a row has nothing to be predicted from."""
-        return int(sum(mask[1:].sum() for mask in self.masks))
+    def add(self, row: Tokenized, max_length: int) -> None:
+        """Keep a row, unless nothing of it is left to learn."""
+        if row.learnt_within(max_length):
+            self.ids.append(np.array(row.ids[:max_length], dtype=np.int32))
+            self.masks.append(row.mask(max_length))
 
     def take(self, indices: Iterable[int]) -> TokenRows:
         """Some of the rows."""
@@ -48,54 +75,170 @@ class TokenRows:
         save_file(tensors, path)
 
 
-def tokenize(rows: Iterable[Rendered], tokenizer: Any, *, max_length: int, learn_all: bool) -> TokenRows:
-    """Tokenise rows in batches, cut them at `max_length` tokens, and drop those that have nothing left to learn.
+def tokenize(rows: Iterable[Rendered], tokenizer: Any) -> Iterator[tuple[Rendered, Tokenized]]:
+    """Tokenise rows in batches: while the tokenizer's threads are at one, the next is read and rendered.
 
-    The model meets at training the very tokens of a prompt that it will meet when it is used; see `encode`.
+    The model meets at training the very tokens of a prompt that it will meet when it is used; see `Encoder`.
     """
-    made = TokenRows()
     ends = Ends.of(tokenizer)
-    seen: set[bytes] = set()
+    for batch, encoded in _encoded_beside(rows, Encoder(tokenizer)):
+        for row, (ids, borders) in zip(batch, encoded, strict=True):
+            yield row, ends.join(row, ids, borders)
+
+
+def _encoded_beside(rows: Iterable[Rendered], encoder: Encoder) -> Iterator[tuple[list[Rendered], list[Encoded]]]:
     source = iter(rows)
-    while batch := list(islice(source, BATCH_ROWS)):
-        for row, encoded in zip(batch, encode(batch, tokenizer), strict=True):
-            ids, mask = ends.join(row, encoded)
-            if learn_all:
-                mask = [1] * len(ids)
-            _add(made, ids, mask, seen, max_length)
-    return made
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="encoder") as beside:
+        before: tuple[list[Rendered], Future[list[Encoded]]] | None = None
+        while batch := _next_batch(source):
+            encoding = beside.submit(encoder.encode, batch)
+            if before is not None:
+                yield before[0], before[1].result()
+            before = batch, encoding
+        if before is not None:
+            yield before[0], before[1].result()
 
 
-def encode(rows: Sequence[Rendered], tokenizer: Any) -> list[list[list[int]]]:
-    """The tokens of every piece of every row, without begin and end tokens.
+def _next_batch(source: Iterator[Rendered]) -> list[Rendered]:
+    batch: list[Rendered] = []
+    characters = 0
+    while len(batch) < BATCH_ROWS and characters < BATCH_CHARACTERS and (row := next(source, None)) is not None:
+        batch.append(row)
+        characters += sum(len(piece.text) for piece in row.pieces)
+    return batch
+
+
+class Encoder:
+    """The tokens of rows, without begin and end tokens, and where in them each piece ends.
 
     A row is tokenised whole, as the model will read it, wherever the tokens of each stretch up to a border are a prefix
     of the whole's. Where a token straddles a border, the pieces are tokenised apart. Most tokenizers give the same both
     ways; SentencePiece ones (Llama 2) do not: they put a space before every text, hence before every piece.
+
+    No token reaches over a special one, and what stands before it has no say in the tokens behind. So of a stretch that
+    holds special tokens, as a chat template's do, only its tail from the last one on is tokenised, and that is the same
+    in most rows: there a row costs no more than its own tokens.
     """
-    wholes = _encode(["".join(piece.text for piece in row.pieces) for row in rows], tokenizer)
-    apart = iter(_encode([piece.text for row in rows for piece in row.pieces], tokenizer))
-    encoded = []
-    for row, whole in zip(rows, wholes, strict=True):
-        pieces = [next(apart) for _ in row.pieces]
-        if list(chain.from_iterable(pieces)) != whole:
-            pieces = _cut_at_borders(row, whole, tokenizer) or pieces
-        encoded.append(pieces)
-    return encoded
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._encode = _plain_encoder(tokenizer)
+        added: dict[int, Any] = tokenizer.added_tokens_decoder
+        specials = {number: token.content for number, token in added.items() if token.special and not token.normalized}
+        self._special_ids = frozenset(specials)
+        longest_first = sorted(specials.values(), key=len, reverse=True)
+        self._specials = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._tails: dict[str, list[int]] = {}
+
+    def encode(self, rows: Sequence[Rendered]) -> list[Encoded]:
+        """Tokenise a batch."""
+        texts = ["".join(piece.text for piece in row.pieces) for row in rows]
+        wholes = self._encode(texts)
+        borders = self._borders_by_specials(rows, texts, wholes)
+        left = [index for index, found in enumerate(borders) if found is None]
+        encoded = [(whole, found or []) for whole, found in zip(wholes, borders, strict=True)]
+        for index, made in zip(left, self._by_pieces([rows[i] for i in left], [wholes[i] for i in left]), strict=True):
+            encoded[index] = made
+        return encoded
+
+    def _borders_by_specials(
+        self, rows: Sequence[Rendered], texts: Sequence[str], wholes: Sequence[list[int]]
+    ) -> list[list[int] | None]:
+        tails = [self._tails_of(row, text) for row, text in zip(rows, texts, strict=True)]
+        if len(self._tails) > KNOWN_TAILS:
+            self._tails.clear()
+        unknown = sorted({tail for found in tails if found for _, _, tail in found} - self._tails.keys())
+        self._tails.update(zip(unknown, self._encode(unknown), strict=True))
+        return [self._borders(whole, found) for whole, found in zip(wholes, tails, strict=True)]
+
+    def _tails_of(self, row: Rendered, text: str) -> list[tuple[int, int, str]] | None:
+        """For each border: which special token of how many is the last before it, and the text from there on."""
+        if len(row.pieces) == 1:
+            return []
+        spans = [match.span() for match in self._specials.finditer(text)]
+        ends = [end for _, end in spans]
+        tails = []
+        for border in accumulate(len(piece.text) for piece in row.pieces[:-1]):
+            before = bisect_right(ends, border)
+            if before == 0 or (before < len(spans) and spans[before][0] < border):
+                return None
+            tail = text[spans[before - 1][0] : border]
+            if len(tail) > LONGEST_TAIL:
+                return None
+            tails.append((before - 1, len(spans), tail))
+        return tails
+
+    def _borders(self, whole: list[int], tails: list[tuple[int, int, str]] | None) -> list[int] | None:
+        if tails is None:
+            return None
+        places = [place for place, token in enumerate(whole) if token in self._special_ids] if tails else []
+        borders = []
+        for index, specials, tail in tails:
+            if len(places) != specials:
+                return None
+            known = self._tails[tail]
+            start, end = places[index], places[index] + len(known)
+            if whole[start:end] != known:
+                return None
+            borders.append(end)
+        return [*borders, len(whole)]
+
+    def _by_pieces(self, rows: Sequence[Rendered], wholes: Sequence[list[int]]) -> Iterator[Encoded]:
+        """Where the pieces before the last are the beginning of the whole, it can be cut behind them."""
+        firsts = iter(self._encode([piece.text for row in rows for piece in row.pieces[:-1]]))
+        for row, whole in zip(rows, wholes, strict=True):
+            pieces = [next(firsts) for _ in row.pieces[:-1]]
+            borders = list(accumulate(map(len, pieces)))
+            begun = list(chain.from_iterable(pieces))
+            if whole[: len(begun)] == begun:
+                yield whole, [*borders, len(whole)]
+            elif (found := self._by_stretches(row, whole)) is not None:
+                yield whole, found
+            else:
+                begun += self._encode([row.pieces[-1].text])[0]
+                yield begun, [*borders, len(begun)]
+
+    def _by_stretches(self, row: Rendered, whole: list[int]) -> list[int] | None:
+        stretches = list(accumulate(piece.text for piece in row.pieces[:-1]))
+        if sum(map(len, stretches)) > MOST_PREFIX_CHARACTERS:
+            return None
+        prefixes = self._encode(stretches)
+        if any(whole[: len(prefix)] != prefix for prefix in prefixes):
+            return None
+        return [*map(len, prefixes), len(whole)]
 
 
-def _cut_at_borders(row: Rendered, whole: list[int], tokenizer: Any) -> list[list[int]] | None:
-    texts = list(accumulate(piece.text for piece in row.pieces[:-1]))
-    prefixes = _encode(texts, tokenizer) if texts else []
-    if any(whole[: len(prefix)] != prefix for prefix in prefixes):
-        return None
-    borders = [0, *(len(prefix) for prefix in prefixes), len(whole)]
-    return [whole[start:end] for start, end in pairwise(borders)]
+def _plain_encoder(tokenizer: Any) -> Callable[[Sequence[str]], list[list[int]]]:
+    """The tokens of texts as they stand. A fast tokenizer is asked past its wrapper, which makes lists of no use here.
+
+    Truncation and padding that a tokenizer's file may ask for are switched off.
+    """
+    if not tokenizer.is_fast:
+        return lambda texts: list(tokenizer(list(texts), add_special_tokens=False)["input_ids"]) if texts else []
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+
+    def tokens(texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode(texts: Sequence[str]) -> list[list[int]]:
+        encoded = iter(tokens([text for text in texts if len(text) <= LONGEST_TEXT]))
+        return [next(encoded) if len(text) <= LONGEST_TEXT else _in_slices(text, tokens) for text in texts]
+
+    return encode
 
 
-def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return encoded
+def _in_slices(text: str, tokens: Callable[[list[str]], list[list[int]]]) -> list[int]:
+    """The tokens of a very long text, slice by slice, each cut before a space: there most tokenizers break anyway."""
+    ids: list[int] = []
+    start = 0
+    while start < len(text):
+        end = start + LONGEST_TEXT
+        if end < len(text) and (space := text.rfind(" ", start + 1, end)) > 0:
+            end = space
+        ids += tokens([text[start:end]])[0]
+        start = end
+    return ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,27 +255,17 @@ class Ends:
         probe = tokenizer("a")["input_ids"]
         return cls(begin=begin if probe and probe[0] == begin else None, end=tokenizer.eos_token_id)
 
-    def join(self, row: Rendered, encoded: list[list[int]]) -> tuple[list[int], list[int]]:
-        """One row's tokens and their mask; the end is learnt, so that the model learns to stop."""
-        ids = list(chain.from_iterable(encoded))
-        mask = [int(piece.learnt) for piece, tokens in zip(row.pieces, encoded, strict=True) for _ in tokens]
+    def join(self, row: Rendered, ids: list[int], borders: Sequence[int]) -> Tokenized:
+        """One row's tokens and what is learnt of them; the end is, so that the model learns to stop."""
+        starts = [0, *borders[:-1]]
+        stretches = zip(row.pieces, starts, borders, strict=True)
+        learnt = [(start, end) for piece, start, end in stretches if piece.learnt and start < end]
         if row.brings_specials:
-            return ids, mask
-        before = [] if self.begin is None else [self.begin]
-        after = [] if self.end is None else [self.end]
-        return [*before, *ids, *after], [*(0 for _ in before), *mask, *(1 for _ in after)]
-
-
-def _add(made: TokenRows, ids: list[int], mask: list[int], seen: set[bytes], max_length: int) -> None:
-    made.lengths.append(len(ids))
-    made.truncated += len(ids) > max_length
-    kept = np.array(ids[:max_length], dtype=np.int32)
-    learnt = np.array(mask[:max_length], dtype=np.uint8)
-    fingerprint = hashlib.sha256(kept.tobytes()).digest()
-    made.duplicates += fingerprint in seen
-    seen.add(fingerprint)
-    if not learnt[1:].any():
-        made.dropped += 1
-        return
-    made.ids.append(kept)
-    made.masks.append(learnt)
+            return Tokenized(ids, learnt)
+        if self.end is not None:
+            learnt.append((len(ids), len(ids) + 1))
+            ids = [*ids, self.end]
+        if self.begin is not None:
+            learnt = [(start + 1, end + 1) for start, end in learnt]
+            ids = [self.begin, *ids]
+        return Tokenized(ids, learnt)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from graft_shared.buckets import Bucket
 from graft_shared.capacity import CapacityTable
 from graft_shared.dispatch import Doorbell
-from graft_shared.store import Database, Files, Leases
+from graft_shared.store import Database, Files, Leases, Reports
 from graft_worker.device import Device
 from graft_worker.settings import WorkerSettings
 from graft_worker.supervisor.bases import BaseModels
@@ -23,6 +23,7 @@ class Neighbours:
     database: Database
     leases: Leases
     files: Files
+    reports: Reports
     bucket: Bucket
     doorbell: Doorbell
     base_models: BaseModels

@@ -10,7 +10,6 @@ from typing import Any
 
 from graft_shared.artifacts import earlier_adapter_key, prepared_key
 from graft_shared.dispatch import queue_for
-from graft_shared.errors import FileNotFound, InvalidParameter
 from graft_shared.jobs import Job
 from graft_shared.specs import DatasetSource, JobSpec
 from graft_worker.protocol import PreparedEvent, PrepareRequest
@@ -18,6 +17,7 @@ from graft_worker.supervisor.adapters import fetch_adapter
 from graft_worker.supervisor.folders import store_folder
 from graft_worker.supervisor.neighbours import Neighbours
 from graft_worker.supervisor.patience import Patience
+from graft_worker.supervisor.sources import fetch_rows
 
 MODULE = "graft_worker.preparing"
 EARLIER_ADAPTER = "earlier-adapter"
@@ -30,11 +30,12 @@ def prepare_request(job: Job, workdir: Path, neighbours: Neighbours, kept: ExitS
     spec = JobSpec.model_validate(job.spec)
     tokenizer = kept.enter_context(neighbours.base_models.tokenizer(spec.base_model, spec.revision))
     train_file = workdir / "train.jsonl"
-    _fetch_rows(job.tenant, spec.dataset, train_file, neighbours)
+    source = fetch_rows(job.tenant, spec.dataset, train_file, neighbours, param="dataset")
     validation_file = None
     if spec.validation is not None and spec.validation.file is not None:
         validation_file = workdir / "validation.jsonl"
-        _fetch_rows(job.tenant, DatasetSource(file=spec.validation.file), validation_file, neighbours)
+        held_out = DatasetSource(file=spec.validation.file)
+        fetch_rows(job.tenant, held_out, validation_file, neighbours, param="validation")
     if spec.adapter is not None:
         fetch_adapter(job.tenant, spec.adapter.job, workdir / EARLIER_ADAPTER, neighbours, only=ADAPTER_FILES)
     return PrepareRequest(
@@ -45,6 +46,7 @@ def prepare_request(job: Job, workdir: Path, neighbours: Neighbours, kept: ExitS
         max_positions=int(job.placement["max_position_embeddings"]),
         train_file=str(train_file),
         validation_file=str(validation_file) if validation_file else None,
+        source=source,
     )
 
 
@@ -57,7 +59,8 @@ def finish_preparation(
     patience: Patience,
 ) -> None:
     """Store the tokens under this epoch, hand the job to training, and ring for a trainer."""
-    stored: dict[str, Any] = {"report": prepared.report, "base_commit": request.base_commit}
+    report = {**prepared.report, "source": request.source}
+    stored: dict[str, Any] = {"report": report, "base_commit": request.base_commit}
     for name in SPLITS:
         path = workdir / "prepared" / name
         if path.exists():
@@ -71,37 +74,3 @@ def finish_preparation(
     handed = patience.wait_for(lambda: neighbours.leases.hand_to_training(job.id, job.epoch, stored))
     if handed.may_be_claimed and neighbours.doorbell.ring(job.id, queue_for(handed.stage, handed.gpu_class)):
         neighbours.leases.mark_rung(job.id)
-
-
-def _fetch_rows(tenant: str, source: DatasetSource, path: Path, neighbours: Neighbours) -> None:
-    if source.file is not None:
-        try:
-            stored = neighbours.files.get(tenant, source.file)
-        except FileNotFound as error:
-            raise InvalidParameter(param="dataset.file", reason=error.message.rstrip(".")) from error
-        neighbours.base_models.cache.fetch(neighbours.bucket, stored.object, path)
-    elif source.uri is not None:
-        _import_object(source.uri, path, neighbours)
-    else:
-        from graft_worker.importing import import_hub_dataset  # `datasets` takes a second to import
-
-        token = neighbours.settings.hub_token
-        import_hub_dataset(
-            str(source.hub),
-            source.split or "train",
-            source.revision,
-            path,
-            token=token.get_secret_value() if token else None,
-            max_bytes=neighbours.settings.max_file_bytes,
-        )
-
-
-def _import_object(uri: str, path: Path, neighbours: Neighbours) -> None:
-    name, _, key = uri.removeprefix("s3://").partition("/")
-    allowed_buckets = neighbours.settings.dataset_buckets
-    if name not in allowed_buckets:
-        allowed = ", ".join(allowed_buckets) or "none"
-        raise InvalidParameter(param="dataset.uri", reason=f"bucket '{name}' is not allowed here; allowed: {allowed}")
-    with neighbours.open_dataset_bucket(name).open(key) as source, path.open("wb") as sink:
-        while chunk := source.read(1024 * 1024):
-            sink.write(chunk)

@@ -109,7 +109,7 @@ class Run:
             self._job.id,
             self._job.epoch,
             self._workdir,
-            times=_watch_times(self._neighbours),
+            times=watch_times(self._neighbours),
             draining=self._neighbours.draining,
             ends_at=self._ends_at(),
         )
@@ -119,7 +119,7 @@ class Run:
             except LeaseLost:
                 raise
             except Exception as error:  # noqa: BLE001 (named, written to the row and logged: one job must not end a worker)
-                failure = _failure_from(error) if watch.stop_reason is None else stopped(watch.stop_reason)
+                failure = failure_from(error) if watch.stop_reason is None else stopped(watch.stop_reason)
             if failure is not None:
                 self._settle(failure, watch)
 
@@ -252,7 +252,8 @@ class Run:
         return None if limit is None else boottime() + limit - self._job.gpu_seconds
 
 
-def _watch_times(neighbours: Neighbours) -> WatchTimes:
+def watch_times(neighbours: Neighbours) -> WatchTimes:
+    """The intervals that the settings give."""
     settings = neighbours.settings
     return WatchTimes(
         lease=settings.lease_seconds,
@@ -262,7 +263,7 @@ def _watch_times(neighbours: Neighbours) -> WatchTimes:
     )
 
 
-def _failure_from(error: Exception) -> Failure:
+def failure_from(error: Exception) -> Failure:
     """Name what went wrong outside the child."""
     if isinstance(error, GraftError):
         for kind, reason in _REASONS.items():

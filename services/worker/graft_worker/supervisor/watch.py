@@ -8,15 +8,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Protocol
 
 from graft_shared.clock import boottime
 from graft_shared.errors import LeaseLost
 from graft_shared.logs import log_event
-from graft_shared.store import Leases, Orders
+from graft_shared.store import Orders
 from graft_worker.protocol import DEADLINE_SHARE, write_deadline
 from graft_worker.supervisor.child import Child
 
 logger = logging.getLogger(__name__)
+
+
+class Leases(Protocol):
+    """What a watch asks of the store: jobs' leases and those of reports are held in the same way."""
+
+    def renew(self, id: str, epoch: int, /) -> Orders:
+        """Hold the lease for another full length; raises LeaseLost."""
+
+    def orders(self, id: str, epoch: int, /) -> Orders:
+        """Look without renewing; raises LeaseLost."""
 
 
 class StopReason(StrEnum):
