@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 from collections.abc import Callable, Iterator
@@ -9,7 +10,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from openai import AsyncOpenAI, RateLimitError
 from pydantic import SecretStr, ValidationError
 
 from graft_api.__main__ import Exposed, check_exposure
@@ -382,6 +385,31 @@ def test_requests_above_the_rate_are_refused_with_the_time_to_wait(tmp_path: Pat
     assert "x-should-retry" not in answers[-1].headers, "so that OpenAI's client waits and tries again"
     assert api.http.get("/jobs", headers=bearer(BLUE)).status_code == 200, "it is counted by tenant"
     assert api.http.get("/healthz").status_code == 200
+    api.database.close()
+
+
+def test_openais_client_waits_as_long_as_it_is_told_and_not_where_waiting_is_no_use(
+    tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = make_service(tmp_path, template, requests_per_minute=2, quota_stored_bytes=1)
+    waited: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waited.append(seconds)
+
+    async def ask() -> None:
+        http = httpx.AsyncClient(transport=httpx.ASGITransport(app=api.http.app))
+        client = AsyncOpenAI(base_url="http://graft.test/v1", api_key="none", max_retries=1, http_client=http)
+        with pytest.raises(RateLimitError, match="stores 0 of the 1 bytes"):
+            await client.files.create(file=b"{}" * 20_000, purpose="fine-tune")
+        assert waited == []
+        await client.models.list()
+        with pytest.raises(RateLimitError, match="2 requests a minute"):
+            await client.models.list()
+
+    monkeypatch.setattr("openai._base_client.anyio.sleep", sleep)
+    asyncio.run(ask())
+    assert len(waited) == 1 and 50 <= waited[0] <= 60
     api.database.close()
 
 

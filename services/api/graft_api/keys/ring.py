@@ -87,7 +87,8 @@ class KeyRing:
             return Caller(tenant=DEFAULT_TENANT, scopes=ALL)
         if key is None:
             return None
-        if (key_id := making.id_of(key)) is not None and key_id not in held.keys:
+        is_news = (key_id := making.id_of(key)) is not None and key_id not in held.keys
+        if is_news and not self._reading.locked():  # no stranger waits for a look with the threads that others need
             held = await self._not_older_than(NEWS_SECONDS)
         return self._known(key, held, self._pepper)
 
