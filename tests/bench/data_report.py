@@ -17,6 +17,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ ROWS = 200_000
 VOCABULARY = 32_000
 LIMIT_SECONDS = 60.0
 LIMIT_BYTES = 512 * 1024**2
+LOOK_SECONDS = 0.1
 REPEAT_EVERY = 100
 SEED = 1
 WORDS = 60_000
@@ -72,6 +74,12 @@ def main() -> None:
 
 def measure(folder: Path, *, rows: int, vocabulary: int = VOCABULARY) -> dict[str, Any]:
     """Make the data, run the child, and hold what it says against what is known."""
+    make(folder, rows=rows, vocabulary=vocabulary)
+    return judge(folder, rows=rows, vocabulary=vocabulary)
+
+
+def make(folder: Path, *, rows: int, vocabulary: int) -> None:
+    """Leave rows, a tokenizer and the request in the folder."""
     texts = Texts()
     make_tokenizer(folder / "tokenizer", texts, vocabulary)
     data = folder / "rows.jsonl"
@@ -87,6 +95,10 @@ def measure(folder: Path, *, rows: int, vocabulary: int = VOCABULARY) -> dict[st
         validation_file=None,
     )
     (folder / REQUEST_NAME).write_text(request.model_dump_json())
+
+
+def judge(folder: Path, *, rows: int, vocabulary: int) -> dict[str, Any]:
+    """Run the child, and say what it cost and what is wrong."""
     report, cost = run(folder)
     shares = report["lengths"]["percentiles"]
     violations = [
@@ -106,7 +118,7 @@ def measure(folder: Path, *, rows: int, vocabulary: int = VOCABULARY) -> dict[st
     tokens = report["train"]["tokens"] + report["validation"]["tokens"]
     return {
         "rows": rows,
-        "file_bytes": data.stat().st_size,
+        "file_bytes": (folder / "rows.jsonl").stat().st_size,
         "vocabulary": vocabulary,
         "tokens": tokens,
         "tokens_per_second": round(tokens / cost["seconds"]),
@@ -121,7 +133,7 @@ def measure(folder: Path, *, rows: int, vocabulary: int = VOCABULARY) -> dict[st
 
 
 def run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The report, and what it cost: the peak is the kernel's account of the child alone."""
+    """The report, and what it cost."""
     load_before, began = os.getloadavg()[0], time.monotonic()
     environment = {**os.environ, "GRAFT_PARENT_PID": str(os.getpid()), "TOKENIZERS_PARALLELISM": "true"}
     with (folder / "child.log").open("wb") as log:
@@ -131,22 +143,38 @@ def run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             stderr=log,
             env=environment,
         )
+    peaks = [0]
+    watching = threading.Thread(target=_watch_memory, args=[child, peaks])
+    watching.start()
     assert child.stdout is not None
     with child.stdout as lines:
         events = [parse_event(line.decode()) for line in lines]
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.monotonic() - began
+    watching.join()
     prepared = next((event for event in events if isinstance(event, PreparedEvent)), None)
     if prepared is None:
         raise SystemExit(f"the child left with {child.returncode}: {events} {(folder / 'child.log').read_text()}")
     cost = {
         "seconds": round(seconds, 2),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
-        "peak_rss_bytes": usage.ru_maxrss * 1024,
+        "peak_rss_bytes": max(peaks),
         "load_before": round(load_before, 2),
     }
     return prepared.report, cost
+
+
+def _watch_memory(child: subprocess.Popen[bytes], peaks: list[int]) -> None:
+    """Note the kernel's account of the child's peak; `ru_maxrss` begins with what this process holds at the fork."""
+    while child.returncode is None:
+        try:
+            status = Path(f"/proc/{child.pid}/status").read_text()
+        except OSError:
+            return
+        if "VmHWM:" in status:
+            peaks.append(int(status.partition("VmHWM:")[2].split()[0]) * 1024)
+        time.sleep(LOOK_SECONDS)
 
 
 class Texts:

@@ -672,7 +672,7 @@ def test_the_run_log_reaches_the_bucket(make_worker: Callable[..., Worker]) -> N
     job = worker.submit()
     worker.work()
     assert f"tenants/default/jobs/{job.id}/e2/trainer.log" in list(worker.bucket.list("tenants/"))
-    assert json.loads(json.dumps(worker.get(job).prepared))["report"] == {"rows": 1}
+    assert json.loads(json.dumps(worker.get(job).prepared))["report"] == {"rows": 1, "source": {"file": "file-rows"}}
 
 
 def log_of(worker: Worker, job: Job) -> str:
