@@ -451,6 +451,9 @@ HEADERS = {
     "a last event beyond every int": get(
         "/jobs/ftjob-a/events", 422, "invalid_parameter", **{"last-event-id": "9" * 30}
     ),
+    "a last event with a sign and a point": get(
+        "/jobs/ftjob-a/events", 422, "invalid_parameter", **{"last-event-id": "+0.0"}
+    ),
     "a last event that is no number": get("/jobs/ftjob-a/events", 422, "invalid_parameter", **{"last-event-id": "NaN"}),
     "a count of retries that is none": Case(
         path="/v1/fine_tuning/jobs",
@@ -509,6 +512,8 @@ QUERIES = {
     "NUL in a key": get("/jobs?%00=1", 400, "bad_request"),
     "a page behind nothing": get("/jobs?after=ftjob-nothing", 404, "job_not_found"),
     "metadata without a key": get("/jobs?metadata[]=x", 422, "invalid_parameter"),
+    "metadata of one key twice": get("/jobs?metadata[a]=x&metadata[a]=y", 422, "invalid_parameter"),
+    "metadata of a key that no job can have": get("/jobs?metadata[a%0bb]=x", 422, "invalid_parameter"),
     "metadata that is not closed": get("/jobs?metadata[a=x", 400, "unknown_parameter"),
     "metadata without brackets": get("/jobs?metadata=x", 400, "unknown_parameter"),
     "events behind text": get("/jobs/ftjob-a/events?after=x", 422, "invalid_parameter"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated, Any
@@ -194,13 +195,14 @@ async def list_events(
     here: Here,
     after: Annotated[int, Query(ge=0, le=2**31 - 1, description="The id of the last event that is known.")] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-    last_event_id: Annotated[int | None, Header(ge=0, le=2**31 - 1)] = None,
+    last_event_id: Annotated[str | None, Header(pattern=r"^[0-9]{1,9}$", description="Instead of `after`.")] = None,
 ) -> Page[EventBody] | Response:
     """Return a page, oldest first; with `Accept: text/event-stream`, a stream that ends with the job."""
     if "text/event-stream" not in request.headers.get("accept", ""):
         page, has_more = await run_in_threadpool(here.jobs.events, tenant, job_id, after=after, limit=limit)
         return envelope([event_body(event) for event in page], [event.id for event in page], has_more=has_more)
-    return await _live(request, job_id, tenant, here, last_event_id if last_event_id is not None else after)
+    position = int(last_event_id) if last_event_id is not None else after
+    return await _live(request, job_id, tenant, here, position)
 
 
 async def _live(request: Request, job_id: str, tenant: str, here: Here, after: int) -> Response:
@@ -289,8 +291,10 @@ def metadata_of(request: Request) -> dict[str, str]:
     for name, value in request.query_params.multi_items():
         if name.startswith("metadata["):
             key = name.removeprefix("metadata[").removesuffix("]")
-            if not key:
-                raise InvalidParameter(param="metadata", reason="name the key, as in metadata[team]=search")
+            if not re.fullmatch(METADATA_KEY_PATTERN, key):
+                raise InvalidParameter(param="metadata", reason="name a key, as in metadata[team]=search")
+            if key in pairs:
+                raise InvalidParameter(param="metadata", reason=f"the key '{key}' is given twice")
             pairs[key] = value
     return pairs
 
