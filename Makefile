@@ -80,7 +80,7 @@ failpoints: $(VENV)/.ready-dev ## processes struck at named points: TIMES=1 [DB=
 test-model: $(VENV)/.ready-dev ## half an hour: the store against its model, on new random sequences of calls
 	@HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest tests/integration/test_store_machine.py
 
-mutants: $(VENV)/.ready-dev ## twenty minutes: break the code in some hundred and ten places, one at a time, and see that tests notice [NAMES=]
+mutants: $(VENV)/.ready-dev ## twenty minutes: break the code in some hundred and twenty places, one at a time, and see that tests notice [NAMES=]
 	@$(BIN)/python -m tests.mutants $(NAMES)
 
 outages: $(VENV)/.ready-dev ## one outage, then judgement: ONLY=redis-killed|redis-down|… [DB=] [SECONDS=] [OUT=report.json]
