@@ -27,7 +27,7 @@ FLEET: dict[str, tuple[Stage, list[str]]] = {
     "large": (Stage.TRAIN, ["80gb", "24gb", "16gb"]),
 }
 CLASSES = ("16gb", "24gb", "80gb")
-QUOTAS = Quotas(queued_jobs=5, running_jobs=3, gpu_hours=30.1, stored_bytes=7)  # where the operator says nothing
+QUOTAS = Quotas(queued_jobs=12, running_jobs=5, gpu_hours=30.1, stored_bytes=20)  # where the operator says nothing
 TABLES = ("jobs", "job_events", "files", "uploads", "workers", "tenants", "worker_time")
 
 _LEASE = timedelta(seconds=LEASE_SECONDS)

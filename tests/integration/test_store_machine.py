@@ -39,14 +39,6 @@ tenants = st.sampled_from(TENANTS)
 picks = st.integers(0, 1000)
 names = st.sampled_from(list(FLEET))
 places = st.sampled_from(["here", "here", "elsewhere"])
-# A quota that the operator gives a tenant, or takes back; or the tenant's share of the workers.
-quotas = st.one_of(
-    st.tuples(st.just("queued_jobs"), st.sampled_from([None, None, 2, 4])),
-    st.tuples(st.just("running_jobs"), st.sampled_from([None, None, 1, 2])),
-    st.tuples(st.just("gpu_hours"), st.sampled_from([None, None, 0.0101, 1.0])),
-    st.tuples(st.just("stored_bytes"), st.sampled_from([None, 0, 3])),
-    st.tuples(st.just("share"), st.sampled_from([1.0, 2.0, 0.5])),
-)
 # Each kind of remedy as often as the others.
 reasons = st.one_of(
     *(st.sampled_from([reason for reason in FailureReason if REMEDIES[reason].retry is retry]) for retry in Retry)
@@ -90,16 +82,6 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.model.jobs) < MANY_JOBS)
     @rule(
         tenant=tenants,
-        sha=st.sampled_from(["x", "x", "y"]),
-        sent_before=st.integers(0, 2),
-        first_sent_ago=st.sampled_from([0.01, 20.0, 3000.0]),
-    )
-    def a_counting_client_sends(self, tenant: str, sha: str, sent_before: int, first_sent_ago: float) -> None:
-        self.both.submit(tenant, sha=sha, sent=(sent_before, first_sent_ago))
-
-    @precondition(lambda self: len(self.model.jobs) < MANY_JOBS)
-    @rule(
-        tenant=tenants,
         sha=st.sampled_from(["again", "once more"]),
         counts=st.permutations([0, 0, 1, 2]),
         before=st.sampled_from(["nothing", "it is deleted", "time passes"]),
@@ -117,68 +99,69 @@ class StoreMachine(RuleBasedStateMachine):
         for sender in TENANTS:
             self.both.submit(sender, sha=sha, sent=(counts[2], 10.0 + 30.0 * counts[2]))
 
-    @rule(tenant=tenants, pick=picks)
-    def a_tenant_deletes(self, tenant: str, pick: int) -> None:
+    @rule(tenant=tenants, pick=picks, sha=st.sampled_from(["x", "y"]))
+    def a_tenant_deletes(self, tenant: str, pick: int, sha: str) -> None:
+        """Any job; and one whose key is free again then, though it was another body's."""
         self.both.delete(tenant, self.both.any_job(pick))
-
-    @precondition(lambda self: len(self.model.jobs) < MANY_JOBS)
-    @rule(tenant=tenants, sha=st.sampled_from(["x", "y"]))
-    def a_job_with_a_key_is_deleted_and_submitted_anew(self, tenant: str, sha: str) -> None:
-        """Its key is free again, though it was another body's."""
         job_id = f"ftjob-{len(self.model.jobs)}"
-        self.both.submit(tenant, key="deleted", sha="x")
+        if len(self.model.jobs) < MANY_JOBS:
+            self.both.submit(tenant, key="deleted", sha="x")
         if job_id in self.model.jobs:
             self.both.cancel(tenant, job_id)
             self.both.delete(tenant, job_id)
             self.both.cancel(tenant, job_id)
             self.both.submit(tenant, key="deleted", sha=sha)
 
-    @rule(tenant=tenants, most=st.integers(1, 2), shares=st.tuples(*[st.sampled_from([0.5, 1.0, 2.0])] * 2))
-    def everybody_asks_for_their_place(self, tenant: str, most: int, shares: tuple[float, ...]) -> None:
-        """While something runs, one has a quota of runs, and shares differ."""
+    @rule(
+        tenant=tenants,
+        quota=st.sampled_from(["running_jobs", "gpu_hours", "queued_jobs", "stored_bytes"]),
+        left=st.integers(0, 2),
+        shares=st.tuples(*[st.sampled_from([0.5, 1.0, 2.0])] * 2),
+    )
+    def a_tenant_comes_to_a_limit(self, tenant: str, quota: str, left: int, shares: tuple[float, ...]) -> None:
         for each, share in zip(TENANTS, shares, strict=True):
             self.both.say_of_tenant(each, {"share": share})
+        match quota:
+            case "running_jobs":
+                self._runs_as_much_as_it_may(tenant, max(1, left))
+            case "gpu_hours":
+                self._uses_up_its_hours(tenant)
+            case "queued_jobs":
+                self._fills_its_queue(tenant, left)
+            case "stored_bytes":
+                self._fills_its_room(tenant, left)
+        self.both.say_of_tenant(tenant, {quota: None})
+
+    def _runs_as_much_as_it_may(self, tenant: str, most: int) -> None:
         self._both_wait()
         self.both.claim("large")
         self.both.say_of_tenant(tenant, {"running_jobs": most})
-        self._all_ask_for_their_place()
-        self.both.claim("large")
-        self._all_ask_for_their_place()
-        self.both.say_of_tenant(tenant, {"running_jobs": None})
+        for _ in range(2):
+            self._all_ask_for_their_place()
+            self.both.claim("large")
 
-    @rule(tenant=tenants, pick=picks)
-    def a_tenant_uses_up_its_gpu_hours(self, tenant: str, pick: int) -> None:
+    def _uses_up_its_hours(self, tenant: str) -> None:
         self._both_wait()
         self.both.say_of_tenant(tenant, {"gpu_hours": self.model.gpu_seconds(tenant) / 3600 + 0.01})
-        self.both.claim("large")
-        self.both.claim("large")
-        self.clock.now += 40.0
-        self.both.claim("large")
+        for seconds in (0.0, 40.0, 0.0):
+            self.both.claim("large")
+            self.clock.now += seconds
         self.both.submit(tenant)
         self._all_ask_for_their_place()
-        self.both.say_of_tenant(tenant, {"gpu_hours": None})
 
-    @rule(tenant=tenants, left=st.integers(0, 1), prepared=st.booleans())
-    def a_tenant_fills_its_queue(self, tenant: str, left: int, prepared: bool) -> None:
-        if prepared:
-            self.both.submit(tenant, priority="high")
-            self.both.claim("p")
-        self.both.say_of_tenant(tenant, {"queued_jobs": self.model.waiting(tenant) + left})
-        if len(self.model.jobs) < 2 * MANY_JOBS:
+    def _fills_its_queue(self, tenant: str, left: int) -> None:
+        if len(self.model.jobs) >= 2 * MANY_JOBS:
+            return
+        self.both.submit(tenant, priority="high")
+        self.both.claim("p")
+        self.both.say_of_tenant(tenant, {"queued_jobs": self.model.waiting(tenant) + left % 2})
+        for _ in range(2):
             self.both.submit(tenant)
-            self.both.submit(tenant)
-        self.both.say_of_tenant(tenant, {"queued_jobs": None})
 
-    @rule(tenant=tenants, left=st.integers(0, 2), size=st.integers(1, 3))
-    def a_tenant_fills_its_room(self, tenant: str, left: int, size: int) -> None:
+    def _fills_its_room(self, tenant: str, left: int) -> None:
         self.both.say_of_tenant(tenant, {"stored_bytes": self.model.stored_bytes(tenant) + left})
-        self.both.upload(tenant, size)
-        self.both.say_of_tenant(tenant, {"stored_bytes": None})
-        self.both.upload(tenant, size)
-
-    @rule(tenant=tenants, quota=quotas)
-    def the_operator_changes_a_quota(self, tenant: str, quota: tuple[str, float | None]) -> None:
-        self.both.say_of_tenant(tenant, dict([quota]))
+        for size in (2, 1):
+            self.both.upload(tenant, size)
 
     @rule(tenant=tenants, pick=picks)
     def a_tenant_cancels(self, tenant: str, pick: int) -> None:

@@ -53,8 +53,13 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> FakeJobs:
     return FakeJobs()
 
 
+async def still() -> bool:
+    """The key is in force all the time."""
+    return True
+
+
 async def read(watch: Watch) -> str:
-    return "".join([chunk async for chunk in event_stream(watch, HERE, [])])
+    return "".join([chunk async for chunk in event_stream(watch, HERE, [], may_go_on=still)])
 
 
 def test_a_hundred_streams_of_a_job_are_one_look_and_one_page(jobs: FakeJobs) -> None:

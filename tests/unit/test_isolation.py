@@ -96,6 +96,7 @@ HARMLESS = {
     "signature",
     "sha256",
     "idempotency-key",
+    "last-event-id",  # of the job in the path
 }
 
 
