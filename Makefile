@@ -83,7 +83,6 @@ failpoints: $(VENV)/.ready-dev ## processes struck at named points: TIMES=1 [DB=
 test-model: $(VENV)/.ready-dev ## half an hour: the store against its model, on new random sequences of calls
 	@HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest tests/integration/test_store_machine.py
 
-<<<<<<< HEAD
 test-openapi: $(VENV)/.ready-dev ## a quarter of an hour: requests drawn from the OpenAPI document: [CASES=20000] [SEED=1] [OUT=report.json]
 	@$(BIN)/python -m tests.openapi --cases $(or $(CASES),20000) --seed $(or $(SEED),1) $(if $(OUT),--out $(OUT))
 
@@ -93,10 +92,7 @@ test-keys: $(VENV)/.ready-dev ## some minutes: one key posted many times at once
 test-streams: $(VENV)/.ready-dev ## two minutes: streams cut off, and five hundred of them open on one API [OUT=report.json]
 	@$(BIN)/python -m tests.load.streams $(if $(OUT),--out $(OUT))
 
-mutants: $(VENV)/.ready-dev ## twenty minutes: break the code in some hundred and ten places, one at a time, and see that tests notice [NAMES=]
-=======
 mutants: $(VENV)/.ready-dev ## twenty minutes: break the code in some hundred and twenty places, one at a time, and see that tests notice [NAMES=]
->>>>>>> tenants
 	@$(BIN)/python -m tests.mutants $(NAMES)
 
 outages: $(VENV)/.ready-dev ## one outage, then judgement: ONLY=redis-killed|redis-down|… [DB=] [SECONDS=] [OUT=report.json]

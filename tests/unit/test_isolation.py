@@ -142,7 +142,7 @@ def made_by(api: ApiService, key: str, state: str) -> dict[str, str]:
     for epoch in (1, 2):
         api.bucket.put_bytes(log_key(tenant, job["id"], epoch), b"what it did\n")
     ids = {"job": job["id"], "file": job["spec"]["dataset"]["file"]}
-    ids["upload"] = an_upload(api)
+    ids["upload"] = an_upload(api) if state != "deleted" else new_upload_id()  # uploads are not deleted: they expire
     ids["model"] = f"ft:{LLAMA}:red::{job['id'].removeprefix('ftjob-')}"
     if state == "deleted":
         assert api.http.delete(f"/jobs/{ids['job']}").status_code == 200
