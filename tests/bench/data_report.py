@@ -126,7 +126,7 @@ def judge(folder: Path, *, rows: int, vocabulary: int) -> dict[str, Any]:
         **cost,
         "limits": {"seconds": LIMIT_SECONDS, "peak_rss_bytes": LIMIT_BYTES},
         "cores": os.cpu_count(),
-        "machine": platform.platform(),
+        "machine": platform.machine(),
         "report": {name: value for name, value in report.items() if name not in ("first_rows", "lengths")},
         "violations": violations,
     }

@@ -108,6 +108,27 @@ def _next_batch(source: Iterator[Rendered]) -> list[Rendered]:
     return batch
 
 
+@dataclass(frozen=True, slots=True)
+class _Tails:
+    """Of one row: its special tokens, and for each border which of them is the last before it and the text since."""
+
+    specials: list[int]
+    tails: list[tuple[int, str]]
+
+    def places_in(self, whole: list[int]) -> list[int] | None:
+        """Where the special tokens stand; None unless they are all that there are, and in their order."""
+        if sum(map(whole.count, set(self.specials))) != len(self.specials):
+            return None
+        places, place = [], -1
+        for token in self.specials:
+            try:
+                place = whole.index(token, place + 1)
+            except ValueError:
+                return None
+            places.append(place)
+        return places
+
+
 class Encoder:
     """The tokens of rows, without begin and end tokens, and where in them each piece ends.
 
@@ -124,7 +145,7 @@ class Encoder:
         self._encode = _plain_encoder(tokenizer)
         added: dict[int, Any] = tokenizer.added_tokens_decoder
         specials = {number: token.content for number, token in added.items() if token.special and not token.normalized}
-        self._special_ids = frozenset(specials)
+        self._special_ids = {content: number for number, content in specials.items()}
         longest_first = sorted(specials.values(), key=len, reverse=True)
         self._specials = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._tails: dict[str, list[int]] = {}
@@ -146,35 +167,31 @@ class Encoder:
         tails = [self._tails_of(row, text) for row, text in zip(rows, texts, strict=True)]
         if len(self._tails) > KNOWN_TAILS:
             self._tails.clear()
-        unknown = sorted({tail for found in tails if found for _, _, tail in found} - self._tails.keys())
+        unknown = sorted({tail for found in tails if found for _, tail in found.tails} - self._tails.keys())
         self._tails.update(zip(unknown, self._encode(unknown), strict=True))
         return [self._borders(whole, found) for whole, found in zip(wholes, tails, strict=True)]
 
-    def _tails_of(self, row: Rendered, text: str) -> list[tuple[int, int, str]] | None:
-        """For each border: which special token of how many is the last before it, and the text from there on."""
+    def _tails_of(self, row: Rendered, text: str) -> _Tails | None:
         if len(row.pieces) == 1:
-            return []
-        spans = [match.span() for match in self._specials.finditer(text)]
-        ends = [end for _, end in spans]
+            return _Tails([], [])
+        found = list(self._specials.finditer(text))
+        ends = [match.end() for match in found]
         tails = []
         for border in accumulate(len(piece.text) for piece in row.pieces[:-1]):
             before = bisect_right(ends, border)
-            if before == 0 or (before < len(spans) and spans[before][0] < border):
+            if before == 0 or (before < len(found) and found[before].start() < border):
                 return None
-            tail = text[spans[before - 1][0] : border]
+            tail = text[found[before - 1].start() : border]
             if len(tail) > LONGEST_TAIL:
                 return None
-            tails.append((before - 1, len(spans), tail))
-        return tails
+            tails.append((before - 1, tail))
+        return _Tails([self._special_ids[match[0]] for match in found], tails)
 
-    def _borders(self, whole: list[int], tails: list[tuple[int, int, str]] | None) -> list[int] | None:
-        if tails is None:
+    def _borders(self, whole: list[int], found: _Tails | None) -> list[int] | None:
+        if found is None or (places := found.places_in(whole)) is None:
             return None
-        places = [place for place, token in enumerate(whole) if token in self._special_ids] if tails else []
         borders = []
-        for index, specials, tail in tails:
-            if len(places) != specials:
-                return None
+        for index, tail in found.tails:
             known = self._tails[tail]
             start, end = places[index], places[index] + len(known)
             if whole[start:end] != known:
