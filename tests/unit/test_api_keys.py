@@ -84,6 +84,7 @@ NO_IDS = {
     ("query /v1/fine_tuning/jobs/{job_id}/checkpoints", "after"),
     ("path", "model"),  # tests/unit/test_api_compatible.py has foreign adapters
     ("header", "idempotency-key"),  # each tenant has its own
+    ("header", "last-event-id"),  # within the job of the path
 }
 BODIES_WITH_IDS: dict[tuple[str, str], Callable[[str], dict[str, Any]]] = {
     ("post", "/jobs"): lambda file_id: {"base_model": LLAMA, "dataset": {"file": file_id}},
