@@ -189,7 +189,6 @@ def test_each_route_needs_the_scope_that_the_document_names(api: ApiService) -> 
         assert refused.headers["www-authenticate"] == f'Bearer error="insufficient_scope", scope="{scope}"'
 
 
-<<<<<<< HEAD
 def test_a_key_is_kept_as_a_digest_that_needs_the_pepper(api: ApiService) -> None:
     key = a_key(api, Scope.JOBS_READ)
     (stored,) = Keys(api.database).list()
@@ -198,41 +197,6 @@ def test_a_key_is_kept_as_a_digest_that_needs_the_pepper(api: ApiService) -> Non
     assert stored.digest != digest_of(key, SecretStr("q" * 24))
     assert status(api, key) == 200
     assert status(api, key[:-1] + ("A" if key[-1] != "A" else "B")) == 401
-=======
-# What a request may name, from the API's own document. A parameter that stands in neither table fails the test: whoever
-# adds one says here what it names.
-IDS = {
-    ("path", "job_id"): "job",
-    ("path", "file_id"): "file",
-    ("query /jobs", "after"): "job",
-    ("query /files", "after"): "file",
-    ("query /v1/fine_tuning/jobs", "after"): "job",
-    ("query /v1/files", "after"): "file",
-}
-NO_IDS = {
-    ("path", "base_model"),  # base models are everybody's
-    ("path", "key"),  # signed
-    ("query /jobs", "status"),
-    ("query /jobs", "base_model"),
-    ("query /jobs", "metadata"),
-    ("query /objects/{key}", "signature"),
-    ("query /v1/fine_tuning/jobs", "metadata"),
-    ("query /v1/files", "order"),
-    ("query /v1/files", "purpose"),
-    ("query /jobs/{job_id}/checkpoints", "after"),  # within the job of the path, as below
-    ("query /v1/fine_tuning/jobs/{job_id}/events", "after"),
-    ("query /v1/fine_tuning/jobs/{job_id}/checkpoints", "after"),
-    ("path", "model"),  # tests/unit/test_api_compatible.py has foreign adapters
-    ("header", "idempotency-key"),  # each tenant has its own
-    ("header", "last-event-id"),  # within the job of the path
-}
-BODIES_WITH_IDS: dict[tuple[str, str], Callable[[str], dict[str, Any]]] = {
-    ("post", "/jobs"): lambda file_id: {"base_model": LLAMA, "dataset": {"file": file_id}},
-    ("post", "/jobs/estimate"): lambda file_id: {"base_model": LLAMA, "dataset": {"file": file_id}},
-    ("post", "/v1/fine_tuning/jobs"): lambda file_id: {"model": LLAMA, "training_file": file_id},
-}
-BODIES_WITHOUT_IDS = {("post", "/files"), ("post", "/v1/files"), ("post", "/webhooks/test")}
->>>>>>> proofs
 
 
 def test_keys_that_have_expired_are_refused_and_those_that_are_revoked_within_seconds(api: ApiService) -> None:
