@@ -80,6 +80,7 @@ SHARES = [
         "a job is told a place in which it is not claimed",
         "runs_then = self.runs + self.higher + number",
         "runs_then = self.higher + number",
+        f"{_TENANTS}::test_places_in_line_are_the_order_of_the_claims[sqlite]",
     ),
     _of(
         _LINE,
