@@ -243,6 +243,7 @@ RESENT = [
         "a job is answered that was deleted",
         "        jobs.c.deleted_at.is_(None),\n",
         "",
+        "tests/integration/test_resends.py::test_a_repetition_whose_job_was_deleted_makes_another[sqlite]",
     ),
 ]
 
