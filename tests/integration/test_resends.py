@@ -57,6 +57,18 @@ def test_sendings_that_arrive_together_make_one_job(database: Database) -> None:
     assert len(jobs.list("default", JobQuery(limit=100))[0]) == 10
 
 
+def test_a_repetition_whose_job_was_deleted_makes_another(database: Database) -> None:
+    jobs = Jobs(database)
+    first_at = database.now()
+    new = replace(a_new_job(), sending=Sending(sent_before=0, first_at=first_at))
+    made, _ = jobs.submit(new)
+    again = replace(a_new_job(), sending=Sending(sent_before=1, first_at=first_at))
+    assert jobs.submit(again)[0].id == made.id
+    jobs.cancel("default", made.id)
+    jobs.delete("default", made.id)
+    assert jobs.submit(again)[0].id == again.id
+
+
 def test_a_file_is_not_deleted_under_a_job_that_is_being_submitted(database: Database) -> None:
     jobs, files = Jobs(database), Files(database)
     for number in range(10):

@@ -259,6 +259,23 @@ def test_nobody_who_has_waited_is_passed_by_for_what_was_used_the_day_before_yes
     assert following is not None and following.tenant == "a", "whose job is the oldest"
 
 
+def test_places_in_line_are_the_order_of_the_claims(timed: Database, clock: FakeClock) -> None:
+    jobs, leases = Jobs(timed), Leases(timed, LEASE)
+    Tenants(timed, Quotas()).set("c", {"share": 2.0})
+    for tenant in "aab":
+        waiting(timed, tenant, Quotas())
+        assert leases.claim("w", **TRAIN) is not None
+        clock.now += 7
+    line = [waiting(timed, tenant, Quotas()) for tenant in "aaabbbccc"]
+    places = {job.id: jobs.place_in_line(job) for job in line}
+    for number in range(1, len(line) + 1):
+        clock.tick()
+        claimed = leases.claim("w", **TRAIN)
+        assert claimed is not None
+        place = places[claimed.id]
+        assert place is not None and place.position == number, claimed.tenant
+
+
 def test_preparing_is_shared_by_the_time_it_took(timed: Database, clock: FakeClock) -> None:
     jobs, leases = Jobs(timed), Leases(timed, LEASE)
     for tenant in ("a", "a", "a", "b", "b"):

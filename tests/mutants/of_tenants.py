@@ -80,6 +80,7 @@ SHARES = [
         "a job is told a place in which it is not claimed",
         "runs_then = self.runs + self.higher + number",
         "runs_then = self.higher + number",
+        f"{_TENANTS}::test_places_in_line_are_the_order_of_the_claims[sqlite]",
     ),
     _of(
         _LINE,
@@ -242,6 +243,7 @@ RESENT = [
         "a job is answered that was deleted",
         "        jobs.c.deleted_at.is_(None),\n",
         "",
+        "tests/integration/test_resends.py::test_a_repetition_whose_job_was_deleted_makes_another[sqlite]",
     ),
 ]
 
