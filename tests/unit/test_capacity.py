@@ -25,6 +25,7 @@ from graft_shared.memory import (
     TrainingPlan,
     estimate,
     loading_bytes,
+    runs_as_graphs,
     shared_columns,
     size_for,
 )
@@ -287,8 +288,10 @@ def test_memory_never_falls_with_tokens_or_rank(shape: ModelShape, recompute: Re
         )
         return estimate(shape, spec(lora={"r": r}), plan).expected_bytes
 
-    assert needed(tokens, r) <= needed(tokens + 1, r)
     assert needed(tokens, r) <= needed(tokens, r + 1)
+    runs = [runs_as_graphs(count, shape.linear_parameters) for count in (tokens, tokens + 1)]
+    if runs[0] == runs[1]:  # where graphs end, what they hold is needed no more
+        assert needed(tokens, r) <= needed(tokens + 1, r)
 
 
 @given(shape=SHAPES, tokens=st.integers(64, 30_000), evaluated=st.integers(64, 30_000))
