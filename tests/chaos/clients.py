@@ -96,7 +96,7 @@ class Clients:
             "save_steps": str(SAVE_STEPS),
         }
         spec = {"base_model": "graft/tiny", "dataset": {"file": self._files[job.tenant]}, "metadata": metadata}
-        spec |= {"webhook_url": self.webhook_url} if self.webhook_url else {}
+        spec |= {"webhook_url": self.webhook_url + job.tenant} if self.webhook_url else {}
         began = time.monotonic()
         while True:
             answer = self._ask(job.tenant, "POST", "/jobs", json=spec, key=job.key)

@@ -15,7 +15,6 @@ from graft_shared.webhooks import signing_secret
 
 SECRET = "of the receiver in trouble"
 HANG_SECONDS = 12.0  # longer than a sender waits
-TENANT = "default"  # of a service without keys
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Taken:
 
 @dataclass
 class Receiver:
-    """Answers by draws from a seed until it is told to be well; `url` is what jobs name."""
+    """Answers by draws from a seed until it is told to be well. A tenant's jobs name `url` and the tenant."""
 
     seed: int
     taken: list[Taken] = field(default_factory=list)
@@ -64,8 +63,8 @@ class Receiver:
         self._server.shutdown()
         self._server.server_close()
 
-    def take(self, body: bytes, headers: dict[str, str]) -> int | None:
-        """The status to answer with; None to answer with nothing."""
+    def take(self, tenant: str, body: bytes, headers: dict[str, str]) -> int | None:
+        """The status to answer with; None to answer with nothing. Only this tenant's secret makes a signature right."""
         with self._lock:
             luck = 1.0 if self._well.is_set() else self._draw.random()
         if luck < 0.2:
@@ -74,7 +73,7 @@ class Receiver:
             self._well.wait(HANG_SECONDS)
             return self._turn_away(None)
         try:
-            message: dict[str, Any] = standardwebhooks.Webhook(signing_secret(SECRET, TENANT)).verify(body, headers)
+            message: dict[str, Any] = standardwebhooks.Webhook(signing_secret(SECRET, tenant)).verify(body, headers)
         except standardwebhooks.WebhookVerificationError:
             self.forged += 1
             return 401
@@ -91,7 +90,9 @@ def _handler_of(receiver: Receiver) -> type[BaseHTTPRequestHandler]:
         def do_POST(self) -> None:
             with contextlib.suppress(OSError, ValueError):  # the sender was killed meanwhile
                 body = self.rfile.read(int(self.headers["content-length"]))
-                status = receiver.take(body, {name.lower(): value for name, value in self.headers.items()})
+                status = receiver.take(
+                    self.path.removeprefix("/"), body, {name.lower(): value for name, value in self.headers.items()}
+                )
                 if status is not None:
                     self.send_response_only(status)
                     self.send_header("content-length", "0")

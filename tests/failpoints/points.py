@@ -198,7 +198,7 @@ _PREPARE: tuple[Point, ...] = (
         matters=_something,
         raised=Raised.LOST,
     ),
-    _preparer("prepare_before_rows_fetched", _BEFORE, f"{_PREPARATION}:_fetch_rows"),
+    _preparer("prepare_before_rows_fetched", _BEFORE, f"{_PREPARATION}:fetch_rows"),
     _preparer("prepare_after_rows_fetched", _AFTER, f"{_PREPARATION}:prepare_request"),
     _preparing("prepare_before_prepared_event", _BEFORE, f"{_TOY}:EventWriter.emit", matters=_emits("PreparedEvent")),
     _preparing("prepare_after_prepared_event", _AFTER, f"{_TOY}:EventWriter.emit", matters=_emits("PreparedEvent")),
