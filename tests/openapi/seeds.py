@@ -48,7 +48,9 @@ def seeded_api(folder: Path, database_url: str, *, spare_jobs: int = 40) -> Iter
     try:
         jobs, files = [], []
         for tenant, api in services.items():
-            jobs += _jobs(tenant, api, spare_jobs)
+            jobs += _claimed_jobs(tenant, api)  # of every tenant before anybody's wait: a claim takes the fairest
+        for api in services.values():
+            jobs += _other_jobs(api, spare_jobs)
             files += [str(api.upload().json()["id"]) for _ in range(10)]
         adapters = [fine_tuned_model(job) for job in jobs if job.adapter is not None]
         _write(folder / "jobs.txt", [job.id for job in jobs])
@@ -64,20 +66,27 @@ def seeded_api(folder: Path, database_url: str, *, spare_jobs: int = 40) -> Iter
             api.http.close()
 
 
-def _jobs(tenant: str, api: ApiService, spare: int) -> list[Job]:
-    """One of each status; whatever a worker has to claim comes before what waits."""
-    ids = []
+def _claimed_jobs(tenant: str, api: ApiService) -> list[Job]:
+    """Two that have succeeded, and one in training."""
+    jobs = []
     for succeeds in (True, True, False):
-        ids.append(str(api.new_job(base_model=TINY, metadata={"team": "search"})["id"]))
-        job = api.succeed(ids[-1]) if succeeds else api.train(ids[-1])
+        job_id = str(api.new_job(base_model=TINY, metadata={"team": "search"})["id"])
+        job = api.succeed(job_id) if succeeds else api.train(job_id)
         api.bucket.put_bytes(log_key(tenant, job.id, job.epoch), b"step 1: loss 3.0\n")
+        jobs.append(api.jobs.get(tenant, job_id))
+    return jobs
+
+
+def _other_jobs(api: ApiService, spare: int) -> list[Job]:
+    """Those that were cancelled, one that is paused, and some that wait."""
+    ids = []
     for _ in range(spare):
         ids.append(str(api.new_job(base_model=TINY)["id"]))
         api.http.post(f"/jobs/{ids[-1]}/cancel").raise_for_status()
     ids.append(str(api.new_job(base_model=TINY)["id"]))
     api.http.post(f"/jobs/{ids[-1]}/pause").raise_for_status()
     ids += [str(api.new_job(base_model=TINY)["id"]) for _ in range(3)]
-    return [api.jobs.get(tenant, job_id) for job_id in ids]
+    return [job for job_id in ids if (job := api.leases.read(job_id)) is not None]
 
 
 def _write(path: Path, values: list[str]) -> None:
