@@ -29,7 +29,7 @@ from graft_worker.supervisor.cache import HostCache
 from graft_worker.supervisor.neighbours import Neighbours
 from graft_worker.supervisor.spare import SpareTrainer
 from graft_worker.tasks import look_for_work
-from tests.api_service import ApiService, error_of, make_service, migrated_database
+from tests.api_service import ApiService, error_of, make_service, migrated_database, register_base
 from tests.factories import make_tokenizer
 from tests.waiting import wait_until
 
@@ -212,8 +212,7 @@ def api(tmp_path: Path, template: Path) -> Iterator[ApiService]:
     """A service with two registered bases: one with a tokenizer, one without."""
     for name in ("graft/tiny", "graft/mute"):
         folder = tmp_path / "models" / name
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps(CONFIG))
+        register_base(folder, CONFIG)
     make_tokenizer().save_pretrained(tmp_path / "models" / "graft/tiny")
     service = make_service(tmp_path, template)
     yield service
