@@ -84,19 +84,20 @@ def up(tmp_path: Path) -> Iterator[Up]:
 
 def test_up_starts_the_service_tells_when_it_is_ready_and_leaves_no_process(up: Up) -> None:
     assert f"ready at http://127.0.0.1:{up.port} (workers: prepare, merge, cpu, gpu-0, gpu-1)" in up.log
-    wait_until(lambda: up.log.count("works on") == 4, seconds=60, what="four workers")
+    wait_until(lambda: up.log.count("works on") == 5, seconds=60, what="five workers")
     for line in (
         "works on cuda:0 as gpu-0 True",
         "works on cuda:1 as gpu-1 True",
         "works on cpu as cpu True",
         "works on cpu as prepare True",
+        "works on cpu as merge True",
     ):
         assert line in up.log
     assert (up.state / "graft.db").exists()
     wait_until(lambda: "reconciler_started" in up.log, seconds=60, what="the reconciler")
     up.process.send_signal(signal.SIGINT)
     assert up.process.wait(timeout=60) == 0
-    assert up.log.count("worker has left") == 4
+    assert up.log.count("worker has left") == 5
     order = ["worker has left", "reconciler_stopped", "api has left", "bye bye"]
     assert sorted(order, key=up.log.index) == order
     assert up.processes() == []
