@@ -10,7 +10,7 @@ import pytest
 from graft_shared.errors import AdapterNotReady, JobNotFound, MergedModelInUse, MergedModelNotFound
 from graft_shared.ids import new_merge_id
 from graft_shared.jobs import Failure, FailureReason, Job, JobState, JobStatus, Stage
-from graft_shared.store import Database, JobQuery, Jobs, Leases, Merges, Sweeps, Totals
+from graft_shared.store import Database, JobQuery, Jobs, Leases, Merges, Outbox, Quotas, Sweeps, Tenants, Totals
 from tests.store_factories import a_new_job
 
 CLASSES = ("cpu",)
@@ -71,7 +71,11 @@ def test_it_is_no_job_of_its_tenants(jobs: Jobs, leases: Leases, merges: Merges,
     for verb in (jobs.get, jobs.cancel, jobs.pause, jobs.delete, jobs.events):
         with pytest.raises(JobNotFound):
             verb("default", merge.id)
+    with pytest.raises(JobNotFound):
+        Outbox(database).of_job("default", merge.id)
+    assert jobs.newest_events([("default", merge.id)]) == {}
     assert sum(Totals(database).jobs().values()) == 1
+    assert Tenants(database, Quotas()).get("default").queued_jobs == 0
 
 
 def test_one_that_failed_makes_room_for_another(jobs: Jobs, leases: Leases, merges: Merges) -> None:

@@ -12,6 +12,7 @@ import pytest
 from graft_shared.artifacts import MANIFEST_NAME, AdapterManifest, FileProof, merged_prefix
 from graft_shared.jobs import Failure, FailureReason, Job, Stage
 from tests.api_service import LLAMA, ApiService, error_of, make_service, migrated_database
+from tests.store_factories import a_beat
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +64,15 @@ def test_a_merged_model_is_asked_for_followed_and_brought_home(api: ApiService, 
     asked = api.http.post(route)
     assert asked.status_code == 202 and asked.json()["status"] == "queued"
     assert (asked.json()["job_id"], asked.json()["files"], asked.json()["links_expire_at"]) == (tuned, [], None)
+    assert "No live worker merges" in asked.json()["queue"]["reason"]
+    api.workers.beat(**a_beat(stages=(Stage.MERGE,)))
+    assert api.http.get(route).json()["queue"]["reason"] == "Waiting for a worker that merges."
     assert api.doorbell.rung[-1][1] == "merge"
     assert api.http.post(route).json()["created_at"] == asked.json()["created_at"], "asked twice is asked once"
     assert error_of(api.http.get(f"{route}/archive"), 409)["code"] == "adapter_not_ready"
     made(api)
     found = api.http.get(route).json()
+    assert found["queue"] is None
     assert (found["status"], found["base_revision"], found["proof"]) == ("succeeded", "abc", {"logits_difference": 0.0})
     (file,) = found["files"]
     assert api.http.get(file["url"].removeprefix("http://testserver")).content == b"weights"

@@ -178,7 +178,7 @@ class Jobs:
     def newest_events(self, asked: Collection[tuple[str, str]]) -> dict[tuple[str, str], int]:
         """The id of the last event of each of these jobs that there is; a job is asked for as its tenant and its id."""
         query = select(jobs.c.tenant, jobs.c.id, jobs.c.next_event).where(
-            tuple_(jobs.c.tenant, jobs.c.id).in_(asked), jobs.c.deleted_at.is_(None)
+            tuple_(jobs.c.tenant, jobs.c.id).in_(asked), is_there()
         )
         with self._database.reading() as connection:
             return {(tenant, job_id): last for tenant, job_id, last in connection.execute(query)}

@@ -12,6 +12,7 @@ from graft_shared.errors import JobNotFound
 from graft_shared.ids import new_webhook_id
 from graft_shared.jobs import JobState
 from graft_shared.store.engine import Database, as_datetime, now
+from graft_shared.store.rows import is_there
 from graft_shared.store.tables import jobs, webhooks
 
 SENDING = timedelta(seconds=60)  # how long one sender has a webhook for itself; longer than any delivery takes
@@ -95,7 +96,7 @@ class Outbox:
             JobNotFound: No such job, or another tenant's.
         """
         with self._database.reading() as connection:
-            known = select(jobs.c.id).where(jobs.c.tenant == tenant, jobs.c.id == job_id, jobs.c.deleted_at.is_(None))
+            known = select(jobs.c.id).where(jobs.c.tenant == tenant, jobs.c.id == job_id, is_there())
             if connection.execute(known).scalar_one_or_none() is None:
                 raise JobNotFound(job_id=job_id)
             found = select(webhooks).where(webhooks.c.job_id == job_id).order_by(webhooks.c.created_at)

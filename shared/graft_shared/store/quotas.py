@@ -167,7 +167,7 @@ def count_waiting(tenant: str) -> Select[int]:
     """How many jobs of a tenant count as queued: they neither train nor have ended."""
     being_prepared = and_(jobs.c.state == JobState.RUNNING.value, jobs.c.stage == Stage.PREPARE.value)
     waits = or_(jobs.c.state == JobState.QUEUED.value, being_prepared)
-    return select(func.count()).where(jobs.c.tenant == tenant, waits)
+    return select(func.count()).where(jobs.c.tenant == tenant, jobs.c.stage != Stage.MERGE.value, waits)
 
 
 def count_stored_bytes(tenant: str) -> Select[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from graft_api.auth import MayReadJobs
-from graft_api.compatible.names import fine_tuned_model, job_of_model
+from graft_api.compatible.names import base_and_job_of_model, fine_tuned_model
 from graft_api.compatible.schemas import ModelObject
 from graft_api.compatible.views import adapter_object, base_object
 from graft_api.deps import Here
@@ -36,7 +36,7 @@ def list_models(tenant: MayReadJobs, here: Here) -> Page[ModelObject]:
 @router.get("/{model:path}", summary="One base model or adapter", responses=documented(404))
 def get_model(model: str, tenant: MayReadJobs, here: Here) -> ModelObject:
     """Return it."""
-    job_id = job_of_model(model)
+    _, job_id = base_and_job_of_model(model)
     try:
         if job_id is None:
             return base_object(*here.bases.get(model))

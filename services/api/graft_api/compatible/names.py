@@ -41,12 +41,6 @@ def fine_tuned_model(job: Job) -> str:
     return f"ft:{job.spec['base_model']}:{job.tenant}:{suffix}:{job.id.removeprefix(_JOB_PREFIX)}"
 
 
-def job_of_model(model: str) -> str | None:
-    """The id of the job that an adapter's name tells of; None for a name of another kind."""
-    found = _MODEL.fullmatch(model)
-    return _JOB_PREFIX + found["job"] if found else None
-
-
 def base_and_job_of_model(model: str) -> tuple[str, str | None]:
     """The base model that a name tells of and, of an adapter's name, the job that made it."""
     found = _MODEL.fullmatch(model)

@@ -12,6 +12,7 @@ from graft_api.deps import Here
 from graft_api.errors import documented
 from graft_api.jobs.adapter import linked_files, read_adapter
 from graft_api.jobs.endpoints import TAR, tar_of
+from graft_api.jobs.queue import queue_of_merge
 from graft_api.jobs.schemas import JobError, MergedModelBody, MergedModelDeleted
 from graft_shared.ids import new_merge_id
 from graft_shared.jobs import Job
@@ -58,6 +59,7 @@ def _body(merge: Job, here: Here, base_url: str) -> MergedModelBody:
         job_id=str(merge.merges),
         status=merge.status,
         phase=merge.phase,
+        queue=queue_of_merge(merge, here.workers.crews()),
         created_at=int(merge.created_at.timestamp()),
         finished_at=int(merge.finished_at.timestamp()) if merge.finished_at else None,
         base_model=merge.spec["base_model"],

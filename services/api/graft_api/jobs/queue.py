@@ -43,6 +43,15 @@ def queue_of(job: Job, jobs: Jobs, crews: Sequence[Crew], table: CapacityTable) 
     return Queue(position=place.position, reason=f"{reason} {later}" if untrained else reason)
 
 
+def queue_of_merge(merge: Job, crews: Sequence[Crew]) -> Queue | None:
+    """What a merged model that is not begun yet waits for."""
+    if merge.status is not JobStatus.QUEUED:
+        return None
+    if any(Stage.MERGE in crew.stages for crew in crews):
+        return Queue(position=None, reason="Waiting for a worker that merges.")
+    return Queue(position=None, reason="No live worker merges: the operator starts one with GRAFT_WORKER_STAGE=merge.")
+
+
 def workers_for(stage: Stage, gpu_class: str, workers: Sequence[Working], table: CapacityTable) -> list[Working]:
     """The live workers that would claim such a job: larger GPUs take smaller classes too, any of them prepares."""
     able = [worker for worker in workers if stage in worker.stages]

@@ -219,6 +219,7 @@ class MergedModelBody(BaseModel):
     job_id: str
     status: JobStatus
     phase: Phase | None
+    queue: Queue | None
     created_at: UnixSeconds
     finished_at: UnixSeconds | None
     base_model: str

@@ -24,7 +24,7 @@ def fetch_adapter(
     job = neighbours.leases.read(job_id)
     if job is None or job.tenant != tenant or job.adapter is None:
         raise InvalidParameter(param="adapter.job", reason=f"the adapter of '{job_id}' is gone")
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)  # a try before this one may have lost the bucket half way
     manifest_path = folder / MANIFEST_NAME
     fetch(neighbours.bucket, StoredObject(**job.adapter["manifest"]), manifest_path)
     manifest = AdapterManifest.model_validate_json(manifest_path.read_text())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
-from graft_shared.artifacts import AdapterManifest, merged_prefix
+from graft_shared.artifacts import merged_prefix
 from graft_shared.jobs import Job
 from graft_worker.protocol import MergedEvent, MergeRequest
 from graft_worker.supervisor.adapters import fetch_adapter
@@ -33,14 +33,6 @@ def publish_merged(
     job: Job, workdir: Path, request: MergeRequest, merged: MergedEvent, neighbours: Neighbours, patience: Patience
 ) -> None:
     """Store the merged model and settle its row as succeeded; raises as `publish`."""
-    manifest = AdapterManifest(
-        job_id=request.job_id,
-        epoch=job.epoch,
-        base_model=request.base_model,
-        base_revision=request.base_revision,
-        files=(),
-        proof=merged.proof,
-        versions=merged.versions,
-    )
     prefix = merged_prefix(job.tenant, job.id, job.epoch)
-    publish(job, workdir / "merged", prefix, manifest, neighbours, patience, metrics={}, memory={})
+    folder = workdir / "merged"
+    publish(job, folder, prefix, request, merged, neighbours, patience, metrics={}, memory={})

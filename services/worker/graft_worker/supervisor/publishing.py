@@ -11,6 +11,7 @@ from graft_shared.artifacts import MANIFEST_NAME, AdapterManifest, FileProof
 from graft_shared.buckets import read_back
 from graft_shared.errors import LeaseLost
 from graft_shared.jobs import Job, StoredObject
+from graft_worker.protocol import MergedEvent, MergeRequest, TrainedEvent, TrainRequest
 from graft_worker.supervisor.neighbours import Neighbours
 from graft_worker.supervisor.patience import Patience
 
@@ -19,14 +20,15 @@ def publish(
     job: Job,
     folder: Path,
     prefix: str,
-    manifest: AdapterManifest,
+    request: TrainRequest | MergeRequest,
+    made: TrainedEvent | MergedEvent,
     neighbours: Neighbours,
     patience: Patience,
     *,
     metrics: dict[str, Any],
     memory: dict[str, Any],
 ) -> None:
-    """Store the files of a folder under this prefix, then the manifest that names them, and settle the job.
+    """Store the files of a folder under this prefix, then the manifest that names and proves them, and settle the job.
 
     Raises:
         ArtifactCorrupt: The bucket gives back other bytes than it was given.
@@ -37,7 +39,16 @@ def publish(
     for path in sorted(folder.iterdir()):
         stored = patience.wait_for(partial(_store, prefix + path.name, path, neighbours))
         proofs.append(FileProof(name=path.name, size=stored.size, sha256=stored.sha256))
-    content = manifest.model_copy(update={"files": tuple(proofs)}).to_bytes()
+    manifest = AdapterManifest(
+        job_id=request.job_id,
+        epoch=job.epoch,
+        base_model=request.base_model,
+        base_revision=request.base_revision,
+        files=tuple(proofs),
+        proof=made.proof,
+        versions=made.versions,
+    )
+    content = manifest.to_bytes()
     written = patience.wait_for(lambda: neighbours.bucket.put_bytes(prefix + MANIFEST_NAME, content))
     patience.wait_for(lambda: read_back(neighbours.bucket, written))
     adapter = {

@@ -8,7 +8,7 @@ import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
-from graft_shared.artifacts import AdapterManifest, adapter_prefix, checkpoint_key
+from graft_shared.artifacts import adapter_prefix, checkpoint_key
 from graft_shared.buckets import read_back
 from graft_shared.capacity import CapacityTable, Placement
 from graft_shared.catalogue import ModelShape
@@ -99,15 +99,6 @@ def publish_adapter(
     job: Job, workdir: Path, request: TrainRequest, trained: TrainedEvent, neighbours: Neighbours, patience: Patience
 ) -> None:
     """Store the adapter and settle the job as succeeded; raises as `publish`."""
-    manifest = AdapterManifest(
-        job_id=job.id,
-        epoch=job.epoch,
-        base_model=request.base_model,
-        base_revision=request.base_revision,
-        files=(),
-        proof=trained.proof,
-        versions=trained.versions,
-    )
     prefix = adapter_prefix(job.tenant, job.id, job.epoch)
     folder = workdir / "adapter"
-    publish(job, folder, prefix, manifest, neighbours, patience, metrics=trained.metrics, memory=trained.memory)
+    publish(job, folder, prefix, request, trained, neighbours, patience, metrics=trained.metrics, memory=trained.memory)
