@@ -44,7 +44,8 @@ LOSS_CHUNK_TOKENS = 512  # tokens of one chunk, at most: more make no product fa
 LOSS_TILE_TOKENS = 128  # tokens are the rows of a product, which is computed in tiles
 # What the allocator reserves beyond what is counted, with expandable segments: part grows with the body, part is the
 # pools' own, of launches and of graphs, and the workspaces of cuBLAS.
-ALLOCATOR_SHARE, ALLOCATOR_BYTES = 0.01, int(0.25 * GIB)
+ALLOCATOR_SHARE, ALLOCATOR_BYTES = 0.01, int(0.13 * GIB)
+PUT_BY_SHARE = 0.4  # of gradients: the holes left by what was put by while the optimizer's moments were made
 RELAID_SHARE = 0.05  # of weights in 16 bits: the holes that are left where they were before they had room
 CONTEXT_BYTES = int(0.85 * GIB)  # outside the allocator: CUDA context and kernels
 # Products of a layer's weights and a microbatch's tokens below which the device would wait for the host now and then. A
@@ -169,9 +170,11 @@ def _estimate(
     if checkpoints and not kept:  # else a layer that was kept is done with when the first is computed again
         backward += per_layer
     evaluated = tokens if evaluation_tokens is None else evaluation_tokens
-    between = max(loss_bytes(shape, tokens), evaluated * evaluation_bytes_per_token(shape))
-    if not runs_as_graphs(tokens, shape.linear_parameters):
-        between = max(0, between - backward)  # the one is over when the other begins
+    loss, evaluation = loss_bytes(shape, tokens), evaluated * evaluation_bytes_per_token(shape)
+    if runs_as_graphs(tokens, shape.linear_parameters):
+        between = loss + evaluation  # neither fits the holes that the other leaves, nor may use what graphs hold
+    else:
+        between = max(0, max(loss, evaluation) - backward)  # the one is over when the other begins
     components = {
         **held,
         "activations": int(kept * per_layer),
@@ -183,7 +186,7 @@ def _estimate(
     making = sum(held.values()) + 2 * held["gradients"]  # weights and gradients are put by while the moments are made
     components["loading"] = max(0, max(loading, making) - sum(components.values()))
     body = sum(components.values())
-    slack = ALLOCATOR_BYTES + int(ALLOCATOR_SHARE * body)
+    slack = ALLOCATOR_BYTES + int(ALLOCATOR_SHARE * body + PUT_BY_SHARE * held["gradients"])
     if not quantization.load_in_4bit:
         slack += int(RELAID_SHARE * weights)
     return MemoryEstimate(components={**components, "context_and_allocator": CONTEXT_BYTES + slack})

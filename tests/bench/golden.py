@@ -100,13 +100,20 @@ FITTED = [
     Case("13b", "offload", 4096, optim="adamw_torch", all_linear=True),
     Case("34b", "none", 1024), Case("34b", "none", 4096, all_linear=True), Case("34b", "full", 4096, all_linear=True),
     Case("70b", "none", 2048, all_linear=True), Case("70b", "every_n_layers", 2048), Case("70b", "offload", 1024),
-]  # fmt: skip
-HELD_OUT = [
     Case("3b", "full", 16_384, resumed=True), Case("7b", "none", 4096, resumed=True),
     Case("7b", "none", 6144, all_linear=True), Case("7b", "offload", 8192, all_linear=True, r=64),
     Case("8b", "offload", 8192, all_linear=True), Case("13b", "none", 2048, all_linear=True),
     Case("13b", "offload", 512), Case("34b", "offload", 8192, resumed=True), Case("70b", "none", 512),
     Case("70b", "full", 4096, all_linear=True, optim="paged_adamw_32bit"),
+]  # fmt: skip
+HELD_OUT = [
+    Case("1b", "full", 4096, all_linear=True), Case("1b", "offload", 16_384, all_linear=True, optim="adamw_torch"),
+    Case("3b", "none", 8192, all_linear=True), Case("3b", "offload", 12_288, resumed=True),
+    Case("7b", "full", 8192), Case("7b", "every_n_layers", 3072, all_linear=True, resumed=True),
+    Case("8b", "none", 1024, all_linear=True, optim="paged_adamw_32bit"),
+    Case("8b", "full", 8192, all_linear=True, r=64), Case("13b", "offload", 2048),
+    Case("34b", "full", 1024, all_linear=True),
+    Case("70b", "offload", 4096, all_linear=True),
 ]  # fmt: skip
 
 
@@ -124,25 +131,23 @@ def main() -> None:
         report(json.loads(arguments.report.read_text()), arguments.plot)
         return
     arguments.out_dir.mkdir(parents=True, exist_ok=True)
-    every = [(case, False) for case in FITTED] + [(case, True) for case in HELD_OUT]
     waiting = [
-        (case, is_held_out)
-        for case, is_held_out in ([(Case("tiny", "none", 64), False)] if arguments.smoke else every)
-        if arguments.only in case.name and arguments.held_out in (None, is_held_out)
+        case
+        for case in ([Case("tiny", "none", 64)] if arguments.smoke else [*FITTED, *HELD_OUT])
+        if arguments.only in case.name and arguments.held_out in (None, case in HELD_OUT)
     ]
-    found = run_all(sorted(waiting, key=lambda pair: expected(pair[0]).expected_bytes, reverse=True), arguments.out_dir)
+    found = run_all(sorted(waiting, key=lambda case: expected(case).expected_bytes, reverse=True), arguments.out_dir)
     report(found, arguments.plot)
 
 
-def run_all(waiting: list[tuple[Case, bool]], out_dir: Path) -> list[dict[str, Any]]:
+def run_all(waiting: list[Case], out_dir: Path) -> list[dict[str, Any]]:
     """Make the runs, several at once; returns what was found, and keeps it in a file."""
-    held_out = {case.name: is_held_out for case, is_held_out in waiting}
     found: list[dict[str, Any]] = []
-    for done in run_together([_task(case, out_dir) for case, _ in waiting], out_dir):
+    for done in run_together([_task(case, out_dir) for case in waiting], out_dir):
         if done.result is None:
             print(f"{done.name}: {done.problem}", flush=True)
             continue
-        found.append({**done.result, "held_out": held_out[done.name]})
+        found.append(done.result)
         (out_dir / "golden.json").write_text(json.dumps(found, indent=1) + "\n")
     return found
 
@@ -163,10 +168,15 @@ def errors_of(found: list[dict[str, Any]]) -> list[float]:
     return [expected(Case(**run["case"])).expected_bytes / run["memory"]["measured_peak_bytes"] - 1 for run in found]
 
 
+def is_held_out(run: dict[str, Any]) -> bool:
+    """Whether the table was not fitted to this run."""
+    return Case(**run["case"]) in HELD_OUT
+
+
 def line_of(run: dict[str, Any]) -> str:
     """One run in a line."""
     (error,), measured = errors_of([run]), run["memory"]["measured_peak_bytes"]
-    held_out = " (held out)" if run["held_out"] else ""
+    held_out = " (held out)" if is_held_out(run) else ""
     return f"{Case(**run['case']).name}: {measured / GIB:.2f} GiB, expected {100 * error:+.1f} %{held_out}"
 
 
@@ -175,8 +185,8 @@ def report(found: list[dict[str, Any]], plot: Path | None) -> None:
     for run in found:
         print(line_of(run))
     for name, runs in (
-        ("fitted", [run for run in found if not run["held_out"]]),
-        ("held out", [run for run in found if run["held_out"]]),
+        ("fitted", [run for run in found if not is_held_out(run)]),
+        ("held out", [run for run in found if is_held_out(run)]),
     ):
         sizes = sorted(abs(error) for error in errors_of(runs))
         if sizes:
@@ -193,11 +203,13 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2))
-    for is_held_out, color in ((False, "C0"), (True, "C1")):
-        runs = [run for run in found if run["held_out"] == is_held_out]
+    for held_out, color in ((False, "C0"), (True, "C1")):
+        runs = [run for run in found if is_held_out(run) == held_out]
+        if not runs:
+            continue
         measured = [run["memory"]["measured_peak_bytes"] / GIB for run in runs]
         errors = errors_of(runs)
-        label = "held out" if is_held_out else "fitted to"
+        label = "held out" if held_out else "fitted to"
         left.scatter(
             measured, [size * (1 + error) for size, error in zip(measured, errors, strict=True)], 16, color, label=label
         )
@@ -243,12 +255,25 @@ def measure(case: Case, workdir: Path) -> dict[str, Any]:
     return {
         "case": asdict(case),
         "memory": run.footprint.peak(run.optimizer.paged_bytes),
+        "pools": pools(),
         "estimate": estimate(shape, spec, run.plan).to_dict(),
         "losses": [round(loss, 4) for loss, _ in figures],
         "seconds": round(time.monotonic() - began, 1),
         "versions": versions(),
         "command": f"python tests/bench/golden.py --only {case.name}",
     }
+
+
+def pools() -> dict[str, dict[str, int]]:
+    """Bytes that the allocator holds at the end, and those in use: of what is launched, and of what is replayed."""
+    import torch
+
+    found = {name: {"held": 0, "in_use": 0} for name in ("launched", "graphs")}
+    for segment in torch.cuda.memory_snapshot() if torch.cuda.is_available() else []:
+        pool = found["launched" if tuple(segment["segment_pool_id"]) == (0, 0) else "graphs"]
+        pool["held"] += segment["total_size"]
+        pool["in_use"] += segment["active_size"]
+    return found
 
 
 def forget_peaks() -> None:

@@ -162,6 +162,7 @@ def _report(
         "optim": request.spec["training"]["optim"],
         "steps": request.spec["training"]["max_steps"],
         "save_steps": request.spec["training"]["save_steps"],
+        "deterministic": request.spec["training"]["deterministic"],
         "kills": len(runs),
         "killed": [run.ended for run in runs],
         "steps_made_in_lives_that_were_killed": made,

@@ -126,6 +126,7 @@ def make_request(base: Path, data: Path, arguments: argparse.Namespace) -> Train
                 "max_length": WORKLOADS[arguments.workload]["cap"],
                 "optim": arguments.optim,
                 "save_steps": 10**6,
+                "deterministic": arguments.deterministic,
             },
         }
     )
@@ -259,6 +260,7 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--optim", choices=[optim.value for optim in Optim], default="paged_adamw_8bit")
     parser.add_argument("--all-linear", action="store_true")
     parser.add_argument("--bf16-base", action="store_true")
+    parser.add_argument("--deterministic", action="store_true", help="the same bytes each time on a GPU, too")
     parser.add_argument("--workspace", type=Path, default=Path("/tmp/graft-bench"))
     parser.add_argument("--out", type=Path, required=True)
     return parser

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from graft_shared.errors import VramCapacityExceeded
 from graft_shared.memory import Recompute, TrainingPlan, estimate
 from graft_shared.planner import leanest_plan, plans
 from graft_shared.specs import JobSpec
+from tests.bench import golden
 
-PAGE = (Path(__file__).parents[2] / "docs" / "memory.md").read_text()
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "memory.md").read_text()
 CATALOGUE, TABLE = load_catalogue(), load_capacity()
 BASE = "huggyllama/llama-7b"
 
@@ -51,7 +54,7 @@ def test_the_table_of_a_7b_is_what_the_arithmetic_says() -> None:
         "optimizer": "optimizer",
         "activations": "activations",
         "scratch for a dequantised weight": "dequantisation_scratch",
-        "loss, or a layer's evaluation": "loss_or_evaluation",
+        "loss and a layer's evaluation": "loss_or_evaluation",
         "one layer's backward pass": "backward_pass",
         "context and allocator": "context_and_allocator",
     }.items():
@@ -74,6 +77,19 @@ def test_the_least_and_the_fastest_of_a_7b_are_what_the_planner_says() -> None:
     assert f"{gb(needed.components['activations'])} GB with\n  microbatches of {fastest.microbatch_tokens:,}" in PAGE
     base = estimate(shape, spec, fastest).components
     assert f"the base is {gb(base['base_weights'] + base['unquantised_weights'])} GB" in PAGE
+
+
+def test_the_runs_are_as_far_off_as_the_page_says() -> None:
+    runs = json.loads((ROOT / "tests/bench/results/h200-golden.json").read_text())
+    errors = golden.errors_of(runs)
+    assert f"{len(runs)} runs on one H200" in PAGE
+    assert f"between {-min(errors):.1%} below that and\n{max(errors):.1%} above it".replace("%", " %") in PAGE
+    assert f"by the mean {sum(errors) / len(errors):.1%} above".replace("%", " %") in PAGE
+    for run, error in zip(runs, errors, strict=True):
+        assert -0.02 <= error <= 0.05, run["case"]
+        assert golden.expected(golden.Case(**run["case"])).high_bytes >= run["memory"]["measured_peak_bytes"]
+        assert run["versions"]["gpu"] == "NVIDIA H200"
+    assert {golden.Case(**run["case"]) for run in runs} == set(golden.FITTED)
 
 
 def test_the_largest_bases_are_what_the_table_says() -> None:

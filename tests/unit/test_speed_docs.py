@@ -24,7 +24,7 @@ def row(title: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "prefix"), [("h100-llama-2-7b-a", ""), ("h100-all-linear", "all linear: "), ("h200-llama-3.1-8b", "8B: ")]
+    ("name", "prefix"), [("h200-llama-2-7b-a", ""), ("h100-all-linear", "all linear: "), ("h200-llama-3.1-8b", "8B: ")]
 )
 def test_each_row_is_a_run(name: str, prefix: str) -> None:
     runs = results(name)
@@ -37,7 +37,7 @@ def test_each_row_is_a_run(name: str, prefix: str) -> None:
 
 
 def test_the_first_sentence_and_the_price_of_four_bits_are_the_runs() -> None:
-    speed = {run["row"]: run["tokens_per_second"] for run in results("h100-llama-2-7b-a")}
+    speed = {run["row"]: run["tokens_per_second"] for run in results("h200-llama-2-7b-a")}
     assert f"trained {speed['Graft, speed'] / speed['Trainer, checkpointing']:.1f} times the tokens" in PAGE
     assert f"four bits cost {1 - speed['Graft, speed'] / speed['Graft, bf16 base']:.0%}".replace("%", " %") in PAGE
 
@@ -60,12 +60,23 @@ def test_the_start_took_what_the_page_says() -> None:
     assert found["command"] in PAGE
 
 
+CARDS = {
+    "NVIDIA H200": ["h200-llama-2-7b-a", "h200-llama-3.1-8b"],
+    "NVIDIA H100 80GB HBM3": ["h100-all-linear", "h100-losses", "h100-service-7b"],
+}
+
+
 def test_the_versions_are_those_of_every_run_and_the_pins_those_of_the_images() -> None:
-    runs = [*results("h100-llama-2-7b-a"), *results("h100-all-linear"), *results("h100-losses")]
-    (used,) = {json.dumps(run["versions"], sort_keys=True) for run in [*runs, *results("h100-service-7b")["jobs"]]}
-    versions = json.loads(used)
+    versions = results("h200-llama-2-7b-a")[0]["versions"]
+    for card, names in CARDS.items():
+        assert card in PAGE
+        for name in names:
+            found = results(name)
+            runs = found["jobs"] if isinstance(found, dict) else found
+            assert all(run["versions"] == {**versions, "gpu": card} for run in runs), name
+            assert f"`{name}.json`" in PAGE
     named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
-    assert f"Python {versions['python']}, {named}, {versions['gpu']}" in PAGE
+    assert f"Python {versions['python']}, {named} and TRL" in PAGE
     pins = dict(
         line.split("==") for line in (ROOT / "deploy/constraints/all.txt").read_text().splitlines() if "==" in line
     )
@@ -75,15 +86,15 @@ def test_the_versions_are_those_of_every_run_and_the_pins_those_of_the_images() 
     ) in PAGE
 
 
-def test_the_8b_ran_on_what_the_page_says() -> None:
-    runs = results("h200-llama-3.1-8b")
-    versions = results("h100-llama-2-7b-a")[0]["versions"]
-    assert all(run["versions"] == {**versions, "gpu": "NVIDIA H200"} for run in runs)
-    assert "NVIDIA H200 with the same versions" in PAGE
-
-
 def test_the_plans_are_as_the_page_says() -> None:
-    graft = {run["row"]: run for run in results("h100-llama-2-7b-a") if "plan" in run}
-    assert {run["plan"]["recompute"] for run in graft.values()} == {"none"}
+    graft = {run["row"]: run for run in results("h200-llama-2-7b-a") if "plan" in run}
+    plans = {row: run["plan"]["recompute"] for row, run in graft.items()}
+    assert plans == {"Graft, bf16 base": "none", "Graft, speed": "none", "Graft, memory": "offload"}
+    assert f"({graft['Graft, speed']['arguments']['limit_gib']} GiB for the job)" in PAGE
     (linear,) = (run for run in results("h100-all-linear") if "arguments" in run)
-    assert f"({float(linear['arguments']['limit_gib']):g} GiB for the job)" in PAGE
+    assert f"planned for {float(linear['arguments']['limit_gib']):g} GiB" in PAGE
+
+
+def test_the_leanest_plan_reserves_what_the_page_says() -> None:
+    reserved = {run["row"]: run["memory"]["reserved_peak_bytes"] for run in results("h200-llama-2-7b-a")}
+    assert f"reserves {reserved['Graft, memory'] / reserved['Trainer, checkpointing']:.2f} of" in PAGE

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._inductor.config
 
 from graft_shared.jobs import Phase
 from graft_shared.memory import SIZE_STEP, Recompute, runs_as_graphs, size_for
@@ -502,4 +503,5 @@ def _seed(seed: int, *, deterministic: bool) -> None:
     torch.manual_seed(seed)
     if deterministic:
         torch.use_deterministic_algorithms(True)
+        torch._inductor.config.deterministic = True  # the compiler times no variants of a sum, which differ in a bit
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # every buffer of ours is written before it is read
