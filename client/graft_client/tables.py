@@ -54,6 +54,7 @@ def _job_facts(job: dict[str, Any]) -> Iterable[tuple[str, Any]]:
     yield "GPU class", job.get("gpu_class")
     yield "attempt", f"{job['attempt']} of {job['max_attempts']}" if job.get("attempt") else None
     yield "queue position", queue.get("position")
+    yield "likely start", moment(queue.get("predicted_start"))
     yield "note", queue.get("reason")
     if progress.get("total_steps"):
         yield "step", f"{progress['step']} of {progress['total_steps']}"

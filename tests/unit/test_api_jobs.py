@@ -548,7 +548,10 @@ def test_a_queued_job_says_what_it_waits_for(api: ApiService) -> None:
     assert reason(second) == f"Waiting for data preparation, 1 job before it. {later}"
     prepared = api.claim(first)
     preparing = api.http.get(f"/jobs/{first}").json()
-    assert (preparing["status"], preparing["queue"]) == ("validating_files", {"position": None, "reason": later})
+    assert (preparing["status"], preparing["queue"]) == (
+        "validating_files",
+        {"position": None, "reason": later, "predicted_start": None},
+    )
     api.leases.hand_to_training(first, prepared.epoch, {"report": {}})
     assert reason(first) == "No live worker of class 16gb."
     api.workers.beat(**a_beat("g", gpu_class="80gb"))

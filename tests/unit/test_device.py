@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from graft_api.jobs.queue import workers_for
+from graft_api.jobs.fleet import workers_for
 from graft_shared.capacity import CapacityTable
 from graft_shared.defaults import load_capacity
 from graft_shared.dispatch import queue_for

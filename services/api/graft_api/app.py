@@ -22,6 +22,7 @@ from graft_api.files.schemas import UploadRequest
 from graft_api.jobs import endpoints as job_routes
 from graft_api.jobs import merged as merged_routes
 from graft_api.jobs.bells import Bells
+from graft_api.jobs.starts import Starts
 from graft_api.jobs.watch import Watch
 from graft_api.keys.ring import KeyRing
 from graft_api.keys.static import read_keys
@@ -91,6 +92,7 @@ def neighbours_of(
     """Everything that the routes are handed, made from what was chosen."""
     quotas = Quotas.of(settings)
     jobs = Jobs(database, quotas)
+    workers, totals = Workers(database), Totals(database)
     return Neighbours(
         settings=settings,
         keys=KeyRing(
@@ -105,8 +107,9 @@ def neighbours_of(
         merges=Merges(database),
         files=Files(database, quotas),
         reports=Reports(database, settings.lease),
-        workers=Workers(database),
-        totals=Totals(database),
+        workers=workers,
+        totals=totals,
+        starts=Starts(workers, totals, capacity),
         bells=Bells(doorbell, Leases(database, settings.lease)),
         watch=Watch(jobs),
         outbox=Outbox(database),

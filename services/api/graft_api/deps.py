@@ -13,6 +13,7 @@ from fastapi import Depends, Request
 
 from graft_api.errors import BodyTooLarge, RouteNotFound, UnsupportedEncoding, UnsupportedMediaType
 from graft_api.jobs.bells import Bells
+from graft_api.jobs.starts import Starts
 from graft_api.jobs.watch import Watch
 from graft_api.keys.ring import KeyRing
 from graft_api.models.bases import BaseModels
@@ -41,6 +42,7 @@ class Neighbours:
     reports: Reports
     workers: Workers
     totals: Totals
+    starts: Starts
     bells: Bells
     watch: Watch
     outbox: Outbox

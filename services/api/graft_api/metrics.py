@@ -15,7 +15,8 @@ from prometheus_client.registry import Collector
 from graft_api.auth import tenant
 from graft_api.capacity.endpoints import JOBS_COMPARED, forecast_error
 from graft_api.deps import Here, Neighbours
-from graft_api.jobs.queue import lengths_by_reason, workers_for
+from graft_api.jobs.fleet import workers_for
+from graft_api.jobs.queue import lengths_by_reason
 from graft_api.keys.scopes import Scope
 from graft_shared.jobs import JobStatus, Stage
 from graft_shared.store import Backlog, LiveWorker

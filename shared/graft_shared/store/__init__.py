@@ -14,11 +14,12 @@ from graft_shared.store.resends import Sending
 from graft_shared.store.sweeps import DueSweep, Sweeps
 from graft_shared.store.tenants import Tenants, TenantUse
 from graft_shared.store.totals import Backlog, Totals
-from graft_shared.store.workers import Crew, LiveWorker, Workers
+from graft_shared.store.workers import Busy, Crew, LiveWorker, Workers
 
 __all__ = [
     "UPLOAD_LIFE",
     "Backlog",
+    "Busy",
     "Crew",
     "Database",
     "DueSweep",

@@ -82,3 +82,18 @@ class Totals:
             for estimate, memory in rows
             if estimate and memory.get("measured_on") == "cuda"
         ]
+
+    def gpu_seconds(self, gpu_class: str, *, limit: int) -> Sequence[float]:
+        """How long each of this class's last jobs that succeeded held a GPU."""
+        query = (
+            select(jobs.c.gpu_seconds)
+            .where(
+                jobs.c.state == JobState.SUCCEEDED.value,
+                jobs.c.stage == Stage.TRAIN.value,
+                jobs.c.gpu_class == gpu_class,
+            )
+            .order_by(jobs.c.finished_at.desc())
+            .limit(limit)
+        )
+        with self._database.reading() as connection:
+            return connection.execute(query).scalars().all()

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import Text, cast, delete, func, insert, or_, select, update
+from sqlalchemy import Text, and_, cast, delete, func, insert, or_, select, update
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
 
@@ -43,6 +43,15 @@ class Crew:
     gpu_class: str
     stages: tuple[Stage, ...]
     size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Busy:
+    """A worker that trains."""
+
+    worker: str
+    seconds: float  # since it claimed the job
+    eta_seconds: float | None  # until it is done, as its trainer told last
 
 
 class Workers:
@@ -123,6 +132,17 @@ class Workers:
             holders = connection.execute(select(jobs.c.worker).where(jobs.c.state == JobState.RUNNING.value)).scalars()
             busy = {name_of(holder) for holder in holders}
             return [worker for worker in _alive(connection) if worker.name not in busy]
+
+    def busy(self) -> list[Busy]:
+        """Return who trains, and for how long still."""
+        trains = and_(jobs.c.state == JobState.RUNNING.value, jobs.c.stage == Stage.TRAIN.value)
+        query = select(jobs.c.worker, (now() - jobs.c.claimed_at).label("seconds"), jobs.c.progress).where(trains)
+        with self._database.reading() as connection:
+            rows = connection.execute(query).all()
+        return [
+            Busy(worker=name_of(holder), seconds=seconds, eta_seconds=progress.get("eta_seconds"))
+            for holder, seconds, progress in rows
+        ]
 
 
 def name_of(holder: str) -> str:

@@ -18,7 +18,7 @@ from graft_api.jobs import service
 from graft_api.jobs.adapter import Archive, adapter_body, read_adapter
 from graft_api.jobs.checkpoints import checkpoint_body, committed_checkpoints, number_behind, page_of
 from graft_api.jobs.events import all_events, event_stream
-from graft_api.jobs.queue import workers_for
+from graft_api.jobs.fleet import workers_for
 from graft_api.jobs.schemas import (
     AdapterBody,
     CheckpointBody,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from datetime import datetime
 from enum import StrEnum
-from typing import TypeVar
 
+from graft_api.jobs.fleet import workers_for
 from graft_api.jobs.schemas import Queue
+from graft_api.jobs.starts import Starts
 from graft_shared.capacity import CapacityTable
 from graft_shared.jobs import Job, JobState, JobStatus, Stage
-from graft_shared.store import Backlog, Crew, Jobs, LiveWorker, PlaceInLine, Quota, Reached
-
-Working = TypeVar("Working", Crew, LiveWorker)
+from graft_shared.store import Backlog, Crew, Jobs, PlaceInLine, Quota, Reached
 
 PAUSED = "Paused: once it is resumed it goes on, in its old place."
 
@@ -25,7 +25,7 @@ class Wait(StrEnum):
     IN_LINE = "in_line"  # for a worker that is busy, or about to take it
 
 
-def queue_of(job: Job, jobs: Jobs, crews: Sequence[Crew], table: CapacityTable) -> Queue | None:
+def queue_of(job: Job, jobs: Jobs, crews: Sequence[Crew], table: CapacityTable, starts: Starts) -> Queue | None:
     """The place and the reason of a job that waits, or that nobody alive will train; None for any other.
 
     A paused job has no place: it waits for its user. Nor has one that a quota of its tenant holds back.
@@ -39,8 +39,13 @@ def queue_of(job: Job, jobs: Jobs, crews: Sequence[Crew], table: CapacityTable) 
     if place is None:
         return Queue(position=None, reason=later) if untrained and job.state is JobState.RUNNING else None
     able = workers_for(job.stage, job.gpu_class, crews, table)
-    reason = reason_to_wait(job, place, sum(crew.size for crew in able), jobs.waits_until(job))
-    return Queue(position=place.position, reason=f"{reason} {later}" if untrained else reason)
+    waits_until = jobs.waits_until(job)
+    reason = reason_to_wait(job, place, sum(crew.size for crew in able), waits_until)
+    return Queue(
+        position=place.position,
+        reason=f"{reason} {later}" if untrained else reason,
+        predicted_start=_predicted_start(job, place, starts, waits_until),
+    )
 
 
 def queue_of_merge(merge: Job, crews: Sequence[Crew]) -> Queue | None:
@@ -52,10 +57,14 @@ def queue_of_merge(merge: Job, crews: Sequence[Crew]) -> Queue | None:
     return Queue(position=None, reason="No live worker merges: the operator starts one with GRAFT_WORKER_STAGE=merge.")
 
 
-def workers_for(stage: Stage, gpu_class: str, workers: Sequence[Working], table: CapacityTable) -> list[Working]:
-    """The live workers that would claim such a job: larger GPUs take smaller classes too, any of them prepares."""
-    able = [worker for worker in workers if stage in worker.stages]
-    return [w for w in able if _takes(w.gpu_class, gpu_class, table)] if stage is Stage.TRAIN else able
+def _predicted_start(job: Job, place: PlaceInLine, starts: Starts, waits_until: datetime | None) -> int | None:
+    if job.stage is not Stage.TRAIN or place.position is None:
+        return None
+    seconds = starts.seconds_until(job.gpu_class, place.position)
+    if seconds is None:
+        return None
+    free = time.time() + seconds
+    return int(free if waits_until is None else max(free, waits_until.timestamp()))
 
 
 def lengths_by_reason(backlog: Backlog, able_workers: int) -> dict[Wait, int]:
@@ -99,12 +108,3 @@ def _wait(able_workers: int, *, delayed: bool) -> Wait:
     if able_workers == 0:
         return Wait.NO_LIVE_WORKER
     return Wait.RETRY_DELAY if delayed else Wait.IN_LINE
-
-
-def _takes(worker_class: str, job_class: str, table: CapacityTable) -> bool:
-    if worker_class == job_class:
-        return True
-    own, asked = table.get(worker_class), table.get(job_class)
-    if own is None or asked is None or own.is_cpu:
-        return False
-    return asked.is_cpu or asked.memory_bytes < own.memory_bytes

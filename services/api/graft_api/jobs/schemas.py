@@ -34,6 +34,14 @@ class Queue(BaseModel):
         )
     )
     reason: str
+    predicted_start: UnixSeconds | None = Field(
+        default=None,
+        description=(
+            "When a worker of its class is likely to take it, by the ETAs of what trains there and by how long the "
+            "class's last jobs took. Null where nobody can tell: without a live worker or a place in line, while its "
+            "data is being prepared, and behind jobs while none of its class has ended."
+        ),
+    )
 
 
 class Memory(BaseModel):
