@@ -405,6 +405,7 @@ def test_a_paused_job_says_so_and_is_rung_for_when_it_is_resumed(api: ApiService
     assert paused.json()["queue"] == {
         "position": None,
         "reason": "Paused: once it is resumed it goes on, in its old place.",
+        "predicted_start": None,
     }
     assert api.http.get(f"/jobs/{second}").json()["queue"]["position"] == 1
     assert [job["id"] for job in api.http.get("/jobs", params={"status": "paused"}).json()["data"]] == [first]

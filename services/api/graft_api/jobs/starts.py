@@ -48,7 +48,7 @@ class Starts:
         self._fleet = _Held[None, tuple[list[LiveWorker], list[Busy]]](
             lambda _: (workers.alive(), workers.busy()), FLEET_HELD_SECONDS
         )
-        self._mean = _Held[str, list[float]](
+        self._mean = _Held[str, Sequence[float]](
             lambda gpu_class: totals.gpu_seconds(gpu_class, limit=JOBS_LOOKED_AT), MEAN_HELD_SECONDS
         )
 
