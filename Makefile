@@ -9,7 +9,7 @@ COMPOSE ?= docker compose
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --root-user-action=ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo up down logs ps check test test-unit test-s3 test-load test-model test-openapi test-keys test-streams hostile-line failpoints chaos chaos-control races outages test-containers test-gpu mutants bench bench-data bench-load bench-gpu pins format clean
+.PHONY: help setup run demo up down logs ps check test test-unit test-again test-s3 test-load test-model test-openapi test-keys test-streams hostile-line failpoints chaos chaos-control races outages test-containers test-gpu mutants bench bench-data bench-load bench-gpu pins format clean
 
 help: ## print this
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ test: $(VENV)/.ready-dev ## every test; starts its own PostgreSQL, Redis and S3 
 
 test-unit: $(VENV)/.ready-dev ## the fast tests
 	@$(BIN)/python -m pytest tests/unit
+
+test-again: $(VENV)/.ready-dev ## five minutes: what `make test` does on one machine and on a cluster of two, on a cluster of one
+	@$(BIN)/python -m pytest tests/e2e -m again
 
 test-s3: $(VENV)/.ready-dev ## the bucket's contract on your own server: ENDPOINT= ACCESS_KEY= SECRET_KEY= [REGION=]
 	@test -n "$(ENDPOINT)" || { echo "usage: make test-s3 ENDPOINT=https://… ACCESS_KEY=… SECRET_KEY=…"; exit 2; }

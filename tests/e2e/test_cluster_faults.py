@@ -31,7 +31,9 @@ BUCKET_AWAY_SECONDS = 20.0
 TEARDOWN_SECONDS = 0.5
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["single", "twins"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(1, id="single", marks=pytest.mark.again), pytest.param(2, id="twins")]
+)
 def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """One API and one worker that trains; or two of each."""
     folder = tmp_path_factory.mktemp("fleet")

@@ -37,7 +37,9 @@ print(before, after)
 """
 
 
-@pytest.fixture(scope="module", params=["one machine", "cluster", "cluster of two"])
+@pytest.fixture(
+    scope="module", params=["one machine", pytest.param("cluster", marks=pytest.mark.again), "cluster of two"]
+)
 def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet | Cluster]:
     folder = tmp_path_factory.mktemp("fleet")
     make_tiny_base(folder / "state" / "models" / "graft" / "tiny")
