@@ -238,11 +238,25 @@ def _read(config: Mapping[str, Any], family: Family, **names: str) -> ModelShape
         head_dim=head_dim,
         vocab_size=_size(config, "vocab_size"),
         tie_word_embeddings=family.ties_by_default if tied is None else bool(tied),
-        max_position_embeddings=_size(config, "max_position_embeddings", 2048),
+        max_position_embeddings=_positions(config),
         num_local_experts=experts,
         num_experts_per_tok=_size(config, "num_experts_per_tok", 2) if experts else 0,
         linears=tuple(_linear(name, sizes) for name in (*family.attention, *family.mlp)),
     )
+
+
+def _positions(config: Mapping[str, Any]) -> int:
+    """How long a sequence may be.
+
+    LongRoPE (Phi's long models) turns every sequence of a batch by other angles as soon as one is longer than it was
+    first trained on: packed with others, a sequence would not be what it is alone.
+    """
+    positions = _size(config, "max_position_embeddings", 2048)
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping) or rope.get("rope_type", rope.get("type")) != "longrope":
+        return positions
+    first = {**config, **rope}
+    return min(positions, _size(first, "original_max_position_embeddings", positions))
 
 
 def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> int:

@@ -7,7 +7,7 @@ to runs on an H100 and an H200 (tests/bench/golden.py; docs/memory.md shows how 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
 from typing import Any
@@ -143,12 +143,20 @@ def estimate(
     Args:
         evaluation_tokens: Of the largest microbatch that only a loss is wanted of; the plan's own if not given.
     """
-    return _estimate(shape, spec.lora, spec.quantization, plan, evaluation_tokens)
+    evaluated = size_for(plan.microbatch_tokens) if evaluation_tokens is None else evaluation_tokens
+    most = _estimate(shape, spec.lora, spec.quantization, plan, evaluated)
+    largest_graph = most_graph_tokens(shape.linear_parameters)
+    if not 0 < largest_graph < size_for(plan.microbatch_tokens):
+        return most
+    # Data that do not fill their microbatches may run as graphs after all, whose memory nothing else shares.
+    less = replace(plan, microbatch_tokens=largest_graph)
+    as_graphs = _estimate(shape, spec.lora, spec.quantization, less, evaluated)
+    return max(most, as_graphs, key=lambda found: found.expected_bytes)
 
 
 @lru_cache(maxsize=ESTIMATES_REMEMBERED)
 def _estimate(
-    shape: ModelShape, lora: Lora, quantization: Quantization, plan: TrainingPlan, evaluation_tokens: int | None
+    shape: ModelShape, lora: Lora, quantization: Quantization, plan: TrainingPlan, evaluated: int
 ) -> MemoryEstimate:
     targets = shape.resolve_targets(lora.target_modules)
     adapter = adapter_parameters(shape, targets, lora.r)
@@ -169,7 +177,6 @@ def _estimate(
     backward = int(tokens * backward_bytes_per_token(shape, targets))
     if checkpoints and not kept:  # else a layer that was kept is done with when the first is computed again
         backward += per_layer
-    evaluated = tokens if evaluation_tokens is None else evaluation_tokens
     loss, evaluation = loss_bytes(shape, tokens), evaluated * evaluation_bytes_per_token(shape)
     if runs_as_graphs(tokens, shape.linear_parameters):
         between = loss + evaluation  # neither fits the holes that the other leaves, nor may use what graphs hold
@@ -197,7 +204,14 @@ def runs_as_graphs(microbatch_tokens: int, weights_per_layer: int) -> bool:
 
     Graphs have memory of their own: what runs between or beside them (the loss, an evaluation) shares none with them.
     """
-    return microbatch_tokens <= MOST_GRAPH_TOKENS and microbatch_tokens * weights_per_layer < HOST_BOUND
+    return microbatch_tokens <= most_graph_tokens(weights_per_layer)
+
+
+def most_graph_tokens(weights_per_layer: int) -> int:
+    """The largest size of microbatch that is captured."""
+    most = min(MOST_GRAPH_TOKENS, int((HOST_BOUND - 1) // max(1, weights_per_layer)))
+    step = _size_step(most)
+    return most // step * step
 
 
 def embeddings_on_host(shape: ModelShape, plan: TrainingPlan) -> int:
@@ -209,8 +223,12 @@ def embeddings_on_host(shape: ModelShape, plan: TrainingPlan) -> int:
 
 def size_for(tokens: int) -> int:
     """The size that a microbatch of so many tokens is filled up to: one of few, each of which is captured once."""
-    step = max(SIZE_STEP, (1 << (tokens - 1).bit_length()) // 2 // SIZES_PER_OCTAVE)
+    step = _size_step(tokens)
     return -(-tokens // step) * step
+
+
+def _size_step(tokens: int) -> int:
+    return max(SIZE_STEP, (1 << (tokens - 1).bit_length()) // 2 // SIZES_PER_OCTAVE)
 
 
 def shared_columns(names: Iterable[str], r: int) -> dict[tuple[str, ...], int]:

@@ -3,8 +3,8 @@
     python tests/bench/kill_points.py --dims tiny --kills 50 --steps 210 --save-steps 4 --out result.json
 
 Each life is killed at a moment drawn from a seed: while it loads, or some steps behind its checkpoint, up to two
-intervals of checkpoints later, anywhere in a step or in the writing of a checkpoint. Nothing is switched on for this.
-On one machine, with one set of libraries, the adapter's sha256 must be that of a run that nobody disturbed.
+intervals of checkpoints later, anywhere in a step or in the writing of a checkpoint. On one machine, with one set of
+libraries, the adapter's sha256 must be that of a run that nobody disturbed: on a GPU with `--deterministic`.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ from graft_worker.protocol import (
     ProgressEvent,
     TrainedEvent,
     TrainRequest,
+    WarningEvent,
     parse_event,
 )
 
@@ -177,6 +178,7 @@ def train(request: TrainRequest, workdir: Path) -> dict[str, Any]:
     steps: list[ProgressEvent] = []
     moments: list[float] = []
     phases: list[tuple[float, str]] = []
+    warnings: list[str] = []
     trained: TrainedEvent | None = None
     for line in child.stdout:
         event = parse_event(line)
@@ -187,6 +189,8 @@ def train(request: TrainRequest, workdir: Path) -> dict[str, Any]:
             trained = event
         elif isinstance(event, PhaseEvent):
             phases.append((round(time.monotonic() - started, 2), event.phase.value))
+        elif isinstance(event, WarningEvent):
+            warnings.append(event.message)
         elif not isinstance(event, EvaluationEvent):
             print(line.rstrip(), file=sys.stderr)
     if child.wait() != 0 or trained is None:
@@ -204,6 +208,7 @@ def train(request: TrainRequest, workdir: Path) -> dict[str, Any]:
         "tokens_per_second": round(statistics.median(speeds), 1),
         "seconds_to_first_step": round(moments[0] - started, 1),
         "phases": phases,
+        "warnings": warnings,
         "plan": request.plan,
         "memory": trained.memory,
         "proof": trained.proof,

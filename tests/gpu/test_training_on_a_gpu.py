@@ -206,6 +206,7 @@ def test_captured_microbatches_have_the_gradients_of_launched_ones(
         parameter.grad = torch.zeros_like(parameter)
     for rows, expected in zip(groups * 2, launched * 2, strict=True):
         assert apart(gradients(model, forward, split, [rows]), expected) < 0.01
+    assert forward.graphs.failed is None
 
 
 def test_a_filling_longer_than_every_sequence_spoils_no_gradient(base: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -459,6 +460,19 @@ def test_an_architecture_that_our_forward_pass_does_not_know_is_refused(
     model, forward = loaded(base, targets=["q_proj"], fresh=True)
     with pytest.raises(UnsupportedBaseModel) if refused else contextlib.nullcontext():
         require_exactness(model, forward, row, alone, precision.compute)
+
+
+@pytest.mark.parametrize("broken", ["first", "second", "all"])
+def test_a_forward_pass_that_gives_no_number_is_refused(base: Path, broken: str) -> None:
+    plain = load_base(base, Quantization(), choose_precision(ComputeDtype.AUTO))
+    row = sample(plain.config.vocab_size, CPU)
+    alone = said_alone(plain, row)
+    model, forward = loaded(base, targets=["q_proj"], fresh=True)
+    ours, half = forward.logits(row).detach(), len(alone[0])
+    ours[{"first": slice(0, half), "second": slice(half, None), "all": slice(None)}[broken]] = math.nan
+    forward.logits = lambda _row: ours  # type: ignore[method-assign]
+    with pytest.raises(UnsupportedBaseModel):
+        require_exactness(model, forward, row, alone, torch.float32)
 
 
 def test_only_linear_layers_of_the_blocks_can_be_targets(base: Path) -> None:
@@ -950,6 +964,14 @@ def test_kept_4_bit_weights_are_the_same_bits_and_a_broken_copy_is_made_again(ba
     for one, two, three in zip(made, read, again, strict=True):
         assert torch.equal(one, two)
         assert torch.equal(one, three)
+
+
+def test_kept_4_bit_weights_are_those_of_one_compute_type(base: Path, tmp_path: Path) -> None:
+    for wanted in (ComputeDtype.BFLOAT16, ComputeDtype.AUTO):
+        precision = choose_precision(wanted)
+        model = load_base(base, Quantization(bnb_4bit_compute_dtype=wanted), precision, quantised_dir=tmp_path)
+        layer = next(module for module in model.modules() if isinstance(module, Linear4bit))
+        assert layer.compute_dtype == precision.compute
 
 
 def test_a_disk_that_cannot_keep_4_bit_weights_fails_no_run(base: Path, tmp_path: Path) -> None:

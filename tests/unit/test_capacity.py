@@ -25,7 +25,6 @@ from graft_shared.memory import (
     TrainingPlan,
     estimate,
     loading_bytes,
-    runs_as_graphs,
     shared_columns,
     size_for,
 )
@@ -83,22 +82,27 @@ def test_every_row_of_the_guides_table_is_trained_on_its_class(gpu_class: str, b
     assert placed.estimate.high_bytes <= placed.gpu_class.usable_bytes
 
 
+ALL_LINEAR = {"lora": {"target_modules": "all-linear"}}
+
+
 @pytest.mark.parametrize(
     ("file", "row", "base_model", "changes"),
     [
-        ("llama-2-7b-a", "Graft, speed", LLAMA_7B, {}),
-        ("llama-2-7b-a", "Graft, bf16 base", LLAMA_7B, {"quantization": {"load_in_4bit": False}}),
-        ("all-linear", "Graft, speed", LLAMA_7B, {"lora": {"target_modules": "all-linear"}}),
-        ("losses", "Graft, speed", "meta-llama/Llama-3.2-1B", {}),
+        ("h200-llama-2-7b-a", "Graft, speed", LLAMA_7B, {}),
+        ("h200-llama-2-7b-a", "Graft, memory", LLAMA_7B, {}),
+        ("h200-llama-2-7b-a", "Graft, bf16 base", LLAMA_7B, {"quantization": {"load_in_4bit": False}}),
+        ("h100-all-linear", "Graft, speed", LLAMA_7B, ALL_LINEAR),
+        ("h200-llama-3.1-8b", "Graft, speed", "meta-llama/Llama-3.1-8B", ALL_LINEAR),
+        ("h200-llama-3.1-8b", "Graft, offloaded", "meta-llama/Llama-3.1-8B", ALL_LINEAR),
+        ("h100-losses", "Graft, speed", "meta-llama/Llama-3.2-1B", {}),
     ],
 )
-def test_runs_are_estimated_within_5_percent_of_what_they_held_of_an_h100(
+def test_published_runs_held_no_less_than_the_low_and_no_more_than_the_high_end(
     file: str, row: str, base_model: str, changes: dict[str, Any]
 ) -> None:
-    rows = json.loads((MEASURED / f"h100-{file}.json").read_text())
+    rows = json.loads((MEASURED / f"{file}.json").read_text())
     measured = next(found for found in rows if found["row"] == row)
     needed = estimate(shape(base_model), spec(base_model, **changes), TrainingPlan.from_dict(measured["plan"]))
-    assert needed.expected_bytes == pytest.approx(measured["memory"]["measured_peak_bytes"], rel=0.05)
     assert needed.low_bytes < measured["memory"]["measured_peak_bytes"] < needed.high_bytes
 
 
@@ -256,6 +260,21 @@ def test_a_card_belongs_to_the_largest_class_that_it_serves(gib: float, gpu_clas
     assert TABLE.class_for_memory(8 * GIB) is None
 
 
+@pytest.mark.parametrize("named", ["rope_scaling", "rope_parameters"])
+def test_longrope_takes_no_sequence_that_would_turn_its_neighbours_otherwise(named: str) -> None:
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
+    phi = {"model_type": "phi3", **sizes, "vocab_size": 320, "max_position_embeddings": 131_072}
+
+    def positions(**rope: Any) -> int:
+        return ModelShape.from_config({**phi, **rope}, base_model="org/name", revision="main").max_position_embeddings
+
+    assert positions() == 131_072
+    inside = {named: {"rope_type": "longrope", "original_max_position_embeddings": 4096}}
+    beside = {named: {"type": "longrope"}, "original_max_position_embeddings": 4096}
+    assert positions(**inside) == positions(**beside) == 4096
+    assert positions(**{named: {"rope_type": "linear", "factor": 4.0}}) == 131_072
+
+
 @pytest.mark.parametrize(
     ("config", "says"),
     [
@@ -288,13 +307,12 @@ def test_memory_never_falls_with_tokens_or_rank(shape: ModelShape, recompute: Re
         )
         return estimate(shape, spec(lora={"r": r}), plan).expected_bytes
 
-    def way(tokens: int, r: int) -> tuple[bool, set[tuple[str, ...]]]:
-        names = [linear.name for linear in shape.linears]
-        return runs_as_graphs(size_for(tokens), shape.linear_parameters), set(shared_columns(names, r))
+    def sharing(r: int) -> set[tuple[str, ...]]:
+        return set(shared_columns([linear.name for linear in shape.linears], r))
 
-    for more in ((tokens + 1, r), (tokens, r + 1)):
-        if way(*more) == way(tokens, r):  # else it is run in another way, which may need less
-            assert needed(tokens, r) <= needed(*more)
+    assert needed(tokens, r) <= needed(tokens + 1, r)
+    if sharing(r) == sharing(r + 1):  # else adapters are too wide to share columns, which may need less
+        assert needed(tokens, r) <= needed(tokens, r + 1)
 
 
 @given(shape=SHAPES, tokens=st.integers(64, 30_000), evaluated=st.integers(64, 30_000))

@@ -32,8 +32,8 @@ def test_each_row_is_a_run(name: str, prefix: str) -> None:
     for run in runs:
         speed = run["tokens_per_second"]
         ratio = speed / runs[0]["tokens_per_second"]
-        reserved = run["memory"]["reserved_peak_bytes"] / GIB
-        assert row(prefix + run["row"]) == [f"{speed:,.0f}", f"{ratio:.2f}", f"{reserved:.2f}"]
+        held = [run["memory"][f"{kind}_peak_bytes"] / GIB for kind in ("reserved", "allocated")]
+        assert row(prefix + run["row"]) == [f"{speed:,.0f}", f"{ratio:.2f}", *(f"{size:.2f}" for size in held)]
 
 
 def test_the_first_sentence_and_the_price_of_four_bits_are_the_runs() -> None:
@@ -92,9 +92,20 @@ def test_the_plans_are_as_the_page_says() -> None:
     assert plans == {"Graft, bf16 base": "none", "Graft, speed": "none", "Graft, memory": "offload"}
     assert f"({graft['Graft, speed']['arguments']['limit_gib']} GiB for the job)" in PAGE
     (linear,) = (run for run in results("h100-all-linear") if "arguments" in run)
-    assert f"planned for {float(linear['arguments']['limit_gib']):g} GiB" in PAGE
+    assert f"Graft with microbatches of {linear['plan']['microbatch_tokens']:,} tokens" in PAGE
+
+
+def test_another_start_gave_what_the_page_says() -> None:
+    speed = {run["row"]: run["tokens_per_second"] for run in results("h200-llama-2-7b-a-another-start")}
+    slow, usual, graft = speed["Trainer, checkpointing"], speed["Trainer"], speed["Graft, speed"]
+    assert (
+        f"the Trainer {slow:,.0f} tokens/s with checkpointing and {usual:,.0f} without, and Graft {graft:,.0f}" in PAGE
+    )
+    assert f"{graft / slow:.1f} and {graft / usual:.1f} times" in PAGE
 
 
 def test_the_leanest_plan_reserves_what_the_page_says() -> None:
-    reserved = {run["row"]: run["memory"]["reserved_peak_bytes"] for run in results("h200-llama-2-7b-a")}
-    assert f"reserves {reserved['Graft, memory'] / reserved['Trainer, checkpointing']:.2f} of" in PAGE
+    held = {run["row"]: run["memory"] for run in results("h200-llama-2-7b-a")}
+    lean, usual = held["Graft, memory"], held["Trainer, checkpointing"]
+    assert f"reserves {lean['reserved_peak_bytes'] / usual['reserved_peak_bytes']:.2f} of" in PAGE
+    assert f"of what was allocated it is {lean['allocated_peak_bytes'] / usual['allocated_peak_bytes']:.2f}" in PAGE

@@ -151,6 +151,6 @@ def _bitsandbytes(quantization: Quantization, precision: Precision) -> BitsAndBy
 def _kind(quantization: Quantization, precision: Precision) -> str:
     """A name for all that the kept weights depend on, the libraries that made them included."""
     double = "double" if quantization.bnb_4bit_use_double_quant else "single"
-    dtype = str(precision.base).removeprefix("torch.")
+    dtype = "-".join(dict.fromkeys(str(kind).removeprefix("torch.") for kind in (precision.base, precision.compute)))
     made_by = "-".join(metadata.version(name) for name in ("bitsandbytes", "transformers"))
     return f"{quantization.bnb_4bit_quant_type}-{double}-{dtype}-{made_by}"
