@@ -12,19 +12,12 @@ from graft_shared.errors import GraftError, InvalidParameter, VramCapacityExceed
 from graft_shared.memory import GIB, HALF, MemoryEstimate, TrainingPlan
 from graft_shared.planner import cheaper_plan, fastest_plan, leanest_plan
 from graft_shared.specs import JobSpec
+from graft_shared.speed import Rates
 
 LENGTH_STEP = 256  # tokens: `max_length` is offered in whole steps of this
 CLASS_TOLERANCE = 0.93  # cards report less than their name: a "24 GB" card 22.5 to 24 GiB
 FITS_HERE = 5
 TABLE_MAX_LENGTH = 512  # tokens: what the table's "largest base" is trained at
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rates:
-    """A card's data sheet: dense 16-bit products, and its memory."""
-
-    teraflops: float
-    gigabytes_per_second: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +93,7 @@ class CapacityTable:
         fitted = within_positions(shape, spec)
         self._check(shape, fitted)
         for gpu in self._allowed(fitted):
-            chosen = fastest_plan(shape, fitted, gpu.usable_bytes) if gpu.takes(shape) else None
+            chosen = fastest_plan(shape, fitted, gpu.usable_bytes, gpu.cards) if gpu.takes(shape) else None
             if chosen is not None:
                 return self._placement(gpu, *chosen, shape, fitted)
         raise self._refusal(shape, spec, catalogue)
@@ -119,7 +112,7 @@ class CapacityTable:
             return self._placement(here, *found, shape, spec)
         size = here.usable_bytes if here is not None else 0
         for gpu in self._allowed(spec):
-            chosen = fastest_plan(shape, spec, gpu.usable_bytes) if gpu.usable_bytes > size else None
+            chosen = fastest_plan(shape, spec, gpu.usable_bytes, gpu.cards) if gpu.usable_bytes > size else None
             if chosen is not None and gpu.takes(shape):
                 return self._placement(gpu, *chosen, shape, spec)
         return None

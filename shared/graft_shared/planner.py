@@ -5,9 +5,13 @@ from __future__ import annotations
 from graft_shared.catalogue import ModelShape
 from graft_shared.memory import MemoryEstimate, Recompute, TrainingPlan, estimate
 from graft_shared.specs import JobSpec
+from graft_shared.speed import Rates, likely_length, tokens_per_second
 
 LARGEST_MICROBATCH_TOKENS = 16_384  # beyond this a larger product is no faster on any card
 ENOUGH_TOKENS = 6_144  # from here on little is gained: weights are dequantised and kernels launched once per microbatch
+
+MANY_TOKENS = 2048  # of a microbatch: from here on no card is faster by computing layers twice for a larger one
+AS_FAST = 0.97  # forecasts know no smaller difference: of plans that are as fast, the earlier one is taken
 
 CHEAPER = 0.95  # a plan is worth trying after another ran out of memory if it needs no more than this share of it
 
@@ -15,7 +19,7 @@ __all__ = ["Recompute", "TrainingPlan", "cheaper_plan", "fastest_plan", "leanest
 
 
 def plans(shape: ModelShape, spec: JobSpec) -> tuple[TrainingPlan, ...]:
-    """Every plan worth trying for this job, fastest first; all of them learn from the same sequences per update.
+    """Every plan worth trying for this job, as a rule the fastest first; all learn from the same sequences per update.
 
     Computing nothing twice comes first, whatever the microbatch: recomputing costs a third of the speed, a small
     microbatch less. When every layer is recomputed, the larger microbatch comes first, its inputs on the device if they
@@ -41,13 +45,30 @@ def plans(shape: ModelShape, spec: JobSpec) -> tuple[TrainingPlan, ...]:
     )
 
 
-def fastest_plan(shape: ModelShape, spec: JobSpec, limit_bytes: int) -> tuple[TrainingPlan, MemoryEstimate] | None:
-    """Return the fastest plan whose high estimate fits, None when none does."""
-    for plan in plans(shape, spec):
-        needed = estimate(shape, spec, plan)
-        if needed.high_bytes <= limit_bytes:
-            return plan, needed
-    return None
+def fastest_plan(
+    shape: ModelShape, spec: JobSpec, limit_bytes: int, cards: tuple[Rates, ...] = ()
+) -> tuple[TrainingPlan, MemoryEstimate] | None:
+    """Return the fastest plan whose high estimate fits, None when none does.
+
+    Args:
+        cards: What will train it, if that is known: where memory is short, a card decides whether it dequantises
+            weights for a small microbatch sooner than it computes layers twice.
+    """
+    fitting = [
+        (plan, needed)
+        for plan in plans(shape, spec)
+        if (needed := estimate(shape, spec, plan)).high_bytes <= limit_bytes
+    ]
+    if not fitting or not cards or fitting[0][0].microbatch_tokens >= MANY_TOKENS:
+        return fitting[0] if fitting else None
+    speeds = [_speed(shape, spec, plan, cards) for plan, _ in fitting]
+    enough = AS_FAST * max(speeds)
+    return next(found for found, speed in zip(fitting, speeds, strict=True) if speed >= enough)
+
+
+def _speed(shape: ModelShape, spec: JobSpec, plan: TrainingPlan, cards: tuple[Rates, ...]) -> float:
+    length = likely_length(spec)
+    return tokens_per_second(shape, spec, plan, cards, mean_length=length, calibrated=False).expected
 
 
 def cheaper_plan(shape: ModelShape, spec: JobSpec, plan: TrainingPlan) -> tuple[TrainingPlan, MemoryEstimate] | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from graft_shared.capacity import GpuClass, Rates
 from graft_shared.catalogue import ModelShape
 from graft_shared.memory import BYTES_PER_4BIT_WEIGHT, HALF, Recompute, TrainingPlan
 from graft_shared.specs import JobSpec
@@ -27,6 +26,14 @@ ELEMENTWISE_AGAIN, ATTENTION_AGAIN = 0.55, 0.29  # what a second forward pass ad
 SECONDS_PER_UPDATE, SECONDS_PER_MICROBATCH = 2e-3, 3e-3
 # How far a run may be from the expected speed.
 CALIBRATED_SPREAD, DERIVED_SPREAD = 0.10, 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """A card's data sheet: dense 16-bit products, and its memory."""
+
+    teraflops: float
+    gigabytes_per_second: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,27 +65,39 @@ class Forecast:
 
 
 def forecast(
-    shape: ModelShape, spec: JobSpec, plan: TrainingPlan, gpu: GpuClass, *, rows: int | None, row_bytes: float | None
+    shape: ModelShape,
+    spec: JobSpec,
+    plan: TrainingPlan,
+    cards: tuple[Rates, ...],
+    *,
+    calibrated: bool,
+    price_per_hour: float | None,
+    rows: int | None,
+    row_bytes: float | None,
 ) -> Forecast | None:
     """Tell what training on a class would take; None for a class whose cards nobody has described.
 
     Args:
+        cards: The slowest and the fastest of the class.
         rows: Of the training data, if they are known.
         row_bytes: Of one row in its file, on average, if known; else sequences are taken to be half of `max_length`.
     """
-    if not gpu.cards:
+    if not cards:
         return None
     longest = spec.training.max_length
-    mean = longest / 2 if row_bytes is None else min(longest, max(1.0, row_bytes / BYTES_PER_TOKEN))
-    speed = tokens_per_second(shape, spec, plan, gpu.cards, mean_length=mean, calibrated=gpu.calibrated)
+    mean = likely_length(spec) if row_bytes is None else min(longest, max(1.0, row_bytes / BYTES_PER_TOKEN))
+    speed = tokens_per_second(shape, spec, plan, cards, mean_length=mean, calibrated=calibrated)
     steps = _steps(spec, rows)
     seconds = cost = None
     if steps is not None:
         seconds = speed.inverted(steps * spec.training.sequences_per_update * mean)
-        cost = None if gpu.price_per_hour is None else seconds.times(gpu.price_per_hour / 3600)
-    return Forecast(
-        tokens_per_second=speed, calibrated=gpu.calibrated, steps=steps, duration_seconds=seconds, cost=cost
-    )
+        cost = None if price_per_hour is None else seconds.times(price_per_hour / 3600)
+    return Forecast(tokens_per_second=speed, calibrated=calibrated, steps=steps, duration_seconds=seconds, cost=cost)
+
+
+def likely_length(spec: JobSpec) -> float:
+    """Tokens of a sequence while nobody has seen the data."""
+    return spec.training.max_length / 2
 
 
 def _steps(spec: JobSpec, rows: int | None) -> int | None:

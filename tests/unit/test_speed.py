@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
+from graft_shared.capacity import GpuClass
 from graft_shared.catalogue import ModelShape
 from graft_shared.defaults import load_capacity, load_catalogue
-from graft_shared.memory import Recompute, TrainingPlan
-from graft_shared.planner import plans
+from graft_shared.memory import Recompute, TrainingPlan, estimate
+from graft_shared.planner import fastest_plan, plans
 from graft_shared.specs import JobSpec, Optim
-from graft_shared.speed import forecast, tokens_per_second
+from graft_shared.speed import Forecast, forecast, tokens_per_second
 
 CATALOGUE, TABLE = load_catalogue(), load_capacity()
 LLAMA_7B, LLAMA_8B = "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-3.1-8B"
@@ -94,18 +95,40 @@ def test_no_plan_that_comes_first_is_much_slower_than_a_later_one() -> None:
                 assert earlier > 0.8 * later
 
 
+def test_the_chosen_plan_is_as_fast_by_the_forecast_as_any_that_fits() -> None:
+    seen = 0
+    for gpu, base_model, length in itertools.product(
+        (gpu for gpu in TABLE.classes if gpu.cards),
+        (LLAMA_7B, "huggyllama/llama-30b", "huggyllama/llama-65b", "meta-llama/Llama-2-70b-hf"),
+        (128, 256, 512, 1024, 4096),
+    ):
+        base, job = shape(base_model), spec(base_model, training={"max_length": length})
+        chosen = fastest_plan(base, job, gpu.usable_bytes, gpu.cards)
+        if chosen is None:
+            continue
+        fitting = [how for how in plans(base, job) if estimate(base, job, how).high_bytes <= gpu.usable_bytes]
+        best = max(speed(base_model, gpu.name, how, length / 2) for how in fitting)
+        assert speed(base_model, gpu.name, chosen[0], length / 2) > 0.95 * best, (gpu.name, base_model, length)
+        seen += 1
+    assert seen > 50
+
+
+def of_class(gpu: GpuClass, job: JobSpec, how: TrainingPlan, *, rows: int, row_bytes: float) -> Forecast | None:
+    facts = {"calibrated": gpu.calibrated, "price_per_hour": gpu.price_per_hour}
+    return forecast(shape(LLAMA_7B), job, how, gpu.cards, **facts, rows=rows, row_bytes=row_bytes)
+
+
 def test_a_class_whose_cards_nobody_described_has_no_forecast() -> None:
     cpu = TABLE.get("cpu")
     assert cpu is not None
-    facts = {"rows": 10, "row_bytes": 100.0}
-    assert forecast(shape(LLAMA_7B), spec(LLAMA_7B), plan("none", 512), cpu, **facts) is None
+    assert of_class(cpu, spec(LLAMA_7B), plan("none", 512), rows=10, row_bytes=100.0) is None
 
 
 def test_a_forecast_counts_the_steps_of_all_epochs_without_the_rows_held_out() -> None:
     gpu = TABLE.get("141gb")
     assert gpu is not None
     job = spec(LLAMA_7B, training={"num_train_epochs": 1.5}, validation={"split": 0.1})
-    found = forecast(shape(LLAMA_7B), job, plan("none", 6144), gpu, rows=1000, row_bytes=400.0)
+    found = of_class(gpu, job, plan("none", 6144), rows=1000, row_bytes=400.0)
     assert found is not None
     assert found.steps == 86  # 900 rows are 57 updates of 16, one and a half times
     assert found.duration_seconds is not None
@@ -116,6 +139,6 @@ def test_a_forecast_holds_out_whole_rows_as_preparing_does() -> None:
     gpu = TABLE.get("141gb")
     assert gpu is not None
     job = spec(LLAMA_7B, training={"num_train_epochs": 1}, validation={"split": 0.05})
-    found = forecast(shape(LLAMA_7B), job, plan("none", 6144), gpu, rows=17, row_bytes=400.0)
+    found = of_class(gpu, job, plan("none", 6144), rows=17, row_bytes=400.0)
     assert found is not None
     assert found.steps == 1  # one row of 17 is held out: 16 are one update

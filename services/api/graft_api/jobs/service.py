@@ -99,7 +99,17 @@ def speed_of(
     if spec.dataset.file is not None:
         report = here.files.get(tenant, spec.dataset.file).report
         rows, row_bytes = report["rows"], report["bytes"] / max(1, report["rows"])
-    found = forecast(shape, spec, placement.plan, placement.gpu_class, rows=rows, row_bytes=row_bytes)
+    gpu = placement.gpu_class
+    found = forecast(
+        shape,
+        spec,
+        placement.plan,
+        gpu.cards,
+        calibrated=gpu.calibrated,
+        price_per_hour=gpu.price_per_hour,
+        rows=rows,
+        row_bytes=row_bytes,
+    )
     return None if found is None else SpeedForecast.model_validate(found)
 
 
