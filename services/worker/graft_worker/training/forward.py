@@ -53,7 +53,7 @@ class Forward:
 
     @torch.no_grad()
     def logits(self, batch: Microbatch) -> torch.Tensor:
-        """What the model says at every token, fp32 [tokens, vocabulary]; for small batches: `loss` never holds it."""
+        """What the model says at every token, fp32 [tokens, vocabulary]; for small batches: `learn` never holds it."""
         return self._head.logits(self.hidden(batch))
 
     def hidden(self, batch: Microbatch) -> torch.Tensor:

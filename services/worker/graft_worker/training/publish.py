@@ -56,7 +56,7 @@ def write_adapter(model: PeftModel, request: TrainRequest, folder: Path) -> None
 
 
 def write_metrics(folder: Path, lines: list[dict[str, Any]]) -> None:
-    """One JSON line per optimizer step and evaluation."""
+    """One JSON line per `logging_steps` optimizer steps and per evaluation."""
     (folder / METRICS_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
