@@ -46,6 +46,7 @@ class Process:
     is_read_only: bool = True
     ports: tuple[int, ...] = ()
     asked: tuple[tuple[str, int], ...] = ()  # path and port of each HTTP probe
+    patience_seconds: tuple[float, ...] = ()  # how long each of these waits for the answer
     probes: tuple[list[str], ...] = ()  # commands of the others
     stop_signal: str | None = None
 
@@ -151,6 +152,7 @@ def _of_pod(where: str, pod: dict[str, Any], container: dict[str, Any]) -> Proce
         is_read_only=container["securityContext"]["readOnlyRootFilesystem"],
         ports=tuple(ports.values()),
         asked=tuple((http["path"], ports[http["port"]]) for http in asked),
+        patience_seconds=tuple(probe["timeoutSeconds"] for probe in probes if "httpGet" in probe),
         probes=tuple(probe["exec"]["command"] for probe in probes if "exec" in probe),
         stop_signal=image.stop_signal,
     )
@@ -180,7 +182,7 @@ def _of_service(name: str, service: dict[str, Any]) -> Process:
     grace = re.fullmatch(r"(?:(\d+)m)?(\d+)s", service.get("stop_grace_period", f"{_COMPOSE_GRACE_SECONDS:.0f}s"))
     assert grace is not None
     probe = service.get("healthcheck", {}).get("test", [])
-    asked = re.findall(r"http://127\.0\.0\.1:(\d+)(/\w+)", " ".join(probe))
+    asked = re.findall(r"http://127\.0\.0\.1:(\d+)(/\w+)', timeout=(\d+)\)", " ".join(probe))
     assert not probe or probe[0] == "CMD"
     return Process(
         where=f"compose: {name}",
@@ -191,7 +193,8 @@ def _of_service(name: str, service: dict[str, Any]) -> Process:
         grace_seconds=60 * int(grace[1] or 0) + int(grace[2]),
         is_read_only=service["read_only"],
         ports=tuple(port["target"] for port in service.get("ports", [])),
-        asked=tuple((path, int(port)) for port, path in asked),
+        asked=tuple((path, int(port)) for port, path, _ in asked),
+        patience_seconds=tuple(float(seconds) for *_, seconds in asked),
         probes=(probe[1:],) if probe else (),
         stop_signal=service.get("stop_signal", image.stop_signal),
     )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import os
+import socket
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ import pytest
 import uvicorn
 
 from graft_api.__main__ import GRACE_SECONDS
+from graft_shared.buckets import open_bucket
+from graft_shared.dispatch import CeleryDoorbell
 from graft_shared.settings import SharedSettings
 from graft_shared.store.engine import open_database
 from graft_worker.settings import WorkerSettings
@@ -153,6 +158,30 @@ def test_every_address_that_a_probe_asks_answers_200_without_a_key(
     for path in {path for process in processes for path, _ in process.asked}:
         assert service.http.get(path).status_code == 200, path
     service.database.close()
+
+
+def test_an_api_whose_broker_and_store_say_nothing_is_ready_within_the_patience_of_its_probes(
+    tmp_path: Path, template: Path
+) -> None:
+    every = [*processes_of_compose(tmp_path), *(each for name in VALUES for each in processes_of_chart(name))]
+    asked = [pair for each in every for pair in zip(each.asked, each.patience_seconds, strict=True)]
+    least = min(seconds for (path, _), seconds in asked if path == "/readyz")
+    with socket.create_server(("127.0.0.1", 0), backlog=16) as silent:
+        port = silent.getsockname()[1]
+        service = make_service(tmp_path, template)
+        settings = SharedSettings(
+            s3_bucket="b", s3_endpoint_url=f"http://127.0.0.1:{port}", s3_access_key_id="a", s3_secret_access_key="b"
+        )
+        here = service.http.app.state.neighbours
+        others = {"bucket": open_bucket(settings), "doorbell": CeleryDoorbell(f"redis://127.0.0.1:{port}/0")}
+        service.http.app.state.neighbours = dataclasses.replace(here, **others)
+        began = time.monotonic()
+        answer = service.http.get("/readyz")
+        took = time.monotonic() - began
+    service.database.close()
+    assert (answer.status_code, answer.json()["status"]) == (200, "degraded")
+    assert [name for name, check in answer.json()["checks"].items() if not check["ok"]] == ["broker", "bucket"]
+    assert took < least, "or no API would be ready while jobs can be taken"
 
 
 def test_the_reconcilers_probes_look_at_the_file_that_it_touches(processes: list[Process], tmp_path: Path) -> None:
