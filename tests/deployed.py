@@ -1,4 +1,4 @@
-"""Every process that the files of deploy/ start, whichever file says so: its command, environment, mounts and probes."""
+"""Every process that the files of deploy/ start: its command, environment, mounts, ports, probes and time to end."""
 
 from __future__ import annotations
 
@@ -170,7 +170,8 @@ def _variable(said: dict[str, Any]) -> tuple[str, str]:
 
 def processes_of_compose(folder: Path) -> Iterator[Process]:
     """Those of docker-compose.yml that are made of our images; `folder` is for its variables."""
-    for name, service in compose_config(folder, COMPOSE_PROFILES="*", API_KEYS=SECRET_VALUES["api-keys"])["services"].items():
+    read = compose_config(folder, COMPOSE_PROFILES="*", API_KEYS=SECRET_VALUES["api-keys"])
+    for name, service in read["services"].items():
         if service["image"] in _DOCKERFILES and name != "train-image":
             yield _of_service(name, service)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import graft_shared.store.migrate as migrating
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
-from graft_shared.store import Database
 from sqlalchemy import inspect
+
+import graft_shared.store.migrate as migrating
+from graft_shared.store import Database
 
 
 def config(database: Database, connection: Any) -> Config:

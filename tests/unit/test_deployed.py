@@ -1,4 +1,4 @@
-"""What chart, compose file and Dockerfiles start, held against the code: commands, variables, ports, probes, writes, ends."""
+"""What chart, compose file and Dockerfiles start is what the code has: commands, variables, ports, probes, writes, ends."""
 
 from __future__ import annotations
 
