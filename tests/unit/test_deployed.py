@@ -1,4 +1,4 @@
-"""What chart, compose file and Dockerfiles start is what the code has: commands, variables, ports, probes, writes, ends."""
+"""What the files of deploy/ start is what the code has: commands, variables, ports, probes, writes and ends."""
 
 from __future__ import annotations
 
