@@ -20,6 +20,14 @@
 {{- fail "secrets.s3AccessKeyId and secrets.s3SecretAccessKey: both, or neither for the identity of the pod" }}
 {{- end }}
 {{- end }}
+{{- if .networkPolicy.enabled }}
+{{- range $edge, $address := dict "postgres" .secrets.databaseUrl "redis" .secrets.brokerUrl "store" .s3.endpointUrl }}
+{{- $port := include "graft.port" $address }}
+{{- if and $port (ne $port (toString (index $.Values.networkPolicy $edge).port)) }}
+{{- fail (printf "networkPolicy.%s.port: %s, as the address says; or nothing would get there" $edge $port) }}
+{{- end }}
+{{- end }}
+{{- end }}
 {{- $classes := list }}
 {{- range .workers }}
 {{- if has .class $classes }}
@@ -39,4 +47,11 @@
 {{- fail "serviceMonitor.keySecret: the name and key of a Secret that holds an API key with the scope `metrics`" }}
 {{- end }}
 {{- end }}
+{{- end }}
+
+{{/* The port of an address, if it is one. */}}
+{{- define "graft.port" -}}
+{{- $usual := dict "postgresql" "5432" "redis" "6379" "rediss" "6379" "https" "443" "http" "80" }}
+{{- $host := regexReplaceAll "^[a-z]+://([^@/]*@)?([^/?]*).*$" . "${2}" }}
+{{- if . }}{{ regexFind ":[0-9]+$" $host | trimPrefix ":" | default (get $usual (regexFind "^[a-z]+" .)) }}{{ end }}
 {{- end }}
