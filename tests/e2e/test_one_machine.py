@@ -17,15 +17,20 @@ from tests.fleet import JSONL, Fleet, a_job
 from tests.invariants import assert_history_holds, steps_redone
 from tests.waiting import wait_until
 from tests.witness import watching
+from tests.writes import Writes
 
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+def writes(tmp_path_factory: pytest.TempPathFactory) -> Writes:
+    return Writes(tmp_path_factory.mktemp("writes"))
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory, writes: Writes) -> Iterator[Fleet]:
     state = tmp_path_factory.mktemp("fleet") / "state"
     make_tiny_base(state / "models" / "graft" / "tiny")
-    running = Fleet(
-        state, {"GRAFT_HEARTBEAT_SECONDS": "2", "GRAFT_LOOK_SECONDS": "2", "GRAFT_SPARE_TRAINER": "true"}
-    ).start()
+    settings = {"GRAFT_HEARTBEAT_SECONDS": "2", "GRAFT_LOOK_SECONDS": "2", "GRAFT_SPARE_TRAINER": "true"}
+    running = Fleet(state, {**settings, **writes.environment}).start()
     yield running
     if running.process is not None:
         running.stop()
@@ -147,3 +152,9 @@ def test_a_killed_launcher_leaves_no_process_behind(fleet: Fleet) -> None:
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{fleet.url}/healthz", timeout=2)
     fleet.process = None
+
+
+def test_all_that_was_written_lies_in_the_state_folder_or_is_temporary(fleet: Fleet, writes: Writes) -> None:
+    """Containers mount the two and nothing else that can be written: docker-compose.yml, deploy/helm."""
+    assert writes.under(fleet.state_dir / "work"), "jobs ran here"
+    assert writes.outside(fleet.state_dir, writes.temporary) == set()

@@ -7,11 +7,9 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import yaml
@@ -21,8 +19,7 @@ from graft_shared.defaults import load_capacity
 from graft_shared.settings import SharedSettings
 from graft_shared.store import Quotas
 from graft_worker.settings import WorkerSettings
-
-ROOT = Path(__file__).parents[2]
+from tests.deployed import ROOT, compose_config, example_lines
 
 
 def script(name: str) -> ModuleType:
@@ -46,32 +43,6 @@ def compose_text() -> str:
     return "".join((ROOT / name).read_text() for name in ("docker-compose.yml", "deploy/hosts.yml"))
 
 
-def example_lines() -> dict[str, tuple[bool, str]]:
-    """Each variable of the example: whether its line is commented out, and its value."""
-    text = (ROOT / "deploy" / "env.example").read_text()
-    return {name: (bool(hash), value) for hash, name, value in re.findall(r"^(#?)([A-Z0-9_]+)=(.*)$", text, re.M)}
-
-
-def config(tmp_path: Path, *files: str, **changes: str) -> dict[str, Any]:
-    """What docker-compose makes of the compose file and an .env like the example with these lines changed."""
-    secret = ("PASSWORD", "SECRET_ACCESS_KEY", "API_KEYS", "HOST_NAME")
-    values = {
-        name: "x" if name.endswith(secret) else value for name, (off, value) in example_lines().items() if not off
-    }
-    (tmp_path / "env").write_text("".join(f"{name}={value}\n" for name, value in {**values, **changes}.items()))
-    command: list[str | Path] = [Path(sys.executable).parent / "docker-compose", "--env-file", tmp_path / "env"]
-    for file in ("docker-compose.yml", *files):
-        command += ["--file", file]
-    environment = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME")}
-    done = subprocess.run(
-        [*command, "config", "--format", "json"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        raise ValueError(done.stderr)
-    read: dict[str, Any] = json.loads(done.stdout)
-    return read
-
-
 def test_the_example_lists_the_variables_that_the_compose_files_use_and_no_other() -> None:
     used = set(re.findall(r"\$\{([A-Z0-9_]+)[:}]", compose_text())) | {"COMPOSE_PROFILES", "COMPOSE_FILE"}
     assert set(example_lines()) == used
@@ -87,12 +58,12 @@ def test_what_the_example_shows_as_default_is_the_default() -> None:
 def test_what_must_be_set_is_said_by_name(tmp_path: Path) -> None:
     for name in ("POSTGRES_PASSWORD", "REDIS_PASSWORD", "S3_SECRET_ACCESS_KEY", "HOST_NAME"):
         with pytest.raises(ValueError, match=name):
-            config(tmp_path, **{name: ""})
+            compose_config(tmp_path, **{name: ""})
 
 
 def test_every_process_that_claims_or_counts_is_told_the_same_quotas(tmp_path: Path) -> None:
     changes = {"QUOTA_RUNNING_JOBS": "3", "QUOTA_GPU_HOURS": "100"}
-    services = config(tmp_path, COMPOSE_PROFILES="*", **changes)["services"]
+    services = compose_config(tmp_path, COMPOSE_PROFILES="*", **changes)["services"]
     for name, service in services.items():
         if name in ("api", "prepare") or name.startswith("worker"):
             told = {key: value for key, value in service["environment"].items() if key.startswith("GRAFT_QUOTA_")}
@@ -112,51 +83,51 @@ def test_an_empty_quota_is_no_limit_and_zero_is_nothing(monkeypatch: pytest.Monk
 
 
 def test_each_image_is_built_by_one_service_and_the_others_never_pull_it(tmp_path: Path) -> None:
-    services = config(tmp_path, COMPOSE_PROFILES="*")["services"]
+    services = compose_config(tmp_path, COMPOSE_PROFILES="*")["services"]
     built = [service["image"] for service in services.values() if "build" in service]
     assert sorted(built) == ["graft-api", "graft-prepare", "graft-worker"]
     for name, service in services.items():
         if service["image"] in built and name != "train-image":
             assert service["pull_policy"] == "never", name
-    always = config(tmp_path, COMPOSE_PROFILES="images")["services"]
+    always = compose_config(tmp_path, COMPOSE_PROFILES="images")["services"]
     assert sorted(service["image"] for service in always.values() if "build" in service) == sorted(built), "make up"
-    assert "train-image" not in config(tmp_path, COMPOSE_PROFILES="cpu,gpu0")["services"]
+    assert "train-image" not in compose_config(tmp_path, COMPOSE_PROFILES="cpu,gpu0")["services"]
 
 
 def test_everything_waits_for_the_tables_and_for_a_bucket_that_answers(tmp_path: Path) -> None:
-    services = config(tmp_path, COMPOSE_PROFILES="cpu,gpu0")["services"]
+    services = compose_config(tmp_path, COMPOSE_PROFILES="cpu,gpu0")["services"]
     for name in ("api", "reconciler", "prepare", "merge", "worker-cpu", "worker-gpu-0"):
         for gate in ("migrate", "bucket"):
             assert services[name]["depends_on"][gate]["condition"] == "service_completed_successfully", name
 
 
 def test_the_hubs_token_is_given_to_those_alone_that_ask_the_hub(tmp_path: Path) -> None:
-    services = config(tmp_path, COMPOSE_PROFILES="cpu,gpu0", HUB_TOKEN="hf_secret")["services"]
+    services = compose_config(tmp_path, COMPOSE_PROFILES="cpu,gpu0", HUB_TOKEN="hf_secret")["services"]
     told = {name for name, service in services.items() if "hf_secret" in json.dumps(service)}
     assert told == {"api", "prepare", "merge", "worker-cpu", "worker-gpu-0"}
 
 
 def test_a_workers_cache_can_be_set(tmp_path: Path) -> None:
-    services = config(tmp_path, COMPOSE_PROFILES="cpu,gpu0", CACHE_MAX_BYTES="1000")["services"]
+    services = compose_config(tmp_path, COMPOSE_PROFILES="cpu,gpu0", CACHE_MAX_BYTES="1000")["services"]
     for name in ("prepare", "merge", "worker-cpu", "worker-gpu-0"):
         assert services[name]["environment"]["GRAFT_CACHE_MAX_BYTES"] == "1000"
-    default = config(tmp_path)["services"]["prepare"]["environment"]["GRAFT_CACHE_MAX_BYTES"]
+    default = compose_config(tmp_path)["services"]["prepare"]["environment"]["GRAFT_CACHE_MAX_BYTES"]
     assert int(default) == WorkerSettings().cache_max_bytes
 
 
 def test_an_operator_can_do_without_a_spare_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for value, wanted in (("", None), ("false", False)):
-        services = config(tmp_path, COMPOSE_PROFILES="gpu0", SPARE_TRAINER=value)["services"]
+        services = compose_config(tmp_path, COMPOSE_PROFILES="gpu0", SPARE_TRAINER=value)["services"]
         monkeypatch.setenv("GRAFT_SPARE_TRAINER", services["worker-gpu-0"]["environment"]["GRAFT_SPARE_TRAINER"])
         assert WorkerSettings().spare_trainer is wanted
 
 
 def test_a_second_host_reaches_the_first_ones_neighbours_under_a_name_of_its_own(tmp_path: Path) -> None:
-    first = config(tmp_path, "deploy/hosts.yml", CLUSTER_BIND="10.0.0.1", HOST_NAME="one")["services"]
+    first = compose_config(tmp_path, "deploy/hosts.yml", CLUSTER_BIND="10.0.0.1", HOST_NAME="one")["services"]
     published = {name: (port["host_ip"], port["published"]) for name in first for port in first[name].get("ports", [])}
     assert published["postgres"] == ("10.0.0.1", "5432")
     assert published["redis"] == ("10.0.0.1", "6379")
-    alone = config(tmp_path)["services"]
+    alone = compose_config(tmp_path)["services"]
     assert not any(alone[name].get("ports") for name in ("postgres", "redis"))
 
     urls = {
@@ -164,7 +135,7 @@ def test_a_second_host_reaches_the_first_ones_neighbours_under_a_name_of_its_own
         "BROKER_URL": "redis://:${REDIS_PASSWORD}@10.0.0.1:6379/0",
         "S3_ENDPOINT_URL": "http://10.0.0.1:9000",
     }
-    second = config(tmp_path, COMPOSE_PROFILES="gpu0", HOST_NAME="two", **urls)["services"]["worker-gpu-0"][
+    second = compose_config(tmp_path, COMPOSE_PROFILES="gpu0", HOST_NAME="two", **urls)["services"]["worker-gpu-0"][
         "environment"
     ]
     assert second["GRAFT_DATABASE_URL"] == "postgresql+psycopg://graft:x@10.0.0.1/graft"

@@ -6,6 +6,7 @@ import base64
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -28,6 +29,8 @@ _CONFIG = Config(
     read_timeout=60,
     retries={"max_attempts": 4, "mode": "standard"},
 )
+# Who asks whether an API is ready waits ten seconds for all of its neighbours; one that says nothing is away.
+_PING = _CONFIG.merge(Config(connect_timeout=3, read_timeout=3, retries={"total_max_attempts": 1}))
 _MOST_UNFINISHED = 1000  # uploads that are looked at in one go
 _HOME_REGION = "us-east-1"  # the one region of AWS where a bucket is made by leaving its region out
 # What servers that know no regions say to a bucket's region.
@@ -57,18 +60,19 @@ class S3Bucket:
         self._name = name
         self._region = region
 
-        def client(endpoint: str | None) -> Any:
+        def client(endpoint: str | None, config: Config = _CONFIG) -> Any:
             return boto3.client(
                 "s3",
                 endpoint_url=endpoint,
                 region_name=region,
                 aws_access_key_id=access_key_id,
                 aws_secret_access_key=secret_access_key,
-                config=_CONFIG,
+                config=config,
             )
 
         self._is_there = False
         self._client = client(endpoint_url)
+        self._quick_client = cache(lambda: client(endpoint_url, _PING))  # most processes never ask
         self._public = client(public_endpoint_url) if public_endpoint_url else self._client
 
     def put_file(self, key: str, path: Path) -> StoredObject:
@@ -141,7 +145,7 @@ class S3Bucket:
     def ping(self) -> None:
         """Look at the bucket; create it when it is missing."""
         self._is_there = False
-        self._ensure()
+        self._ensure(self._quick_client())
 
     def uri(self, key: str) -> str:
         """`s3://bucket/key`."""
@@ -158,13 +162,13 @@ class S3Bucket:
                 self._is_there = False  # it has been removed since: the next try creates it again
             raise
 
-    def _ensure(self) -> None:
+    def _ensure(self, client: Any = None) -> None:
         """Create the bucket when it is missing; looked at once, before the first write."""
         if self._is_there:
             return
         try:
             with _translated(self._name):
-                self._client.head_bucket(Bucket=self._name)
+                (client or self._client).head_bucket(Bucket=self._name)
         except ObjectNotFound:
             self._create()
         except BucketUnavailable as error:
