@@ -74,6 +74,10 @@ class SharedSettings(BaseSettings):
     max_file_bytes: int = Field(default=2 * 1024**3, ge=1)
     log_json: bool = True
 
+    metrics_port: Annotated[int | None, NumberOrNone] = Field(default=None, ge=1, le=65535)
+    """Where this process shows Prometheus its figures, without a key: they name no tenant and no job. None: nowhere."""
+    metrics_host: str = "127.0.0.1"
+
     lease_seconds: float = Field(default=60.0, gt=0)
     heartbeat_seconds: float = Field(default=15.0, gt=0)
     bell_again_seconds: float = Field(default=30.0, gt=0)

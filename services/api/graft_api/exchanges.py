@@ -21,6 +21,7 @@ from graft_api.errors import (
     RepeatedHeader,
     answer,
 )
+from graft_api.traffic import count_request
 from graft_shared.errors import GraftError
 from graft_shared.ids import new_request_id
 from graft_shared.logs import log_event
@@ -56,7 +57,7 @@ class Exchanges:
         try:
             await self._app(scope, exchange.receiving(receive), exchange.send)
         except ClientDisconnect:
-            exchange.log("request_abandoned")
+            exchange.end("request_abandoned")
             return
         except Exception:
             logger.exception("request_crashed", extra={"facts": {"request_id": exchange.request_id}})
@@ -83,6 +84,7 @@ class _Exchange:
         given = dict(scope["headers"]).get(REQUEST_ID_HEADER.encode(), b"")
         self.request_id = given.decode() if _SANE_ID.fullmatch(given) else new_request_id()
         self.status: int | None = None
+        self._scope = scope
         self._method, self._path = scope["method"], quote(scope["path"])  # a path may hold line breaks and escapes
         self._send = send
         self._is_coming = _has_body(scope)  # the body, or the rest of it
@@ -111,14 +113,15 @@ class _Exchange:
                 message["headers"].append((b"connection", b"close"))
         await self._send(message)
         if message["type"] == "http.response.body" and not message.get("more_body", False):
-            self.log("request_answered")  # here: what runs after the answer is not waited for
+            self.end("request_answered")  # here: what runs after the answer is not waited for
 
-    def log(self, event: str) -> None:
-        """Write the exchange's line."""
+    def end(self, event: str) -> None:
+        """Count the exchange and write its line."""
+        seconds = time.monotonic() - self._started
+        count_request(self._scope, self.status if event == "request_answered" else None, seconds)
         if self._path in _QUIET and self.status == 200:
             return
-        seconds = round(time.monotonic() - self._started, 4)
-        facts = {"method": self._method, "path": self._path, "status": self.status, "seconds": seconds}
+        facts = {"method": self._method, "path": self._path, "status": self.status, "seconds": round(seconds, 4)}
         log_event(logger, event, request_id=self.request_id, **facts)
 
 

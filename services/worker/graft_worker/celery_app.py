@@ -30,8 +30,10 @@ from graft_shared.dispatch import BROKER_TRANSPORT_OPTIONS, RING_TASK, CeleryDoo
 from graft_shared.errors import StoreUnavailable, WorkerNameTaken
 from graft_shared.jobs import Stage
 from graft_shared.logs import configure_logging, log_event
+from graft_shared.metrics import serve_metrics
 from graft_shared.store import Files, Leases, Quotas, Reports, Workers, open_database
 from graft_worker.device import Device, NoSuchDevice, find_device
+from graft_worker.metrics import RunFigures, figures_of
 from graft_worker.place import hold_name, place_of, register
 from graft_worker.settings import WorkerSettings
 from graft_worker.supervisor import training_run
@@ -93,6 +95,7 @@ class BesideTheBell(bootsteps.StartStopStep):
         here = neighbours()
         name, device = here.settings.worker_name, here.device
         log_event(logger, "worker_started", worker=name, gpu_class=device.gpu_class, stage=device.stage.value)
+        serve_metrics(here.settings, figures_of(here.settings, device))
         _start(_beat)
         _start(_look)
 
@@ -148,6 +151,7 @@ def _open_neighbours(_pid: int) -> Neighbours:
         place=place_of(settings.lock_dir),
         open_dataset_bucket=lambda name: open_bucket(settings.model_copy(update={"s3_bucket": name})),
         draining=lambda: bool(_draining.value),
+        invite=lambda job: [RunFigures(job)],
     )
 
 
