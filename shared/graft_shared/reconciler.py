@@ -86,7 +86,7 @@ def run_beside(stop: threading.Event, *loops: Callable[[], None]) -> None:
 def main() -> None:
     """Run with the configured neighbours until SIGTERM or SIGINT."""
     settings = SharedSettings()
-    configure_logging(json_lines=settings.log_json)
+    configure_logging(settings.log_format)
     serve_metrics(settings, RECONCILER)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

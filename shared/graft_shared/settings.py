@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -72,7 +72,8 @@ class SharedSettings(BaseSettings):
     """How many bytes of uploaded files it may have."""
 
     max_file_bytes: int = Field(default=2 * 1024**3, ge=1)
-    log_json: bool = True
+    log_format: Literal["json", "text"] = "json"
+    """A line of JSON per event, or a short one for people."""
 
     metrics_port: Annotated[int | None, NumberOrNone] = Field(default=None, ge=1, le=65535)
     """Where this process shows Prometheus its figures, without a key: they name no tenant and no job. None: nowhere."""

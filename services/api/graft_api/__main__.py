@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=DEFAULT_PORT)
     arguments = parser.parse_args()
     settings = ApiSettings()
-    configure_logging(json_lines=settings.log_json)
+    configure_logging(settings.log_format)
     try:
         read_keys(settings.api_keys.get_secret_value())
     except ValueError as error:

@@ -24,7 +24,7 @@ from graft_api.errors import (
 from graft_api.traffic import count_request
 from graft_shared.errors import GraftError
 from graft_shared.ids import new_request_id
-from graft_shared.logs import log_event
+from graft_shared.logs import about, log_event
 
 LONGEST_ADDRESS_BYTES = 16_384  # a page of jobs by sixteen pairs of metadata fits
 MOST_HEADER_BYTES = 32_768
@@ -48,6 +48,10 @@ class Exchanges:
             await self._app(scope, receive, send)
             return
         exchange = _Exchange(scope, send)
+        with about(request_id=exchange.request_id):
+            await self._serve(exchange, scope, receive)
+
+    async def _serve(self, exchange: _Exchange, scope: Scope, receive: Receive) -> None:
         refusal = _refusal_of(scope)
         if refusal is not None:
             response = answer(refusal)
@@ -60,7 +64,7 @@ class Exchanges:
             exchange.end("request_abandoned")
             return
         except Exception:
-            logger.exception("request_crashed", extra={"facts": {"request_id": exchange.request_id}})
+            logger.exception("request_crashed")
             if exchange.status is not None:
                 raise  # half an answer is out: the broken connection tells the client
             await answer(InternalError(request_id=exchange.request_id))(scope, receive, exchange.send)
@@ -122,7 +126,7 @@ class _Exchange:
         if self._path in _QUIET and self.status == 200:
             return
         facts = {"method": self._method, "path": self._path, "status": self.status, "seconds": round(seconds, 4)}
-        log_event(logger, event, request_id=self.request_id, **facts)
+        log_event(logger, event, **facts)
 
 
 def _has_body(scope: Scope) -> bool:

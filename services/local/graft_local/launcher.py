@@ -69,7 +69,12 @@ def service(
     host: str, port: int, state_dir: Path, environment: Mapping[str, str], gpus: tuple[Gpu, ...]
 ) -> list[ChildSpec]:
     """The processes of the service; a neighbour that the environment names is used, not started."""
-    environment = {"GRAFT_LOG_JSON": "false", **environment, "GRAFT_STATE_DIR": str(state_dir), "PYTHONUNBUFFERED": "1"}
+    environment = {
+        "GRAFT_LOG_FORMAT": "text",
+        **environment,
+        "GRAFT_STATE_DIR": str(state_dir),
+        "PYTHONUNBUFFERED": "1",
+    }
     specs = []
     if not environment.get("GRAFT_BROKER_URL"):
         broker = configure_broker(state_dir)

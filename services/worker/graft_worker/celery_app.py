@@ -263,7 +263,7 @@ def _take_name(settings: WorkerSettings, device: Device) -> None:
 def main() -> None:
     """Run this worker until SIGTERM: then running jobs save a checkpoint and go back to the queue."""
     settings = WorkerSettings()
-    configure_logging(json_lines=settings.log_json)
+    configure_logging(settings.log_format)
     try:
         device = this_device(settings)
         _take_name(settings, device)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from graft_shared.errors import FileNotFound, LeaseLost, NeighbourUnavailable
 from graft_shared.jobs import Failure
-from graft_shared.logs import log_event
+from graft_shared.logs import about, log_event
 from graft_shared.specs import DatasetSource, ReportSpec
 from graft_shared.store import Report
 from graft_worker.metrics import REPORTS
@@ -28,6 +28,11 @@ logger = logging.getLogger(__name__)
 
 def run_report(report: Report, workdir: Path, neighbours: Neighbours) -> None:
     """Make a report and settle it; whatever happens, its row says so, or its lease runs out."""
+    with about(report_id=report.id, epoch=report.epoch):
+        _carry(report, workdir, neighbours)
+
+
+def _carry(report: Report, workdir: Path, neighbours: Neighbours) -> None:
     log_event(logger, "report_claimed", report_id=report.id, epoch=report.epoch, file_id=report.file_id)
     shutil.rmtree(workdir, ignore_errors=True)
     workdir.mkdir(parents=True)

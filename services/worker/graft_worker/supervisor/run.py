@@ -26,7 +26,7 @@ from graft_shared.errors import (
     UnsupportedBaseModel,
 )
 from graft_shared.jobs import REMEDIES, Failure, FailureReason, Job, Phase, Retry, Stage
-from graft_shared.logs import log_event
+from graft_shared.logs import about, log_event
 from graft_worker.protocol import (
     LOG_NAME,
     REQUEST_NAME,
@@ -91,6 +91,10 @@ class Run:
 
     def run(self) -> None:
         """Carry the job as far as this epoch can; whatever happens, the row says so, or its lease runs out."""
+        with about(job_id=self._job.id, epoch=self._job.epoch):
+            self._carry()
+
+    def _carry(self) -> None:
         job = self._job
         log_event(logger, "job_claimed", job_id=job.id, epoch=job.epoch, stage=job.stage.value, attempt=job.attempt)
         shutil.rmtree(self._workdir, ignore_errors=True)
