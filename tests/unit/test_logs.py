@@ -23,13 +23,13 @@ class Said:
     """What this process writes on standard error."""
 
     def __init__(self, stream: io.StringIO) -> None:
-        self._stream = stream
+        self.stream = stream
 
     def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self._stream.getvalue().splitlines()]
+        return [json.loads(line) for line in self.stream.getvalue().splitlines()]
 
     def text(self) -> str:
-        return self._stream.getvalue()
+        return self.stream.getvalue()
 
 
 @pytest.fixture
@@ -61,7 +61,8 @@ def test_what_any_library_says_of_a_run_has_its_job_and_epoch(said: Said) -> Non
     ]
 
 
-def test_text_is_one_short_line_with_the_same_facts(said: Said) -> None:
+def test_text_is_one_short_line_with_the_same_facts(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", said.stream)
     configure_logging("text")
     with about(job_id="ftjob-1", epoch=2):
         log_event(logger, "attempt_settled", level=logging.WARNING, reason="crash")
