@@ -1,11 +1,15 @@
-"""A running service shows every figure that the alert rules and the dashboard ask for."""
+"""A running service shows every figure that rules and dashboard ask for, and a job of it is one trace."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.factories import make_tiny_base
@@ -23,11 +27,47 @@ def first_port() -> int:
     return free_ports_in_a_row(5)
 
 
+class Collector(ThreadingHTTPServer):
+    """Takes traces over OTLP/HTTP and keeps them."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Taking)
+        self.spans: list[tuple[str, Span]] = []  # with the service that sent each
+
+
+class _Taking(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        assert isinstance(self.server, Collector)
+        body = self.rfile.read(int(self.headers["content-length"]))
+        for sent in ExportTraceServiceRequest.FromString(body).resource_spans:
+            (service,) = (pair.value.string_value for pair in sent.resource.attributes if pair.key == "service.name")
+            self.server.spans += [(service, span) for scope in sent.scope_spans for span in scope.spans]
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None: ...
+
+
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory, first_port: int) -> Iterator[Fleet]:
+def collector() -> Iterator[Collector]:
+    server = Collector()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory, first_port: int, collector: Collector) -> Iterator[Fleet]:
     state = tmp_path_factory.mktemp("observed") / "state"
     make_tiny_base(state / "models" / "graft" / "tiny")
-    running = Fleet(state, {"GRAFT_METRICS_PORT": str(first_port), "GRAFT_SWEEP_SECONDS": "1"}).start()
+    environment = {
+        "GRAFT_METRICS_PORT": str(first_port),
+        "GRAFT_SWEEP_SECONDS": "1",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.server_port}",
+        "OTEL_BSP_SCHEDULE_DELAY": "200",
+    }
+    running = Fleet(state, environment).start()
     yield running
     running.stop()
 
@@ -59,6 +99,15 @@ def test_every_metric_that_is_asked_for_is_shown_by_a_service_that_has_worked(fl
         seen |= set(scrape(first_port + number))
     missing = {name for name in metrics_asked_for() - seen if not name.startswith(ON_A_GPU)}
     assert not missing
+
+
+def test_a_job_is_one_trace_over_all_processes(fleet: Fleet, collector: Collector) -> None:
+    wait_until(lambda: any(span.name == "run train" for _, span in collector.spans), what="the run's span")
+    (trained,) = [span for _, span in collector.spans if span.name == "run train"]
+    whole = {(service, span.name) for service, span in collector.spans if span.trace_id == trained.trace_id}
+    phases = {("graft-worker", name) for name in ("fetching", "preparing", "training", "proving", "publishing")}
+    runs = {("graft-worker", name) for name in ("queued", "run prepare", "run train")}
+    assert {("graft-api", "POST /jobs")} | runs | phases <= whole
 
 
 def test_a_worker_counts_what_both_its_processes_do(fleet: Fleet, first_port: int) -> None:

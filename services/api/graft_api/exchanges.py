@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote
 
@@ -21,10 +22,11 @@ from graft_api.errors import (
     RepeatedHeader,
     answer,
 )
-from graft_api.traffic import count_request
+from graft_api.traffic import count_request, route_of
 from graft_shared.errors import GraftError
 from graft_shared.ids import new_request_id
 from graft_shared.logs import about, log_event
+from graft_shared.tracing import Tracing
 
 LONGEST_ADDRESS_BYTES = 16_384  # a page of jobs by sixteen pairs of metadata fits
 MOST_HEADER_BYTES = 32_768
@@ -39,8 +41,9 @@ logger = logging.getLogger(__name__)
 class Exchanges:
     """ASGI middleware around the whole app. Logs the path alone: queries may hold signatures."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, tracing: Tracing | None = None) -> None:
         self._app = app
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one exchange."""
@@ -48,8 +51,19 @@ class Exchanges:
             await self._app(scope, receive, send)
             return
         exchange = _Exchange(scope, send)
-        with about(request_id=exchange.request_id):
+        with about(request_id=exchange.request_id), self._traced(exchange, scope):
             await self._serve(exchange, scope, receive)
+
+    @contextmanager
+    def _traced(self, exchange: _Exchange, scope: Scope) -> Iterator[None]:
+        if self._tracing is None or scope["path"] in _QUIET:
+            yield
+            return
+        given = dict(scope["headers"]).get(b"traceparent", b"").decode("latin-1")
+        with self._tracing.request(given or None, http__request__method=scope["method"]) as span:
+            yield
+            route = route_of(scope)
+            span.tell(f"{scope['method']} {route}", http__route=route, http__response__status_code=exchange.status)
 
     async def _serve(self, exchange: _Exchange, scope: Scope, receive: Receive) -> None:
         refusal = _refusal_of(scope)

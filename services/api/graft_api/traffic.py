@@ -27,9 +27,14 @@ REQUEST_SECONDS = Histogram(
 )
 
 
+def route_of(scope: Scope) -> str:
+    """The template of the route that answers; known once it does."""
+    return str(getattr(scope.get("route"), "path_format", NO_ROUTE))
+
+
 def count_request(scope: Scope, status: int | None, seconds: float) -> None:
     """Count one exchange that has ended; `status` is None where there was no answer."""
     method = scope["method"] if scope["method"] in METHODS else "other"
-    route = getattr(scope.get("route"), "path_format", NO_ROUTE)
+    route = route_of(scope)
     REQUESTS.labels(method, route, "abandoned" if status is None else str(status)).inc()
     REQUEST_SECONDS.labels(method, route).observe(seconds)

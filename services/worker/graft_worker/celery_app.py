@@ -28,15 +28,18 @@ from graft_shared.capacity import CapacityTable
 from graft_shared.defaults import load_capacity
 from graft_shared.dispatch import BROKER_TRANSPORT_OPTIONS, RING_TASK, CeleryDoorbell, queue_for
 from graft_shared.errors import StoreUnavailable, WorkerNameTaken
-from graft_shared.jobs import Stage
+from graft_shared.jobs import Job, Stage
 from graft_shared.logs import configure_logging, log_event
 from graft_shared.metrics import serve_metrics
 from graft_shared.store import Files, Leases, Quotas, Reports, Workers, open_database
+from graft_shared.tracing import Tracing, open_tracing
 from graft_worker.device import Device, NoSuchDevice, find_device
 from graft_worker.metrics import RunFigures, figures_of
 from graft_worker.place import hold_name, place_of, register
 from graft_worker.settings import WorkerSettings
+from graft_worker.spans import RunSpans
 from graft_worker.supervisor import training_run
+from graft_worker.supervisor.audience import Listener
 from graft_worker.supervisor.bases import BaseModels
 from graft_worker.supervisor.cache import HostCache
 from graft_worker.supervisor.neighbours import Neighbours
@@ -151,8 +154,26 @@ def _open_neighbours(_pid: int) -> Neighbours:
         place=place_of(settings.lock_dir),
         open_dataset_bucket=lambda name: open_bucket(settings.model_copy(update={"s3_bucket": name})),
         draining=lambda: bool(_draining.value),
-        invite=lambda job: [RunFigures(job)],
+        invite=_listeners,
     )
+
+
+@functools.cache
+def _tracing(_pid: int) -> Tracing | None:
+    """This process's: the thread that sends spans does not come along through a fork."""
+    return open_tracing("graft-worker")
+
+
+def _listeners(job: Job) -> list[Listener]:
+    """Who is told of a job's run."""
+    tracing = _tracing(os.getpid())
+    return [RunFigures(job), *([RunSpans(job, tracing)] if tracing is not None else [])]
+
+
+def _send_last_spans() -> None:
+    tracing = _tracing(os.getpid())
+    if tracing is not None:
+        tracing.close()
 
 
 @functools.cache
@@ -179,6 +200,7 @@ def _begin_child(**_: Any) -> None:
 @worker_process_shutdown.connect
 def _end_child(**_: Any) -> None:
     neighbours().spare.dismiss()
+    _send_last_spans()
 
 
 @worker_shutting_down.connect
@@ -191,6 +213,7 @@ def _drain(**_: Any) -> None:
 def _end(**_: Any) -> None:
     for thread in _threads:
         thread.join()
+    _send_last_spans()
     here = neighbours()
     try:
         Workers(here.database).leave(here.settings.worker_name, here.place)

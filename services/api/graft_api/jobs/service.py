@@ -21,6 +21,7 @@ from graft_shared.logs import log_event
 from graft_shared.specs import JobSpec
 from graft_shared.speed import forecast
 from graft_shared.store import NewJob, Sending
+from graft_shared.tracing import current_trace
 from graft_shared.webhooks import TargetRefused
 
 WEBHOOKS_ARE_OFF = "this service sends no webhooks; its operator has not set GRAFT_WEBHOOK_SECRET"
@@ -133,6 +134,7 @@ def _new_job(
         warnings=[dict(warning) for warning in placement.warnings],
         files={param: file_id for param, file_id in _files_of(spec) if file_id is not None},
         adapter_of=spec.adapter.job if spec.adapter is not None else None,
+        traceparent=current_trace(),
     )
 
 
