@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0   # what pip installs as torch; a CUDA machine's default 
 VENV := .venv
 BIN := $(VENV)/bin
 PINS := -c deploy/constraints/all.txt
-OURS := -e './shared[otel]' -e ./services/api -e './services/worker[train]' -e ./client -e ./services/local
+OURS := -e './shared[otel]' -e ./services/api -e './services/worker[train,trackers]' -e ./client -e ./services/local
 COMPOSE ?= docker compose
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --root-user-action=ignore
 

@@ -17,7 +17,7 @@ OURS = ("graft-shared", "graft-api", "graft-worker")
 IMAGES = {
     "api": ("graft-shared[otel]", "graft-api"),
     "prepare": ("graft-shared[otel]", "graft-worker[prepare]"),
-    "worker": ("graft-shared[otel]", "graft-worker[train]"),
+    "worker": ("graft-shared[otel]", "graft-worker[train,trackers]"),
 }
 PYTHON = {"python_version": "3.11", "python_full_version": "3.11.14"}  # of the images, whatever this runs on
 HEAD = "# Written by pin.py from all.txt: the third-party packages of the {image} image.\n"

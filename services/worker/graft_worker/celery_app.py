@@ -45,6 +45,7 @@ from graft_worker.supervisor.cache import HostCache
 from graft_worker.supervisor.neighbours import Neighbours
 from graft_worker.supervisor.spare import SpareTrainer
 from graft_worker.tasks import answer_bell, look_for_work
+from graft_worker.trackers import reporters_of
 
 BEAT_SECONDS = 15.0
 REGISTER_PAUSE_SECONDS = 1.0
@@ -167,7 +168,9 @@ def _tracing(_pid: int) -> Tracing | None:
 def _listeners(job: Job) -> list[Listener]:
     """Who is told of a job's run."""
     tracing = _tracing(os.getpid())
-    return [RunFigures(job), *([RunSpans(job, tracing)] if tracing is not None else [])]
+    here = neighbours()
+    spans = [RunSpans(job, tracing)] if tracing is not None else []
+    return [RunFigures(job), *spans, *reporters_of(job, here.settings, here.leases)]
 
 
 def _send_last_spans() -> None:
