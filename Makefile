@@ -4,12 +4,12 @@ TORCH ?= torch==2.13.0   # what pip installs as torch; a CUDA machine's default 
 VENV := .venv
 BIN := $(VENV)/bin
 PINS := -c deploy/constraints/all.txt
-OURS := -e ./shared -e ./services/api -e './services/worker[train]' -e ./client -e ./services/local
+OURS := -e './shared[otel]' -e ./services/api -e './services/worker[train,trackers]' -e ./client -e ./services/local
 COMPOSE ?= docker compose
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --root-user-action=ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo up down logs ps check test test-unit test-again test-s3 test-load test-model test-openapi test-keys test-streams hostile-line failpoints chaos chaos-control races outages test-containers test-chart test-gpu mutants bench bench-data bench-load bench-gpu pins format clean
+.PHONY: help setup run demo up down logs ps check test test-unit test-again test-s3 test-observability test-load test-model test-openapi test-keys test-streams hostile-line failpoints chaos chaos-control races outages test-containers test-chart test-gpu mutants bench bench-data bench-load bench-gpu pins format clean
 
 help: ## print this
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ test-s3: $(VENV)/.ready-dev ## the bucket's contract on your own server: ENDPOIN
 	@test -n "$(ENDPOINT)" || { echo "usage: make test-s3 ENDPOINT=https://… ACCESS_KEY=… SECRET_KEY=…"; exit 2; }
 	@GRAFT_TEST_S3_ENDPOINT=$(ENDPOINT) GRAFT_TEST_S3_ACCESS_KEY=$(ACCESS_KEY) GRAFT_TEST_S3_SECRET_KEY=$(SECRET_KEY) \
 		GRAFT_TEST_S3_REGION=$(REGION) $(BIN)/python -m pytest tests/integration/test_buckets.py
+
+test-observability: $(VENV)/.ready-dev ## Prometheus' own tool on its configuration, rules and a running service's figures (Debian: prometheus)
+	@$(BIN)/python -m pytest tests/observability
 
 test-load: $(VENV)/.ready-dev ## five minutes: a hundred jobs at once, and two tenants in one queue
 	@$(BIN)/python -m pytest tests/load --timeout 900

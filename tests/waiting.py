@@ -16,6 +16,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def free_ports_in_a_row(length: int) -> int:
+    """The first of so many ports of loopback on which nobody listens at the moment."""
+    while True:
+        first = free_port()
+        if not any(listens(port) for port in range(first, first + length)) and first + length < 65_536:
+            return first
+
+
 def wait_until(
     condition: Callable[[], bool], *, seconds: float = START_SECONDS, what: str, every: float = 0.05
 ) -> None:

@@ -15,9 +15,9 @@ from packaging.utils import canonicalize_name
 HERE = Path(__file__).parent
 OURS = ("graft-shared", "graft-api", "graft-worker")
 IMAGES = {
-    "api": ("graft-shared", "graft-api"),
-    "prepare": ("graft-shared", "graft-worker[prepare]"),
-    "worker": ("graft-shared", "graft-worker[train]"),
+    "api": ("graft-shared[otel]", "graft-api"),
+    "prepare": ("graft-shared[otel]", "graft-worker[prepare]"),
+    "worker": ("graft-shared[otel]", "graft-worker[train,trackers]"),
 }
 PYTHON = {"python_version": "3.11", "python_full_version": "3.11.14"}  # of the images, whatever this runs on
 HEAD = "# Written by pin.py from all.txt: the third-party packages of the {image} image.\n"

@@ -311,6 +311,7 @@ class Job:
     lease_expires_at: datetime | None
     gpu_seconds: float  # that training held a GPU, over all runs that have ended
     merges: str | None = None  # the job whose adapter it merges into its base; None: it is a fine-tune
+    traceparent: str | None = None  # of the request that made it, where that was traced
     deleted_at: datetime | None = None  # its tenant sees it no more; the row stays until its objects are gone
 
     @property

@@ -18,6 +18,7 @@ from graft_shared.buckets import open_bucket
 from graft_shared.dispatch import CeleryDoorbell, Doorbell, queue_for
 from graft_shared.errors import StoreUnavailable
 from graft_shared.logs import configure_logging, log_event
+from graft_shared.metrics import EXPIRED_LEASES, LOST_BELLS, RECONCILER, counted_pass, serve_metrics
 from graft_shared.settings import SharedSettings
 from graft_shared.store import Files, Leases, Outbox, Sweeps, Workers, open_database
 from graft_shared.sweeper import Sweeper
@@ -44,11 +45,13 @@ class Reconciler:
             StoreUnavailable: The database does not answer; the next pass will do.
         """
         for job in self.leases.release_expired():
+            EXPIRED_LEASES.inc()
             log_event(logger, "lease_expired", job_id=job.id, epoch=job.epoch, state=job.state.value)
         self.workers.forget_dead()
         for bell in self.leases.take_lost_bells(self.bell_again, self.workers.idle()):
             queue = queue_for(bell.stage, bell.gpu_class)
             rung = self.doorbell.ring(bell.job_id, queue)
+            LOST_BELLS.inc()
             log_event(logger, "bell_rung_again", level=logging.DEBUG, job_id=bell.job_id, queue=queue, rung=rung)
 
     def run(self, every: timedelta, stop: threading.Event, passed: Path | None = None) -> None:
@@ -59,7 +62,8 @@ class Reconciler:
         """
         while not stop.wait(every.total_seconds()):
             try:
-                self.reconcile()
+                with counted_pass("reconcile"):
+                    self.reconcile()
                 if passed is not None:
                     passed.touch()
             except StoreUnavailable as error:
@@ -82,7 +86,8 @@ def run_beside(stop: threading.Event, *loops: Callable[[], None]) -> None:
 def main() -> None:
     """Run with the configured neighbours until SIGTERM or SIGINT."""
     settings = SharedSettings()
-    configure_logging(json_lines=settings.log_json)
+    configure_logging(settings.log_format)
+    serve_metrics(settings, RECONCILER)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -27,7 +27,7 @@ CommaList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_list)]
 class SharedSettings(BaseSettings):
     """Where the neighbours are, and the few numbers that everybody must agree on."""
 
-    model_config = SettingsConfigDict(env_prefix="GRAFT_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="GRAFT_", extra="ignore", frozen=True, populate_by_name=True)
 
     state_dir: Path = Path(".graft")
     """Everything the embedded service keeps: database, bucket, registered bases, work folders."""
@@ -72,7 +72,19 @@ class SharedSettings(BaseSettings):
     """How many bytes of uploaded files it may have."""
 
     max_file_bytes: int = Field(default=2 * 1024**3, ge=1)
-    log_json: bool = True
+    log_format: Literal["json", "text"] = "json"
+    """A line of JSON per event, or a short one for people."""
+
+    report_to: Annotated[tuple[Literal["mlflow", "tensorboard"], ...], NoDecode, BeforeValidator(_split_list)] = ()
+    """Trackers that are told of every job: `mlflow`, `tensorboard`. A job may ask by `training.report_to` itself."""
+    mlflow_tracking_uri: str | None = Field(default=None, validation_alias="MLFLOW_TRACKING_URI")
+    """The MLflow server that jobs may report to; the operator's alone to say."""
+    tensorboard_dir: Annotated[Path | None, NumberOrNone] = None
+    """Where workers write TensorBoard's event files."""
+
+    metrics_port: Annotated[int | None, NumberOrNone] = Field(default=None, ge=1, le=65535)
+    """Where this process shows Prometheus its figures, without a key: they name no tenant and no job. None: nowhere."""
+    metrics_host: str = "127.0.0.1"
 
     lease_seconds: float = Field(default=60.0, gt=0)
     heartbeat_seconds: float = Field(default=15.0, gt=0)

@@ -78,6 +78,13 @@ class Scheduler(StrEnum):
     CONSTANT = "constant"
 
 
+class ReportTo(StrEnum):
+    """Trackers that draw a job's curves, where the operator has set them up."""
+
+    MLFLOW = "mlflow"
+    TENSORBOARD = "tensorboard"
+
+
 class Priority(StrEnum):
     """Which of a tenant's queued jobs goes first."""
 
@@ -220,6 +227,7 @@ class Training(_Part):
     save_steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] | Literal["auto"] = "auto"
     eval_steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] | Literal["auto"] = "auto"
     early_stopping_patience: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = None
+    report_to: tuple[ReportTo, ...] = ()
 
     @property
     def sequences_per_update(self) -> int:

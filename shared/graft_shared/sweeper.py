@@ -19,6 +19,7 @@ from graft_shared.buckets import Bucket
 from graft_shared.errors import NeighbourUnavailable
 from graft_shared.jobs import TERMINAL_STATES, Job, JobState
 from graft_shared.logs import log_event
+from graft_shared.metrics import REMOVED_OBJECTS, counted_pass
 from graft_shared.store import UPLOAD_LIFE, DueSweep, Files, Leases, Sweeps
 
 JOBS_PER_PASS = 50
@@ -98,6 +99,7 @@ class Sweeper:
         for key in self.files.lost_uploads(limit=UPLOADS_PER_PASS):
             self.bucket.delete(key)
             self.files.forget_upload(key)
+            REMOVED_OBJECTS.inc()
             log_event(logger, "lost_upload_removed", key=key)
         if not stop.is_set() and time.monotonic() >= self._unfinished_at:
             self._remove_unfinished()
@@ -106,7 +108,8 @@ class Sweeper:
         """Sweep until `stop`; a neighbour that is away is waited for."""
         while not stop.wait(every.total_seconds()):
             try:
-                self.sweep(stop)
+                with counted_pass("sweep"):
+                    self.sweep(stop)
             except NeighbourUnavailable as error:
                 log_event(logger, "sweep_postponed", level=logging.WARNING, reason=error.message)
 
@@ -118,6 +121,7 @@ class Sweeper:
         garbage: Sequence[str] = leftovers(job, keys)
         for key in islice(garbage, OBJECTS_PER_JOB):
             self.bucket.delete(key)
+            REMOVED_OBJECTS.inc()
         if garbage:
             facts = {"removed": min(len(garbage), OBJECTS_PER_JOB), "left": len(keys) - len(garbage)}
             log_event(logger, "job_swept", job_id=job.id, state=job.state.value, **facts)

@@ -30,6 +30,7 @@ import standardwebhooks
 
 from graft_shared.errors import StoreUnavailable
 from graft_shared.logs import log_event
+from graft_shared.metrics import WEBHOOK_TRIES
 from graft_shared.settings import SharedSettings
 from graft_shared.store.outbox import Outbox, Webhook
 
@@ -266,10 +267,13 @@ class WebhookSender:
             self.postman.deliver(id=webhook.id, tenant=webhook.tenant, url=webhook.url, body=body_of(webhook))
         except TargetRefused as error:
             self.outbox.failed(webhook, f"nothing was sent: {error}", finally_=True)
+            WEBHOOK_TRIES.labels("refused").inc()
             log_event(logger, "webhook_refused", level=logging.WARNING, reason=str(error), **facts)
         except NotTaken as error:
             self.outbox.failed(webhook, str(error))
+            WEBHOOK_TRIES.labels("not_taken").inc()
             log_event(logger, "webhook_not_taken", level=logging.WARNING, reason=str(error), **facts)
         else:
             self.outbox.delivered(webhook)
+            WEBHOOK_TRIES.labels("taken").inc()
             log_event(logger, "webhook_delivered", **facts)

@@ -160,7 +160,7 @@ def the_app() -> FastAPI:
 
 
 def _begin(site: Site, arms: Arms | None) -> None:
-    configure_logging(json_lines=True)
+    configure_logging("json")
     if arms is not None:
         arm(arms.point, arms.fault, site.folder)
 

@@ -286,7 +286,7 @@ def test_strangers_are_let_in_nowhere_but_on_loopback(
 
 
 def test_no_key_comes_into_the_log(api: ApiService, capsys: pytest.CaptureFixture[str], restored_logging: None) -> None:
-    configure_logging(json_lines=True, level="DEBUG")
+    configure_logging("json", level="DEBUG")
     key, wrong = a_key(api, Scope.JOBS_READ), new_key()[1]
     for each in (key, wrong, RED, f"{RED}x"):
         for path in ("/jobs", "/files", "/nowhere", "/jobs?after=x", "/metrics"):

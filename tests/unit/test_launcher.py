@@ -230,6 +230,16 @@ def test_the_service_prepares_and_has_one_worker_per_gpu_and_one_for_the_cpu(tmp
     assert all(spec.environment["GRAFT_STATE_DIR"] == str(tmp_path) for spec in specs)
 
 
+def test_each_process_shows_its_figures_on_a_port_of_its_own_if_any_does(tmp_path: Path) -> None:
+    specs = service("127.0.0.1", 8000, tmp_path, {"GRAFT_METRICS_PORT": "9000"}, ())
+    ports = {
+        spec.name: spec.environment["GRAFT_METRICS_PORT"] for spec in specs if spec.name not in ("migrate", "broker")
+    }
+    workers = {"worker prepare": "9002", "worker merge": "9003", "worker cpu": "9004"}
+    assert ports == {"api": "9000", "reconciler": "9001", **workers}
+    assert not any("GRAFT_METRICS_PORT" in spec.environment for spec in service("::1", 1, tmp_path, {}, ()))
+
+
 def test_webhooks_are_signed_with_one_secret_for_ever_that_only_its_owner_may_read(tmp_path: Path) -> None:
     for _ in range(2):
         specs = service("127.0.0.1", 8000, tmp_path, {}, ())

@@ -9,9 +9,11 @@ import uvicorn
 
 from graft_api.app import build_app
 from graft_api.keys.static import read_keys
+from graft_api.metrics import figures_of
 from graft_api.settings import ApiSettings
 from graft_shared.errors import StoreUnavailable
 from graft_shared.logs import configure_logging
+from graft_shared.metrics import serve_metrics
 from graft_shared.store import Keys, open_database
 
 DEFAULT_PORT = 8000
@@ -59,7 +61,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=DEFAULT_PORT)
     arguments = parser.parse_args()
     settings = ApiSettings()
-    configure_logging(json_lines=settings.log_json)
+    configure_logging(settings.log_format)
     try:
         read_keys(settings.api_keys.get_secret_value())
     except ValueError as error:
@@ -69,6 +71,7 @@ def main() -> None:
         app = build_app(settings, open_without_keys=is_loopback(arguments.host))
     except (Exposed, ValueError) as error:
         parser.error(str(error))
+    serve_metrics(settings, figures_of(app.state.neighbours))
     uvicorn.run(
         app,
         host=arguments.host,

@@ -52,6 +52,7 @@ from graft_shared.store import (
     Workers,
     open_database,
 )
+from graft_shared.tracing import open_tracing
 from graft_shared.webhooks import Postman
 
 DESCRIPTION = (
@@ -121,6 +122,7 @@ def neighbours_of(
         bases=BaseModels(
             registered_dir=settings.registered_models_dir, catalogue=catalogue, hub=hub or _hub_of(settings)
         ),
+        tracing=open_tracing("graft-api"),
     )
 
 
@@ -140,7 +142,7 @@ def create_app(neighbours: Neighbours) -> FastAPI:
     app.state.neighbours = neighbours
     _add_routes(app, neighbours.bucket)
     install_handlers(app)
-    app.add_middleware(Exchanges)
+    app.add_middleware(Exchanges, tracing=neighbours.tracing)
     _describe_spec(app)
     return app
 
@@ -178,3 +180,5 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
     app.state.neighbours.bells.close()
     app.state.neighbours.database.close()
+    if app.state.neighbours.tracing is not None:
+        app.state.neighbours.tracing.close()

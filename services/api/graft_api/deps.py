@@ -25,6 +25,7 @@ from graft_shared.capacity import CapacityTable
 from graft_shared.dispatch import Doorbell
 from graft_shared.errors import BadRequest, MalformedBody, UnknownParameter
 from graft_shared.store import Database, Files, Jobs, Merges, Outbox, Reports, Totals, Workers
+from graft_shared.tracing import Tracing
 from graft_shared.webhooks import Postman
 
 
@@ -52,6 +53,7 @@ class Neighbours:
     capacity: CapacityTable
     largest_bases: Mapping[str, str | None]  # by class, as `capacity.endpoints` computes it
     bases: BaseModels
+    tracing: Tracing | None = None  # None: the operator names no collector
 
 
 async def neighbours(request: Request) -> Neighbours:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote
 
@@ -21,9 +22,11 @@ from graft_api.errors import (
     RepeatedHeader,
     answer,
 )
+from graft_api.traffic import count_request, route_of
 from graft_shared.errors import GraftError
 from graft_shared.ids import new_request_id
-from graft_shared.logs import log_event
+from graft_shared.logs import about, log_event
+from graft_shared.tracing import Tracing
 
 LONGEST_ADDRESS_BYTES = 16_384  # a page of jobs by sixteen pairs of metadata fits
 MOST_HEADER_BYTES = 32_768
@@ -38,8 +41,9 @@ logger = logging.getLogger(__name__)
 class Exchanges:
     """ASGI middleware around the whole app. Logs the path alone: queries may hold signatures."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, tracing: Tracing | None = None) -> None:
         self._app = app
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one exchange."""
@@ -47,6 +51,21 @@ class Exchanges:
             await self._app(scope, receive, send)
             return
         exchange = _Exchange(scope, send)
+        with about(request_id=exchange.request_id), self._traced(exchange, scope):
+            await self._serve(exchange, scope, receive)
+
+    @contextmanager
+    def _traced(self, exchange: _Exchange, scope: Scope) -> Iterator[None]:
+        if self._tracing is None or scope["path"] in _QUIET:
+            yield
+            return
+        given = dict(scope["headers"]).get(b"traceparent", b"").decode("latin-1")
+        with self._tracing.request(given or None, http__request__method=scope["method"]) as span:
+            yield
+            route = route_of(scope)
+            span.tell(f"{scope['method']} {route}", http__route=route, http__response__status_code=exchange.status)
+
+    async def _serve(self, exchange: _Exchange, scope: Scope, receive: Receive) -> None:
         refusal = _refusal_of(scope)
         if refusal is not None:
             response = answer(refusal)
@@ -56,10 +75,10 @@ class Exchanges:
         try:
             await self._app(scope, exchange.receiving(receive), exchange.send)
         except ClientDisconnect:
-            exchange.log("request_abandoned")
+            exchange.end("request_abandoned")
             return
         except Exception:
-            logger.exception("request_crashed", extra={"facts": {"request_id": exchange.request_id}})
+            logger.exception("request_crashed")
             if exchange.status is not None:
                 raise  # half an answer is out: the broken connection tells the client
             await answer(InternalError(request_id=exchange.request_id))(scope, receive, exchange.send)
@@ -83,6 +102,7 @@ class _Exchange:
         given = dict(scope["headers"]).get(REQUEST_ID_HEADER.encode(), b"")
         self.request_id = given.decode() if _SANE_ID.fullmatch(given) else new_request_id()
         self.status: int | None = None
+        self._scope = scope
         self._method, self._path = scope["method"], quote(scope["path"])  # a path may hold line breaks and escapes
         self._send = send
         self._is_coming = _has_body(scope)  # the body, or the rest of it
@@ -111,15 +131,16 @@ class _Exchange:
                 message["headers"].append((b"connection", b"close"))
         await self._send(message)
         if message["type"] == "http.response.body" and not message.get("more_body", False):
-            self.log("request_answered")  # here: what runs after the answer is not waited for
+            self.end("request_answered")  # here: what runs after the answer is not waited for
 
-    def log(self, event: str) -> None:
-        """Write the exchange's line."""
+    def end(self, event: str) -> None:
+        """Count the exchange and write its line."""
+        seconds = time.monotonic() - self._started
+        count_request(self._scope, self.status if event == "request_answered" else None, seconds)
         if self._path in _QUIET and self.status == 200:
             return
-        seconds = round(time.monotonic() - self._started, 4)
-        facts = {"method": self._method, "path": self._path, "status": self.status, "seconds": seconds}
-        log_event(logger, event, request_id=self.request_id, **facts)
+        facts = {"method": self._method, "path": self._path, "status": self.status, "seconds": round(seconds, 4)}
+        log_event(logger, event, **facts)
 
 
 def _has_body(scope: Scope) -> bool:

@@ -1,13 +1,17 @@
-"""What Prometheus scrapes: the store's figures at the moment it asks. They name no tenant and no job."""
+"""What Prometheus scrapes: the store's figures at the moment it asks, and this process' requests.
+
+They name no tenant and no job. What a running job tells of its training is told of the worker that trains it, so that
+there are never more series than workers.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from fastapi import APIRouter, Response, Security
 from fastapi.responses import PlainTextResponse
-from prometheus_client import generate_latest
+from prometheus_client import CollectorRegistry, disable_created_metrics, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
@@ -18,10 +22,27 @@ from graft_api.deps import Here, Neighbours
 from graft_api.jobs.fleet import workers_for
 from graft_api.jobs.queue import lengths_by_reason
 from graft_api.keys.scopes import Scope
+from graft_api.traffic import TRAFFIC
 from graft_shared.jobs import JobStatus, Stage
-from graft_shared.store import Backlog, LiveWorker
+from graft_shared.store import Backlog, LiveWorker, TrainingNow
 
 COMPARED = f"of those of a class's last {JOBS_COMPARED} jobs that were measured on a GPU"
+
+_OF_A_RUN: tuple[tuple[str, str, Callable[[TrainingNow], float | None]], ...] = (
+    ("graft_training_step", "Optimizer steps done by the job that this worker trains.", lambda run: run.step),
+    ("graft_training_last_step", "Optimizer steps that it will have done at its end.", lambda run: run.last_step),
+    ("graft_training_loss", "Its last training loss, in nats per learnt token.", lambda run: run.loss),
+    (
+        "graft_training_tokens_per_second",
+        "How many tokens a second it trains on, padding left out.",
+        lambda run: run.tokens_per_second,
+    ),
+    (
+        "graft_training_expected_peak_bytes",
+        "What its placement expects it to take of the device's memory.",
+        lambda run: run.expected_peak_bytes,
+    ),
+)
 
 router = APIRouter(tags=["health"], dependencies=[Security(tenant, scopes=[Scope.METRICS.value])])
 
@@ -33,8 +54,17 @@ router = APIRouter(tags=["health"], dependencies=[Security(tenant, scopes=[Scope
     responses={200: {"content": {"text/plain": {}}, "description": "Prometheus' text format, version 0.0.4."}},
 )
 def get_metrics(here: Here) -> Response:
-    """Return jobs, queues, live workers and how far memory forecasts were off: the same from every API of a service."""
-    return Response(generate_latest(Figures(here)), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+    """Return jobs, queues, workers, training and how far memory forecasts were off, and what this API was asked."""
+    return Response(generate_latest(figures_of(here)), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+
+def figures_of(here: Neighbours) -> CollectorRegistry:
+    """All that an API tells."""
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each, which nothing here asks for
+    registry = CollectorRegistry()
+    registry.register(Figures(here))
+    registry.register(TRAFFIC)
+    return registry
 
 
 class Figures(Collector):
@@ -49,7 +79,9 @@ class Figures(Collector):
         workers = self._here.workers.alive()
         yield self._jobs()
         yield from self._queues(workers)
+        yield from self._reports()
         yield self._live(workers)
+        yield from self._training()
         yield from self._forecasts()
 
     def _jobs(self) -> GaugeMetricFamily:
@@ -71,14 +103,25 @@ class Figures(Collector):
             "Time since the oldest of the jobs that wait was submitted; 0 if none waits.",
             labels=["stage", "gpu_class"],
         )
+        merges = GaugeMetricFamily("graft_waiting_merges", "Adapters that wait to be merged into their bases.")
         for backlog in self._backlogs():
             gpu_class = backlog.gpu_class or ""
             able = workers_for(backlog.stage, gpu_class, workers, self._here.capacity)
             for reason, length in lengths_by_reason(backlog, len(able)).items():
                 queued.add_metric([backlog.stage.value, gpu_class, reason.value], length)
             oldest.add_metric([backlog.stage.value, gpu_class], backlog.oldest_seconds)
-        yield queued
-        yield oldest
+            if backlog.stage is Stage.MERGE:
+                merges.add_metric([], backlog.length)
+        yield from (queued, oldest, merges)
+
+    def _reports(self) -> Iterator[GaugeMetricFamily]:
+        waiting, oldest_seconds = self._here.totals.waiting_reports()
+        yield GaugeMetricFamily("graft_waiting_reports", "Reports on files that wait to be made.", value=waiting)
+        yield GaugeMetricFamily(
+            "graft_oldest_waiting_report_age_seconds",
+            "Time since the oldest of the reports that wait was asked for; 0 if none waits.",
+            value=oldest_seconds,
+        )
 
     def _backlogs(self) -> Iterator[Backlog]:
         """Those of the store, and the empty ones."""
@@ -104,6 +147,16 @@ class Figures(Collector):
                 family.add_metric([stage.value, gpu_class], counts[stage, gpu_class])
         return family
 
+    def _training(self) -> Iterator[GaugeMetricFamily]:
+        runs = self._here.totals.training()
+        for name, says, find in _OF_A_RUN:
+            family = GaugeMetricFamily(name, says, labels=["worker", "gpu_class"])
+            for run in runs:
+                value = find(run)
+                if value is not None:
+                    family.add_metric([run.worker, run.gpu_class], value)
+            yield family
+
     def _forecasts(self) -> Iterator[GaugeMetricFamily]:
         jobs = GaugeMetricFamily("graft_memory_forecast_jobs", f"Number {COMPARED}.", labels=["gpu_class"])
         mean = GaugeMetricFamily(
@@ -114,13 +167,22 @@ class Figures(Collector):
             f"Highest measured by expected peak {COMPARED}.",
             labels=["gpu_class"],
         )
+        expected = GaugeMetricFamily(
+            "graft_memory_forecast_expected_bytes", f"Expected peak of the last {COMPARED}.", labels=["gpu_class"]
+        )
+        measured = GaugeMetricFamily(
+            "graft_memory_forecast_measured_bytes", f"Measured peak of the last {COMPARED}.", labels=["gpu_class"]
+        )
         for gpu_class in self._classes:
-            error = forecast_error(self._here.totals.peaks(gpu_class, limit=JOBS_COMPARED))
+            peaks = self._here.totals.peaks(gpu_class, limit=JOBS_COMPARED)
+            error = forecast_error(peaks)
             jobs.add_metric([gpu_class], error.jobs if error is not None else 0)
             if error is not None:
                 mean.add_metric([gpu_class], error.mean_ratio)
                 highest.add_metric([gpu_class], error.highest_ratio)
-        yield from (jobs, mean, highest)
+                expected.add_metric([gpu_class], peaks[0][0])
+                measured.add_metric([gpu_class], peaks[0][1])
+        yield from (jobs, mean, highest, expected, measured)
 
     def _named(self, found: Iterable[str]) -> list[str]:
         """The classes of the table, and others that are found: of an earlier table, or of another worker's."""

@@ -10,7 +10,9 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -67,7 +69,12 @@ def service(
     host: str, port: int, state_dir: Path, environment: Mapping[str, str], gpus: tuple[Gpu, ...]
 ) -> list[ChildSpec]:
     """The processes of the service; a neighbour that the environment names is used, not started."""
-    environment = {"GRAFT_LOG_JSON": "false", **environment, "GRAFT_STATE_DIR": str(state_dir), "PYTHONUNBUFFERED": "1"}
+    environment = {
+        "GRAFT_LOG_FORMAT": "text",
+        **environment,
+        "GRAFT_STATE_DIR": str(state_dir),
+        "PYTHONUNBUFFERED": "1",
+    }
     specs = []
     if not environment.get("GRAFT_BROKER_URL"):
         broker = configure_broker(state_dir)
@@ -77,7 +84,7 @@ def service(
     here = partial(_module, environment=environment)
     pepper = {"GRAFT_KEY_PEPPER": environment.get("GRAFT_KEY_PEPPER") or kept_secret(state_dir / "key-pepper")}
     api = partial(_module, environment={**environment, **pepper})
-    return [
+    family = [
         here("migrate", "graft_shared.store.migrate", wave=_MIGRATION, once=True),
         *specs,
         api("api", "graft_api", "--host", host, "--port", str(port), wave=_API, ready=partial(_answers, host, port)),
@@ -86,6 +93,20 @@ def service(
         _worker("merge", "cpu", environment, stage="merge"),
         _worker("cpu", "cpu", environment),
         *(_worker(f"gpu-{gpu.index}", f"cuda:{gpu.index}", environment) for gpu in gpus),
+    ]
+    return _with_metrics_ports(family, environment.get("GRAFT_METRICS_PORT"))
+
+
+def _with_metrics_ports(family: list[ChildSpec], first: str | None) -> list[ChildSpec]:
+    """The processes, each with a port of its own for its figures: the API has the one that is set, the rest follow."""
+    if not first or not first.isdigit():
+        return family
+    ports = count(int(first))
+    return [
+        replace(spec, environment={**spec.environment, "GRAFT_METRICS_PORT": str(next(ports))})
+        if spec.wave in (_API, _RECONCILER, _WORKER)
+        else spec
+        for spec in family
     ]
 
 

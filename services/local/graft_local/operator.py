@@ -36,7 +36,7 @@ def _run(module: str, arguments: list[str]) -> None:
     if not state_dir.is_dir():
         typer.echo(f"error There is no service in {state_dir}. Start one (graft up), or set GRAFT_STATE_DIR.", err=True)
         raise typer.Exit(2)
-    environment = {"GRAFT_LOG_JSON": "false", **os.environ, "GRAFT_STATE_DIR": str(state_dir)}
+    environment = {"GRAFT_LOG_FORMAT": "text", **os.environ, "GRAFT_STATE_DIR": str(state_dir)}
     environment["GRAFT_KEY_PEPPER"] = environment.get("GRAFT_KEY_PEPPER") or kept_secret(state_dir / "key-pepper")
     raise typer.Exit(
         subprocess.run([sys.executable, "-m", module, *arguments], env=environment, check=False).returncode

@@ -28,18 +28,24 @@ from graft_shared.capacity import CapacityTable
 from graft_shared.defaults import load_capacity
 from graft_shared.dispatch import BROKER_TRANSPORT_OPTIONS, RING_TASK, CeleryDoorbell, queue_for
 from graft_shared.errors import StoreUnavailable, WorkerNameTaken
-from graft_shared.jobs import Stage
+from graft_shared.jobs import Job, Stage
 from graft_shared.logs import configure_logging, log_event
+from graft_shared.metrics import serve_metrics
 from graft_shared.store import Files, Leases, Quotas, Reports, Workers, open_database
+from graft_shared.tracing import Tracing, open_tracing
 from graft_worker.device import Device, NoSuchDevice, find_device
+from graft_worker.metrics import RunFigures, figures_of
 from graft_worker.place import hold_name, place_of, register
 from graft_worker.settings import WorkerSettings
+from graft_worker.spans import RunSpans
 from graft_worker.supervisor import training_run
+from graft_worker.supervisor.audience import Listener
 from graft_worker.supervisor.bases import BaseModels
 from graft_worker.supervisor.cache import HostCache
 from graft_worker.supervisor.neighbours import Neighbours
 from graft_worker.supervisor.spare import SpareTrainer
 from graft_worker.tasks import answer_bell, look_for_work
+from graft_worker.trackers import reporters_of
 
 BEAT_SECONDS = 15.0
 REGISTER_PAUSE_SECONDS = 1.0
@@ -93,6 +99,7 @@ class BesideTheBell(bootsteps.StartStopStep):
         here = neighbours()
         name, device = here.settings.worker_name, here.device
         log_event(logger, "worker_started", worker=name, gpu_class=device.gpu_class, stage=device.stage.value)
+        serve_metrics(here.settings, figures_of(here.settings, device))
         _start(_beat)
         _start(_look)
 
@@ -148,7 +155,28 @@ def _open_neighbours(_pid: int) -> Neighbours:
         place=place_of(settings.lock_dir),
         open_dataset_bucket=lambda name: open_bucket(settings.model_copy(update={"s3_bucket": name})),
         draining=lambda: bool(_draining.value),
+        invite=_listeners,
     )
+
+
+@functools.cache
+def _tracing(_pid: int) -> Tracing | None:
+    """This process's: the thread that sends spans does not come along through a fork."""
+    return open_tracing("graft-worker")
+
+
+def _listeners(job: Job) -> list[Listener]:
+    """Who is told of a job's run."""
+    tracing = _tracing(os.getpid())
+    here = neighbours()
+    spans = [RunSpans(job, tracing)] if tracing is not None else []
+    return [RunFigures(job), *spans, *reporters_of(job, here.settings, here.leases)]
+
+
+def _send_last_spans() -> None:
+    tracing = _tracing(os.getpid())
+    if tracing is not None:
+        tracing.close()
 
 
 @functools.cache
@@ -175,6 +203,7 @@ def _begin_child(**_: Any) -> None:
 @worker_process_shutdown.connect
 def _end_child(**_: Any) -> None:
     neighbours().spare.dismiss()
+    _send_last_spans()
 
 
 @worker_shutting_down.connect
@@ -187,6 +216,7 @@ def _drain(**_: Any) -> None:
 def _end(**_: Any) -> None:
     for thread in _threads:
         thread.join()
+    _send_last_spans()
     here = neighbours()
     try:
         Workers(here.database).leave(here.settings.worker_name, here.place)
@@ -259,7 +289,7 @@ def _take_name(settings: WorkerSettings, device: Device) -> None:
 def main() -> None:
     """Run this worker until SIGTERM: then running jobs save a checkpoint and go back to the queue."""
     settings = WorkerSettings()
-    configure_logging(json_lines=settings.log_json)
+    configure_logging(settings.log_format)
     try:
         device = this_device(settings)
         _take_name(settings, device)

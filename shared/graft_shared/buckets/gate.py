@@ -44,7 +44,7 @@ def wait_for_bucket(
 def main() -> None:
     """Wait for the configured bucket."""
     settings = SharedSettings()
-    configure_logging(json_lines=settings.log_json)
+    configure_logging(settings.log_format)
     bucket = open_bucket(settings)
     name = settings.s3_bucket or settings.bucket_dir
     try:

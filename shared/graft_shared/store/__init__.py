@@ -13,7 +13,7 @@ from graft_shared.store.reports import Report, Reports, ReportState
 from graft_shared.store.resends import Sending
 from graft_shared.store.sweeps import DueSweep, Sweeps
 from graft_shared.store.tenants import Tenants, TenantUse
-from graft_shared.store.totals import Backlog, Totals
+from graft_shared.store.totals import Backlog, Totals, TrainingNow
 from graft_shared.store.workers import Busy, Crew, LiveWorker, Workers
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "TenantUse",
     "Tenants",
     "Totals",
+    "TrainingNow",
     "Upload",
     "Webhook",
     "Workers",

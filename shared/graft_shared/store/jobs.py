@@ -57,6 +57,7 @@ class NewJob:
     warnings: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)  # that it reads, by the parameter that names each
     adapter_of: str | None = None  # the job whose adapter it goes on from
+    traceparent: str | None = None  # of the request, where it is traced
     sending: Sending | None = None  # of a request without a key, whose client counts
 
 
@@ -340,6 +341,7 @@ def _insert_job(connection: Connection, new: NewJob) -> RowMapping:
         "placement": new.placement,
         "metadata": new.spec["metadata"],
         "warnings": new.warnings,
+        "traceparent": new.traceparent,
         "sent_before": new.sending.sent_before if new.sending is not None else None,
     }
     return connection.execute(_INSERT, values).mappings().one()

@@ -32,7 +32,7 @@ def migrate(database: Database) -> None:
 def main() -> None:
     """Migrate the configured database."""
     settings = SharedSettings()
-    configure_logging(json_lines=settings.log_json)
+    configure_logging(settings.log_format)
     database = open_database(settings.database)
     migrate(database)
     log_event(logger, "database_migrated", backend=database.engine.dialect.name)

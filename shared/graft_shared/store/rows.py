@@ -85,6 +85,7 @@ def job_from(row: RowMapping) -> Job:
         lease_expires_at=as_datetime(row["lease_expires_at"]) if row["lease_expires_at"] else None,
         gpu_seconds=row["gpu_seconds"],
         merges=row["merges"],
+        traceparent=row["traceparent"],
         deleted_at=as_datetime(row["deleted_at"]) if row["deleted_at"] else None,
     )
 

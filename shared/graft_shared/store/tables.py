@@ -78,6 +78,7 @@ jobs = Table(
     Column("sent_before", Integer),  # how often, by a client that names no key but counts; null: any other client
     Column("merges", String(64)),  # the job whose adapter it merges; null: a fine-tune
     Column("deleted_at", Double),  # its tenant sees it no more; the row goes once its objects have gone
+    Column("traceparent", String(64)),  # W3C's, of the request that made it; null: it was not traced
     UniqueConstraint("tenant", "idempotency_key"),
     Index(None, "merges"),
     # All that tells a job's place, so that wide rows need not be read for it.

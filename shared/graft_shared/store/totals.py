@@ -10,7 +10,9 @@ from sqlalchemy import and_, case, false, func, select
 
 from graft_shared.jobs import TERMINAL_STATES, JobState, JobStatus, Stage, status_of
 from graft_shared.store.engine import Database, now
-from graft_shared.store.tables import jobs
+from graft_shared.store.reports import ReportState
+from graft_shared.store.tables import jobs, reports
+from graft_shared.store.workers import name_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,19 @@ class Backlog:
     length: int
     delayed: int  # of these: failed, and to be tried again later
     oldest_seconds: float  # since the oldest of them was submitted
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingNow:
+    """How far the job is that a worker trains; None is what it has not told yet."""
+
+    worker: str
+    gpu_class: str
+    step: int | None
+    last_step: int | None
+    loss: float | None
+    tokens_per_second: float | None
+    expected_peak_bytes: int | None
 
 
 class Totals:
@@ -63,6 +78,36 @@ class Totals:
         with self._database.reading() as connection:
             rows = connection.execute(query).mappings().all()
         return [Backlog(**{**row, "stage": Stage(row["stage"])}) for row in rows]
+
+    def waiting_reports(self) -> tuple[int, float]:
+        """How many reports on files nobody makes yet, and the seconds since the oldest of them was asked for."""
+        age = func.coalesce(now() - func.min(reports.c.created_at), 0.0)
+        query = select(func.count(), age).where(reports.c.state == ReportState.QUEUED.value)
+        with self._database.reading() as connection:
+            count, oldest_seconds = connection.execute(query).one()
+        return count, oldest_seconds
+
+    def training(self) -> list[TrainingNow]:
+        """What trains now, one job for each worker at most."""
+        query = select(jobs.c.worker, jobs.c.gpu_class, jobs.c.progress, jobs.c.metrics, jobs.c.placement).where(
+            jobs.c.state == JobState.RUNNING.value, jobs.c.stage == Stage.TRAIN.value
+        )
+        with self._database.reading() as connection:
+            rows = connection.execute(query.order_by(jobs.c.claimed_at)).all()
+        # A worker that was started anew may hold its earlier life's lease for a moment: the later claim counts.
+        newest = {name_of(row.worker): row for row in rows}
+        return [
+            TrainingNow(
+                worker=worker,
+                gpu_class=row.gpu_class,
+                step=row.progress.get("step"),
+                last_step=row.progress.get("total_steps"),
+                loss=row.metrics.get("train_loss"),
+                tokens_per_second=row.progress.get("tokens_per_second"),
+                expected_peak_bytes=(row.placement.get("estimate") or {}).get("expected_bytes"),
+            )
+            for worker, row in sorted(newest.items())
+        ]
 
     def peaks(self, gpu_class: str, *, limit: int) -> Sequence[tuple[int, int]]:
         """Predicted and measured peak, in bytes, of this class's last jobs that were measured on a GPU.

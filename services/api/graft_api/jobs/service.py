@@ -18,9 +18,10 @@ from graft_shared.errors import FileNotFound, InvalidParameter
 from graft_shared.ids import new_job_id
 from graft_shared.jobs import Job
 from graft_shared.logs import log_event
-from graft_shared.specs import JobSpec
+from graft_shared.specs import JobSpec, ReportTo
 from graft_shared.speed import forecast
 from graft_shared.store import NewJob, Sending
+from graft_shared.tracing import current_trace
 from graft_shared.webhooks import TargetRefused
 
 WEBHOOKS_ARE_OFF = "this service sends no webhooks; its operator has not set GRAFT_WEBHOOK_SECRET"
@@ -88,6 +89,7 @@ def admit(tenant: str, spec: JobSpec, here: Neighbours) -> tuple[JobSpec, ModelS
     placement = here.capacity.place(shape, spec, here.bases.catalogue)
     _check_sources(tenant, spec, here)
     _check_webhook(spec, here)
+    _check_trackers(spec, here)
     return within_positions(shape, spec), shape, placement
 
 
@@ -143,6 +145,7 @@ def _new_job(
         warnings=[dict(warning) for warning in placement.warnings],
         files={param: file_id for param, file_id in _files_of(spec) if file_id is not None},
         adapter_of=spec.adapter.job if spec.adapter is not None else None,
+        traceparent=current_trace(),
     )
 
 
@@ -173,6 +176,19 @@ def _check_webhook(spec: JobSpec, here: Neighbours) -> None:
         here.postman.check(spec.webhook_url)
     except TargetRefused as error:
         raise InvalidParameter(param="webhook_url", reason=str(error)) from error
+
+
+def _check_trackers(spec: JobSpec, here: Neighbours) -> None:
+    settings = here.settings
+    needed = {
+        ReportTo.MLFLOW: ("MLFLOW_TRACKING_URI", settings.mlflow_tracking_uri),
+        ReportTo.TENSORBOARD: ("GRAFT_TENSORBOARD_DIR", settings.tensorboard_dir),
+    }
+    for tracker in spec.training.report_to:
+        name, value = needed[tracker]
+        if not value:
+            reason = f"'{tracker.value}' is not set up here; the operator sets {name} for API and workers"
+            raise InvalidParameter(param="training.report_to", reason=reason)
 
 
 def _check_file(tenant: str, param: str, file_id: str | None, here: Neighbours) -> None:

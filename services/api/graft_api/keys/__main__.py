@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = ApiSettings()
     except ValidationError as error:
         parser.error("; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()))
-    configure_logging(json_lines=settings.log_json)
+    configure_logging(settings.log_format)
     if settings.key_pepper is None:
         parser.error(NO_PEPPER)
     database = open_database(settings.database)

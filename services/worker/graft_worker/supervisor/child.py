@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextvars import copy_context
 from pathlib import Path
 
 from graft_shared.logs import log_event
@@ -55,7 +56,8 @@ class Child:
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._events: queue.Queue[Event | None] = queue.Queue()
         self._process = process
-        self._reader = threading.Thread(target=self._read, name="child-events", daemon=True)
+        in_context = copy_context().run  # what it logs is about the same run
+        self._reader = threading.Thread(target=in_context, args=(self._read,), name="child-events", daemon=True)
         self._reader.start()
 
     @property

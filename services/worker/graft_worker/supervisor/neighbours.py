@@ -11,6 +11,7 @@ from graft_shared.dispatch import Doorbell
 from graft_shared.store import Database, Files, Leases, Reports
 from graft_worker.device import Device
 from graft_worker.settings import WorkerSettings
+from graft_worker.supervisor.audience import Invite, nobody
 from graft_worker.supervisor.bases import BaseModels
 from graft_worker.supervisor.spare import SpareTrainer
 
@@ -33,3 +34,4 @@ class Neighbours:
     place: str  # where this worker lives: see `graft_worker.place`
     open_dataset_bucket: Callable[[str], Bucket]
     draining: Callable[[], bool]
+    invite: Invite = nobody

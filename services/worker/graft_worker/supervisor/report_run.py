@@ -9,9 +9,10 @@ from pathlib import Path
 
 from graft_shared.errors import FileNotFound, LeaseLost, NeighbourUnavailable
 from graft_shared.jobs import Failure
-from graft_shared.logs import log_event
+from graft_shared.logs import about, log_event
 from graft_shared.specs import DatasetSource, ReportSpec
 from graft_shared.store import Report
+from graft_worker.metrics import REPORTS
 from graft_worker.protocol import REQUEST_NAME, FailureEvent, PreparedEvent, ReportRequest
 from graft_worker.supervisor import preparation
 from graft_worker.supervisor.child import start_child
@@ -27,6 +28,11 @@ logger = logging.getLogger(__name__)
 
 def run_report(report: Report, workdir: Path, neighbours: Neighbours) -> None:
     """Make a report and settle it; whatever happens, its row says so, or its lease runs out."""
+    with about(report_id=report.id, epoch=report.epoch):
+        _carry(report, workdir, neighbours)
+
+
+def _carry(report: Report, workdir: Path, neighbours: Neighbours) -> None:
     log_event(logger, "report_claimed", report_id=report.id, epoch=report.epoch, file_id=report.file_id)
     shutil.rmtree(workdir, ignore_errors=True)
     workdir.mkdir(parents=True)
@@ -109,12 +115,15 @@ def _settle(report: Report, made: PreparedEvent | Failure, neighbours: Neighbour
         raise LeaseLost(job_id=report.id, epoch=report.epoch)
     if isinstance(made, PreparedEvent):
         neighbours.reports.settle(report.id, report.epoch, made.report)
+        REPORTS.labels("made").inc()
         log_event(logger, "report_made", report_id=report.id, epoch=report.epoch)
     elif watch.stop_reason is not None:
         neighbours.reports.give_back(report.id, report.epoch)
+        REPORTS.labels("given_back").inc()
     else:
         neighbours.reports.fail(report.id, report.epoch, made)
         facts = {"reason": made.reason.value, "message": made.message}
+        REPORTS.labels(made.reason.value).inc()
         log_event(logger, "report_failed", level=logging.WARNING, report_id=report.id, **facts)
 
 

@@ -26,7 +26,7 @@ from graft_shared.errors import (
     UnsupportedBaseModel,
 )
 from graft_shared.jobs import REMEDIES, Failure, FailureReason, Job, Phase, Retry, Stage
-from graft_shared.logs import log_event
+from graft_shared.logs import about, log_event
 from graft_worker.protocol import (
     LOG_NAME,
     REQUEST_NAME,
@@ -45,6 +45,7 @@ from graft_worker.protocol import (
     WarningEvent,
 )
 from graft_worker.supervisor import merge_run, preparation, training_run
+from graft_worker.supervisor.audience import CANCELLED, DONE, LEASE_LOST, LEFT, Audience
 from graft_worker.supervisor.child import Child, start_child
 from graft_worker.supervisor.neighbours import Neighbours
 from graft_worker.supervisor.outcome import failure_of, oom_kill_count, stopped
@@ -82,6 +83,7 @@ class Run:
         self._workdir = workdir
         self._neighbours = neighbours
         self._progress = ProgressRecorder(neighbours.leases, job)
+        self._audience = Audience(neighbours.invite(job))
         self._result: PreparedEvent | TrainedEvent | MergedEvent | None = None
         self._last_words: FailureEvent | None = None
         self._request: Request | None = None
@@ -89,21 +91,28 @@ class Run:
 
     def run(self) -> None:
         """Carry the job as far as this epoch can; whatever happens, the row says so, or its lease runs out."""
+        with about(job_id=self._job.id, epoch=self._job.epoch):
+            self._carry()
+
+    def _carry(self) -> None:
         job = self._job
         log_event(logger, "job_claimed", job_id=job.id, epoch=job.epoch, stage=job.stage.value, attempt=job.attempt)
         shutil.rmtree(self._workdir, ignore_errors=True)
         self._workdir.mkdir(parents=True)
+        self._audience.began(Phase.FETCHING)
         try:
-            self._run_leased()
+            self._audience.ended(self._run_leased())
         except LeaseLost:
+            self._audience.ended(LEASE_LOST)
             log_event(logger, "lease_lost", level=logging.WARNING, job_id=job.id, epoch=job.epoch)
         except NeighbourUnavailable as error:
             # Not even the failure could be written: the lease runs out and the reconciler hands the job on.
+            self._audience.ended(LEFT)
             log_event(logger, "job_left_to_reconciler", level=logging.ERROR, job_id=job.id, reason=error.message)
         finally:
             shutil.rmtree(self._workdir, ignore_errors=True)
 
-    def _run_leased(self) -> None:
+    def _run_leased(self) -> str:
         watch = Watch(
             self._neighbours.leases,
             self._job.id,
@@ -120,8 +129,7 @@ class Run:
                 raise
             except Exception as error:  # noqa: BLE001 (named, written to the row and logged: one job must not end a worker)
                 failure = failure_from(error) if watch.stop_reason is None else stopped(watch.stop_reason)
-            if failure is not None:
-                self._settle(failure, watch)
+            return self._settle(failure, watch) if failure is not None else DONE
 
     def _run_watched(self, watch: Watch, kept: ExitStack) -> Failure | None:
         patience = Patience(
@@ -178,7 +186,7 @@ class Run:
             case None:
                 self._progress.flush()
             case PhaseEvent():
-                self._progress.phase(event.phase)
+                self._begin(event.phase)
             case ProgressEvent():
                 self._progress.step(event)
                 self._neighbours.spare.prepare(training_run.MODULE)  # for the job after this one
@@ -196,24 +204,31 @@ class Run:
                 self._result = event
             case _:
                 assert_never(event)
+        if event is not None and not isinstance(event, PhaseEvent):
+            self._audience.heard(event)
         if boottime() > self._log_uploaded_at + LOG_UPLOAD_SECONDS:
             self._upload_log()
+
+    def _begin(self, phase: Phase) -> None:
+        self._progress.phase(phase)
+        self._audience.began(phase)
 
     def _finish(self, request: Request, patience: Patience) -> None:
         job, workdir, neighbours = self._job, self._workdir, self._neighbours
         if isinstance(self._result, PreparedEvent) and isinstance(request, PrepareRequest):
             preparation.finish_preparation(job, workdir, request, self._result, neighbours, patience)
         elif isinstance(self._result, TrainedEvent) and isinstance(request, TrainRequest):
-            self._progress.phase(Phase.PUBLISHING)
+            self._begin(Phase.PUBLISHING)
             training_run.publish_adapter(job, workdir, request, self._result, neighbours, patience)
         elif isinstance(self._result, MergedEvent) and isinstance(request, MergeRequest):
-            self._progress.phase(Phase.PUBLISHING)
+            self._begin(Phase.PUBLISHING)
             merge_run.publish_merged(job, workdir, request, self._result, neighbours, patience)
         else:
             raise ArtifactCorrupt("The child left with code 0 but brought no result.")
         log_event(logger, "job_carried_on", job_id=self._job.id, epoch=self._job.epoch, stage=self._job.stage.value)
 
-    def _settle(self, failure: Failure, watch: Watch) -> None:
+    def _settle(self, failure: Failure, watch: Watch) -> str:
+        """End the run without its result, and say how."""
         leases, job = self._neighbours.leases, self._job
         if watch.stop_reason is StopReason.LEASE_LOST:
             raise LeaseLost(job_id=job.id, epoch=job.epoch)
@@ -224,7 +239,7 @@ class Run:
         if watch.stop_reason is StopReason.CANCEL:
             patience.wait_for(lambda: leases.settle_cancelled(job.id, job.epoch))
             log_event(logger, "job_cancelled", job_id=job.id, epoch=job.epoch)
-            return
+            return CANCELLED
         replanned = None
         if failure.reason is FailureReason.CUDA_OUT_OF_MEMORY and isinstance(self._request, TrainRequest):
             replanned = training_run.replan(job, self._request, self._neighbours.capacity)
@@ -234,6 +249,7 @@ class Run:
         log_event(logger, "attempt_settled", level=level, job_id=job.id, attempt=job.attempt, **facts)
         if after.may_be_claimed and REMEDIES[failure.reason].retry is not Retry.CHARGED:
             self._neighbours.doorbell.ring(job.id, queue_for(after.stage, after.gpu_class))
+        return failure.reason.value
 
     def _upload_log(self) -> None:
         """Keep the child's log readable for the user; best effort, the run does not hang on it."""

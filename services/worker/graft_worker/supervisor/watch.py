@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from contextvars import copy_context
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -80,7 +81,8 @@ class Watch:
         self._done = threading.Event()
         self._renewed_at = 0.0
         self._deadline = 0.0
-        self._thread = threading.Thread(target=self._run, name=f"watch-{job_id}", daemon=True)
+        in_context = copy_context().run  # what it logs is about the same run
+        self._thread = threading.Thread(target=in_context, args=(self._run,), name=f"watch-{job_id}", daemon=True)
 
     def __enter__(self) -> Watch:
         self._renew()

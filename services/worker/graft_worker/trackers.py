@@ -1,0 +1,165 @@
+"""Curves to MLflow and TensorBoard, by their own libraries, fed by the supervisor: the trainer has no network.
+
+A tracker that is away or slow costs its curves and nothing else: what it is told waits in a bounded queue for a thread
+of its own, and what does not fit is dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from contextvars import copy_context
+from pathlib import Path
+from typing import Any, Protocol
+
+from graft_shared.errors import GraftError
+from graft_shared.jobs import Job, Phase, Stage
+from graft_shared.logs import log_event
+from graft_shared.settings import SharedSettings
+from graft_shared.specs import ReportTo
+from graft_shared.store import Leases
+from graft_worker.protocol import EvaluationEvent, Event, ProgressEvent
+from graft_worker.supervisor.audience import CANCELLED, DONE
+
+MOST_WAITING = 1000  # steps that a tracker has not been told of yet
+
+logger = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    """One run in one tracker. Its methods may wait, and raise whatever its library does."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Take a point of each curve, under Hugging Face's names."""
+
+    def end(self, outcome: str) -> None:
+        """The run is over."""
+
+
+class Mlflow:
+    """A run of the tracking server, one for a job: a later epoch goes on in it."""
+
+    def __init__(self, job: Job, uri: str) -> None:
+        from mlflow import MlflowClient
+
+        self._client = MlflowClient(tracking_uri=uri)
+        found = self._client.get_experiment_by_name(f"graft/{job.tenant}")
+        experiment = found.experiment_id if found is not None else self._client.create_experiment(f"graft/{job.tenant}")
+        earlier = self._client.search_runs([experiment], f"tags.`graft.job_id` = '{job.id}'", max_results=1)
+        if earlier:
+            self._run_id = earlier[0].info.run_id
+            self._client.update_run(self._run_id, status="RUNNING")
+            return
+        tags = {"graft.job_id": job.id, "graft.gpu_class": job.gpu_class}
+        run = self._client.create_run(experiment, tags=tags, run_name=job.spec["name"] or job.id)
+        self._run_id = run.info.run_id
+        for name, value in _parameters(job).items():
+            self._client.log_param(self._run_id, name, value)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Send points, one after the other."""
+        for name, value in values.items():
+            self._client.log_metric(self._run_id, name, value, step=step)
+
+    def end(self, outcome: str) -> None:
+        """Close the run; one that will be tried again is opened again by its next epoch."""
+        status = {DONE: "FINISHED", CANCELLED: "KILLED"}.get(outcome, "FAILED")
+        self._client.set_terminated(self._run_id, status=status)
+
+
+class TensorBoard:
+    """Event files under `<folder>/<tenant>/<job>/e<epoch>`."""
+
+    def __init__(self, job: Job, folder: Path) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(logdir=str(folder / job.tenant / job.id / f"e{job.epoch}"))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write points."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def end(self, outcome: str) -> None:
+        """Write what is left."""
+        self._writer.add_text("outcome", outcome)
+        self._writer.close()
+
+
+class Reporter:
+    """Passes on to one tracker what a run tells, from a thread of its own."""
+
+    def __init__(self, name: str, begin: Callable[[], Tracker], warn: Callable[[str], None]) -> None:
+        """Begin; `warn` is told once, from that thread, if the tracker cannot be fed."""
+        self._name = name
+        self._begin = begin
+        self._warn = warn
+        self._waiting: queue.Queue[tuple[int, dict[str, float]] | str] = queue.Queue(MOST_WAITING)
+        in_context = copy_context().run  # what it logs is about the same run
+        self.thread = threading.Thread(target=in_context, args=(self._feed,), name=f"report-{name}", daemon=True)
+        self.thread.start()
+
+    def began(self, phase: Phase) -> None:
+        """Nothing is drawn of phases."""
+
+    def heard(self, event: Event) -> None:
+        """Put points in the queue, if there is room."""
+        match event:
+            case ProgressEvent():
+                named = {f"train/{name}": float(getattr(event, name)) for name in _CURVES}
+                self._put((event.step, named))
+            case EvaluationEvent():
+                self._put((event.step, {"eval/loss": event.eval_loss}))
+
+    def ended(self, outcome: str) -> None:
+        """Have the thread end once it has told all."""
+        self._put(outcome)
+
+    def _put(self, what: tuple[int, dict[str, float]] | str) -> None:
+        with suppress(queue.Full):
+            self._waiting.put_nowait(what)
+
+    def _feed(self) -> None:
+        try:
+            tracker = self._begin()
+            while not isinstance(what := self._waiting.get(), str):
+                tracker.log(*what)
+            tracker.end(what)
+        except Exception as error:  # noqa: BLE001 (a tracker's library may raise anything, and no job hangs on it)
+            reason = f"{type(error).__name__}: {error}"
+            log_event(logger, "tracker_failed", level=logging.WARNING, tracker=self._name, reason=reason)
+            self._warn(f"{self._name} was not told of this run from here on: {reason[:300]}")
+
+
+_CURVES = ("loss", "learning_rate", "grad_norm", "epoch", "tokens_per_second", "tokens_seen")
+
+
+def reporters_of(job: Job, settings: SharedSettings, leases: Leases) -> list[Reporter]:
+    """One for each tracker that the job or the operator asks for, and that is set up; only training is drawn."""
+    if job.stage is not Stage.TRAIN:
+        return []
+    wanted = {*job.spec["training"].get("report_to", ()), *settings.report_to}
+
+    def warn(message: str) -> None:
+        with suppress(GraftError):
+            leases.record_warning(job.id, job.epoch, "tracker_failed", message)
+
+    found = []
+    uri, folder = settings.mlflow_tracking_uri, settings.tensorboard_dir
+    if ReportTo.MLFLOW in wanted and uri:
+        found.append(Reporter("MLflow", lambda: Mlflow(job, uri), warn))
+    if ReportTo.TENSORBOARD in wanted and folder is not None:
+        found.append(Reporter("TensorBoard", lambda: TensorBoard(job, folder), warn))
+    return found
+
+
+def _parameters(job: Job) -> dict[str, Any]:
+    lora, training = job.spec["lora"], job.spec["training"]
+    return {
+        "base_model": job.spec["base_model"],
+        **{f"lora.{name}": lora[name] for name in ("r", "lora_alpha", "target_modules")},
+        **{f"training.{name}": training[name] for name in ("learning_rate", "max_length", "num_train_epochs", "seed")},
+    }
