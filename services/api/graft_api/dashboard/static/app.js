@@ -45,7 +45,7 @@ async function show(page, parameters = []) {
   } catch (error) {
     if (!signal.aborted && error.status !== 401) root.replaceChildren(h("h1", {}, "That did not work"), failure(error));
   }
-  document.title = `${root.querySelector("h1")?.textContent ?? "Graft"} · Graft`;
+  if (!signal.aborted) document.title = `${root.querySelector("h1")?.textContent ?? "Graft"} · Graft`;
 }
 
 async function nowhere(root) {

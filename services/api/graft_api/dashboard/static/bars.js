@@ -3,7 +3,7 @@
 import { h, s } from "./dom.js";
 import { bytes, spaced, whole } from "./words.js";
 
-const SHADES = 8; // classes shade-0 … shade-7 of charts.css
+const SHADES = 8; // classes shade-0 … shade-7 of charts.css; the smallest parts share the last
 
 /** Memory by component as one bar up to `limit`, with a list that names each part and its bytes. */
 export function memoryBar(components, { limit, label }) {
@@ -12,18 +12,18 @@ export function memoryBar(components, { limit, label }) {
   const full = Math.max(limit ?? 0, total);
   let from = 0;
   const rects = parts.map(([, size], index) => {
-    const rect = s("rect", { class: `shade-${index % SHADES}`, x: (1000 * from) / full, y: 0, width: Math.max(1, (1000 * size) / full - 1), height: 16 });
+    const rect = s("rect", { class: `shade-${Math.min(index, SHADES - 1)}`, x: (1000 * from) / full, y: 0, width: Math.max(1, (1000 * size) / full - 1), height: 16 });
     from += size;
     return rect;
   });
-  if (limit && limit < full) rects.push(s("rect", { class: "limit", x: (1000 * limit) / full - 1, y: 0, width: 3, height: 16 }));
+  if (limit && limit < full) rects.push(s("rect", { class: "limit", x: (1000 * limit) / full - 2, y: 0, width: 5, height: 16 }));
   return [
     s("svg", { class: "bar-chart", viewBox: "0 0 1000 16", preserveAspectRatio: "none", role: "img", "aria-label": label }, ...rects),
     h(
       "ul",
       { class: "key" },
       parts.map(([name, size], index) =>
-        h("li", {}, h("span", { class: `swatch shade-${index % SHADES}`, "aria-hidden": "true" }), h("span", {}, spaced(name)), h("span", { class: "number" }, bytes(size))),
+        h("li", {}, h("span", { class: `swatch shade-${Math.min(index, SHADES - 1)}`, "aria-hidden": "true" }), h("span", {}, spaced(name)), h("span", { class: "number" }, bytes(size))),
       ),
     ),
   ];

@@ -17,7 +17,7 @@ export function redraw(element, facts, make) {
   const key = JSON.stringify(facts);
   if (element.drawnFrom === key) return;
   element.drawnFrom = key;
-  element.replaceChildren(...[make()].flat().filter((child) => child != null));
+  element.replaceChildren(...[make()].flat().filter(Boolean));
 }
 
 let ids = 0;

@@ -35,6 +35,12 @@ export function facts(pairs) {
   return h("dl", { class: "facts" }, given.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]));
 }
 
+/** Figures side by side, each under its name. */
+export function tiles(pairs) {
+  const given = pairs.filter(([, value]) => value != null && value !== "");
+  return h("dl", { class: "tiles" }, given.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
+}
+
 /** A table; roles are said outright, since a narrow screen lays it out as blocks. */
 export function table(label, heads, rows) {
   return h(
@@ -47,7 +53,7 @@ export function table(label, heads, rows) {
 
 /** A row of a table; each cell knows its column's name, for narrow screens. */
 export function row(heads, cells, attributes = {}) {
-  return h("tr", { role: "row", ...attributes }, cells.map((cell, index) => h("td", { role: "cell", "data-head": heads[index] }, cell ?? "")));
+  return h("tr", { role: "row", ...attributes }, cells.map((cell, index) => h("td", { role: "cell", "data-head": heads[index] || null }, cell ?? [])));
 }
 
 /** Text to be copied as it stands. */

@@ -36,8 +36,9 @@ export function ago(moment) {
   return `${Math.floor(seconds / 86_400)} d ago`;
 }
 
+/** A moment in Unix seconds, by this machine's clock. */
 export function clock(moment) {
-  return new Date(moment * 1000).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "medium" });
+  return new Date(moment * 1000).toLocaleString("en-GB", { day: "numeric", month: "short", hour: "2-digit", minute: "2-digit", second: "2-digit" });
 }
 
 export const money = (value) => (value == null ? "–" : value < 0.01 ? "< 0.01" : value.toFixed(2));

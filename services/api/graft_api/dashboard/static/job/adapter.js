@@ -34,7 +34,7 @@ function contents({ job, signal }) {
   return [
     h("p", {}, archiveLink(job, said)),
     said,
-    h("details", {}, h("summary", {}, "File by file"), files),
+    h("details", { class: "files" }, h("summary", {}, "File by file"), files),
     h("h3", {}, "Serve it"),
     ...servings(job),
   ];

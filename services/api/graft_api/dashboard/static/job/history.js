@@ -45,9 +45,9 @@ function runsOf(events) {
 function runRow({ epoch, stage, attempt, worker, began, ended, how }) {
   const took = ended === null ? "" : duration(ended - began);
   const what = stage === "train" ? `train, attempt ${attempt}` : stage;
-  return row(RUN_HEADS, [whole(epoch), what, worker, clock(began), took, how]);
+  return row(RUN_HEADS, [whole(epoch), what, worker, h("span", { class: "nowrap" }, clock(began)), took, how]);
 }
 
 function eventRow({ type, level, message, created_at: moment }) {
-  return row(EVENT_HEADS, [clock(moment), h("span", { class: `event ${level}` }, spaced(type)), message]);
+  return row(EVENT_HEADS, [h("span", { class: "nowrap" }, clock(moment)), h("span", { class: `nowrap event ${level}` }, spaced(type)), message]);
 }

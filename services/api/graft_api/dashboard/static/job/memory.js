@@ -3,7 +3,7 @@
 import { memoryBar } from "../bars.js";
 import { h, redraw } from "../dom.js";
 import { facts, section, waiting } from "../parts.js";
-import { bytes, figure, spaced } from "../words.js";
+import { bytes, figure } from "../words.js";
 
 export function memoryPart(view) {
   const body = h("div", {});
@@ -18,14 +18,20 @@ export function memoryPart(view) {
 
 function drawn({ forecast, measured, predicted_peak_bytes: predicted, measured_peak_bytes: peak }) {
   const ratio = peak && predicted ? ` (${figure((100 * peak) / predicted, 3)} % of it)` : "";
-  const made = Object.entries(measured).filter(([name]) => name !== "measured_peak_bytes");
+  const scale = Math.max(peak ?? 0, forecast.expected_bytes);
   return [
     h("h3", {}, "Predicted"),
-    ...memoryBar(forecast.components, { label: `Predicted memory by component, ${bytes(forecast.expected_bytes)} in all` }),
+    ...memoryBar(forecast.components, { limit: scale, label: `Predicted memory by component, ${bytes(forecast.expected_bytes)} in all` }),
     facts([
       ["Expected peak", `${bytes(predicted)}, at most ${bytes(forecast.high_bytes)}`],
       ["Measured peak", peak ? `${bytes(peak)}${ratio}` : "not measured yet"],
-      ...made.map(([name, size]) => [`· ${spaced(name.replace("_bytes", ""))}`, bytes(size)]),
     ]),
+    ...(peak ? [h("h3", {}, "Measured"), ...memoryBar(madeOf(measured, peak), { limit: scale, label: `Measured memory by component, ${bytes(peak)} in all` })] : []),
   ];
+}
+
+/** On a GPU the peak is the allocator's and what lies outside it; on a CPU it is one figure. */
+function madeOf({ reserved_peak_bytes: reserved, allocated_peak_bytes: allocated, outside_bytes: outside }, peak) {
+  if (reserved == null) return { "the process, resident": peak };
+  return { "tensors, at their peak": allocated, "reserved beyond them": reserved - allocated, "context, libraries, paged optimizer": outside };
 }

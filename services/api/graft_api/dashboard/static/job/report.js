@@ -3,7 +3,7 @@
 import { get } from "../api.js";
 import { histogram } from "../bars.js";
 import { h } from "../dom.js";
-import { callout, facts, section, waiting } from "../parts.js";
+import { facts, section, waiting } from "../parts.js";
 import { figure, whole } from "../words.js";
 
 /** The report on a job's data, as soon as it is prepared. */
@@ -25,11 +25,10 @@ export function reportPart(view) {
   };
 }
 
-/** A report as its user reads it. */
+/** A report as its user reads it; its warnings stand with those of the job. */
 export function reportOf(report) {
   const { train, validation, lengths } = report;
   return [
-    ...report.warnings.map((warning) => callout("warn", warning.code.replaceAll("_", " "), warning.message)),
     h(
       "div",
       { class: "columns" },

@@ -17,7 +17,7 @@ const CURVES = [
 
 export async function comparePage(root, signal, a, b) {
   const { data } = await list("/jobs", {}, CHOICES, { signal });
-  const body = h("div", {});
+  const body = h("div", { class: "beside" });
   root.append(h("div", { class: "head" }, h("h1", {}, "Compare two jobs")), chooser(data, [a, b]), body);
   if (!a || !b) {
     body.append(waiting("Choose two jobs."));

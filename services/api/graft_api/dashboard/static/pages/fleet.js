@@ -7,10 +7,10 @@ import { every } from "../every.js";
 import { badge, row, section, table, waiting } from "../parts.js";
 import { ago, bytes, figure, money, titleOf, whole } from "../words.js";
 
-const LOOK_SECONDS = 5;
+const LOOK_SECONDS = 10;
 const MOST_WAITING = 100;
 const WAITING = ["queued", "validating_files", "paused"];
-const CLASS_HEADS = ["Class", "Usable memory", "Trains up to", "Workers", "Queue", "Price an hour", "Forecast"];
+const CLASS_HEADS = ["Class", "Usable memory", "Trains up to", "Workers", "Queue", "Price an hour", "Measured / forecast"];
 const WORKER_HEADS = ["Worker", "Class", "Device", "Does", "Seen"];
 const JOB_HEADS = ["Place", "Job", "Class", "Status", "Why"];
 
@@ -28,7 +28,7 @@ export async function fleetPage(root, signal) {
       ...WAITING.map((status) => list("/jobs", { status }, MOST_WAITING, { signal })),
     ]);
     const most = Math.max(...capacity.data.map((gpu) => gpu.usable_bytes));
-    redraw(classes, capacity.data, () => [table("GPU classes", CLASS_HEADS, capacity.data.map((gpu) => classRow(gpu, most)))]);
+    redraw(classes, capacity.data, () => [classTable(capacity.data, most)]);
     redraw(workers, capacity.workers, () =>
       capacity.workers.length ? [table("Live workers", WORKER_HEADS, capacity.workers.map(workerRow))] : [waiting("No worker has been heard of lately: jobs are accepted, and wait.")],
     );
@@ -43,12 +43,18 @@ export async function fleetPage(root, signal) {
   every(LOOK_SECONDS, look, signal);
 }
 
+function classTable(classes, most) {
+  const made = table("GPU classes", CLASS_HEADS, classes.map((gpu) => classRow(gpu, most)));
+  made.classList.add("fleet");
+  return made;
+}
+
 function classRow(gpu, most) {
   const { forecast_error: off } = gpu;
   const memory = h("div", {}, shareBar(gpu.usable_bytes, most, `${bytes(gpu.usable_bytes)} usable`), h("span", { class: "note" }, `${bytes(gpu.usable_bytes)} of ${bytes(gpu.memory_bytes)}`));
-  const forecast = off ? `${figure(off.mean_ratio, 3)}× in the mean, ${figure(off.highest_ratio, 3)}× at most, ${whole(off.jobs)} jobs` : "not measured yet";
+  const forecast = off ? `${figure(off.mean_ratio, 3)}× in the mean, ${figure(off.highest_ratio, 3)}× at most, ${whole(off.jobs)} jobs` : "–";
   const workers = h("span", { class: gpu.live_workers ? "" : "muted" }, whole(gpu.live_workers));
-  return row(CLASS_HEADS, [h("b", {}, gpu.name), memory, gpu.largest_base_model ?? "–", workers, whole(gpu.queue_length), money(gpu.price_per_hour), forecast]);
+  return row(CLASS_HEADS, [h("b", { class: "nowrap" }, gpu.name), memory, gpu.largest_base_model ?? "–", workers, whole(gpu.queue_length), money(gpu.price_per_hour), forecast]);
 }
 
 function workerRow({ name, gpu_class: gpuClass, device, stages, seen_at: seen }) {

@@ -10,7 +10,7 @@ import { logPart } from "../job/log.js";
 import { memoryPart } from "../job/memory.js";
 import { reportPart } from "../job/report.js";
 import { shareBar } from "../bars.js";
-import { badge, callout, facts, failure, hasEnded, section, snippet } from "../parts.js";
+import { badge, callout, failure, hasEnded, section, snippet, tiles } from "../parts.js";
 import { follow } from "../stream.js";
 import { ago, clock, duration, figure, money, titleOf, whole } from "../words.js";
 
@@ -45,7 +45,7 @@ export async function jobPage(root, signal, jobId) {
   const onEvent = (event) => {
     view.events.push(event);
     soon();
-    if (event.type !== "metrics" && (TOLD_BY.has(event.type) || view.job.status !== event.type)) look().catch(console.warn);
+    if (event.type !== "metrics" && (TOLD_BY.has(event.type) || view.job.status !== event.type)) look().catch((error) => signal.aborted || console.warn(error));
   };
   follow(jobId, events.at(-1)?.id ?? 0, onEvent, signal);
   every(LOOK_SECONDS, look, signal);
@@ -88,14 +88,14 @@ function notesOf({ error, queue, warnings }) {
   return [
     error && callout("bad", `Failed: ${error.code}`, error.message),
     queue && callout("plain", queue.position ? `Number ${queue.position} in line` : "Waiting", queue.reason),
-    ...warnings.map((warning) => callout("warn", warning.code.replaceAll("_", " "), warning.message)),
+    warnings.length > 0 && callout("warn", warnings.length === 1 ? "A warning" : `${warnings.length} warnings`, h("ul", {}, warnings.map(({ message }) => h("li", {}, message)))),
   ];
 }
 
 function summaryOf(job) {
   const { progress, metrics } = job;
   const end = job.finished_at ?? (job.started_at ? Date.now() / 1000 : null);
-  return facts([
+  return tiles([
     ["Base model", job.base_model],
     ["GPU class", job.gpu_class],
     ["Training loss", metrics.train_loss == null ? null : figure(metrics.train_loss)],

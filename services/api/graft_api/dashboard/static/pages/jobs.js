@@ -12,7 +12,7 @@ import { ago, duration, figure, titleOf, whole } from "../words.js";
 const STATUSES = ["validating_files", "queued", "running", "pausing", "paused", "cancelling", "succeeded", "failed", "cancelled"];
 const SIZES = [25, 100, 1000];
 const HEADS = ["", "Job", "Status", "Progress", "Loss", "Class", "Submitted"];
-const LOOK_SECONDS = 3;
+const LOOK_SECONDS = 4;
 const NEWEST = 100; // rows that are looked at again while more are shown
 const CURVE_SECONDS = 15; // between two looks at a running job's curve
 const CURVES_AT_ONCE = 4;
@@ -48,7 +48,7 @@ export async function jobsPage(root, signal) {
     }
     curves.watch(rows);
     told.textContent = body.rows.length ? `${whole(body.rows.length)} jobs${found.more && isWhole ? ", and more" : ""}` : "No job matches.";
-    performance.measure("jobs-shown", { start: started });
+    requestAnimationFrame(() => performance.measure("jobs-shown", { start: started, detail: rows.length }));
   };
   const turn = async () => {
     state.rows.clear();
@@ -111,9 +111,9 @@ function rowFor(job, state, choose) {
   state.rows.set(job.id, known);
   known.job = job;
   const [, , status, progress, , , submitted] = known.element.cells;
-  redraw(status, [job.status, job.phase, job.queue, job.error], () => [badge(job), h("span", { class: "note" }, noteOf(job))]);
+  redraw(status, [job.status, job.phase, job.queue, job.error], () => [badge(job), noteOf(job) && h("span", { class: "note" }, noteOf(job))]);
   redraw(progress, job.progress, () => progressOf(job));
-  redraw(known.value, job.metrics, () => [figure(job.metrics.train_loss)]);
+  redraw(known.value, job.metrics, () => [job.metrics.train_loss == null ? "" : figure(job.metrics.train_loss)]);
   submitted.textContent = ago(job.created_at);
   return known;
 }
@@ -124,7 +124,7 @@ function madeRow(job, state, choose) {
   const tick = h("input", { type: "checkbox", "aria-label": `Compare ${titleOf(job)}`, checked: state.chosen.has(job.id) });
   tick.addEventListener("change", () => choose(job.id, tick.checked));
   const name = h("div", {}, h("a", { href: `#/jobs/${job.id}` }, titleOf(job)), h("span", { class: "note" }, job.base_model));
-  const element = row(HEADS, [tick, name, "", "", h("div", { class: "loss" }, curve, value), job.gpu_class, ""]);
+  const element = row(HEADS, [tick, name, null, null, h("div", { class: "loss" }, curve, value), job.gpu_class, null]);
   return { element, curve, value, job };
 }
 
@@ -136,7 +136,7 @@ function noteOf(job) {
 
 function progressOf(job) {
   const { step, total_steps: total, percent, eta_seconds: eta } = job.progress;
-  if (!total) return [h("span", { class: "muted" }, "–")];
+  if (!total) return [];
   const left = job.status === "running" && eta != null ? `, ${duration(eta)} left` : "";
   return [shareBar(percent, 100, `${figure(percent)} %`), h("span", { class: "note" }, `${whole(step)} of ${whole(total)} steps${left}`)];
 }

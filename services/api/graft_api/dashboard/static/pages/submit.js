@@ -102,7 +102,7 @@ function made({ name, label, hint, kind, list: from, placeholder }, schemas, lis
   const shared = { id, name, "aria-describedby": note };
   const options = kind === "file" ? lists.files.map((file) => [file.id, fileLabel(file)]) : about.choices?.map((choice) => [choice, choice]);
   const input = options
-    ? h("select", shared, h("option", { value: "" }, kind === "file" ? "choose, or upload below" : `default (${usual})`), options.map(([value, text]) => h("option", { value }, text)))
+    ? h("select", shared, h("option", { value: "" }, kind === "file" ? "none yet" : `default (${usual})`), options.map(([value, text]) => h("option", { value }, text)))
     : h("input", { ...shared, list: from && `list-${from}`, placeholder: placeholder ?? usual, autocomplete: "off", spellcheck: "false", inputmode: about.types.has("string") || about.types.has("array") ? null : "decimal" });
   const said = h("span", { id: note, class: "note" }, hint ?? "");
   return { name, about, input, said, hint: hint ?? "", element: h("div", { class: "field" }, h("label", { for: id }, label), input, said) };
