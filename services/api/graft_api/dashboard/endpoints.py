@@ -9,7 +9,7 @@ from fastapi import APIRouter, Header, Response
 from graft_api.dashboard.files import static_files
 from graft_api.errors import RouteNotFound
 
-# Nothing from elsewhere, nothing inline, and no text that becomes markup: were a name to hold a script, it would not run.
+# Nothing from elsewhere, nothing inline, no text that becomes markup: a name that holds a script would not run.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "

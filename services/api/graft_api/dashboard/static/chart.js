@@ -18,8 +18,8 @@ export function lineChart(title, { unit = "", format = figure } = {}) {
   const svg = s("svg", { class: "chart", role: "img", tabindex: 0, height: HEIGHT, "aria-labelledby": heading });
   const reading = h("span", { class: "reading" });
   const summary = h("span", { class: "unseen" });
-  const caption = h("figcaption", { id: heading }, h("b", {}, title), unit && h("span", { class: "muted" }, ` ${unit}`), summary);
-  const element = h("figure", { class: "plot" }, h("div", { class: "plot-head" }, caption, reading), svg);
+  const name = h("span", { id: heading }, h("b", {}, title), unit && h("span", { class: "muted" }, ` ${unit}`), summary);
+  const element = h("figure", { class: "plot" }, h("figcaption", { class: "plot-head" }, name, reading), svg);
   let lines = [];
   let at = null; // the step that is read; null: the last one
 

@@ -19,6 +19,7 @@ export function logPart(view) {
     if (isAtEnd) text.scrollTop = text.scrollHeight;
     isWhole = ended;
   };
+  read().catch((error) => view.signal.aborted || console.warn(error));
   every(LOOK_SECONDS, read, view.signal);
   return { element: section("Log", text) };
 }

@@ -15,7 +15,6 @@ import { follow } from "../stream.js";
 import { ago, clock, duration, figure, money, titleOf, whole } from "../words.js";
 
 const LOOK_SECONDS = 5; // beside the events: places in line and times left change without one
-const TOLD_BY = new Set(["claimed", "phase", "prepared", "requeued", "replanned", "checkpoint", "warning", "paused", "resumed"]);
 
 export async function jobPage(root, signal, jobId) {
   const [job, events] = await Promise.all([get(`/jobs/${jobId}`, { signal }), history(jobId, { signal })]);
@@ -39,13 +38,13 @@ export async function jobPage(root, signal, jobId) {
     view.job = await get(`/jobs/${jobId}`, { signal });
     soon();
   };
-  view.look = look;
+  view.changed = soon;
   update();
   if (hasEnded(job)) return;
   const onEvent = (event) => {
     view.events.push(event);
     soon();
-    if (event.type !== "metrics" && (TOLD_BY.has(event.type) || view.job.status !== event.type)) look().catch((error) => signal.aborted || console.warn(error));
+    if (event.type !== "metrics") look().catch((error) => signal.aborted || console.warn(error));
   };
   follow(jobId, events.at(-1)?.id ?? 0, onEvent, signal);
   every(LOOK_SECONDS, look, signal);
@@ -113,14 +112,15 @@ function summaryOf(job) {
 function actionsOf(view, notes) {
   const { status, id } = view.job;
   const act = (verb) => async (event) => {
-    event.currentTarget.disabled = true;
+    const button = event.currentTarget;
+    button.disabled = true;
     try {
       view.job = await post(`/jobs/${id}/${verb}`);
     } catch (error) {
       notes.prepend(failure(error));
     }
-    await view.look();
-    view.job = await get(`/jobs/${id}`);
+    button.disabled = false;
+    view.changed();
   };
   const button = (verb, text, kind = "") => h("button", { type: "button", class: kind, onclick: act(verb) }, text);
   if (hasEnded(view.job)) return [h("a", { class: "button", href: `#/compare/${id}/` }, "Compare")];

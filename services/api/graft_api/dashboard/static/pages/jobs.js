@@ -40,7 +40,7 @@ export async function jobsPage(root, signal) {
     const isWhole = count === state.size;
     const rows = found.data.map((job) => rowFor(job, state, choose));
     if (isWhole) {
-      body.replaceChildren(...rows.map(({ element }) => element));
+      show(body, rows);
       state.last = found.data.at(-1)?.id;
       redraw(pager, [state.pages.length, found.more], () => pagerOf(state, found.more, turn));
     } else {
@@ -63,6 +63,12 @@ export async function jobsPage(root, signal) {
   );
   await turn();
   every(LOOK_SECONDS, () => look(Math.min(state.size, NEWEST)), signal);
+}
+
+/** Put rows in their order; where it has not changed they are not touched, so that focus stays. */
+function show(body, rows) {
+  const isSame = rows.length === body.rows.length && rows.every(({ element }, index) => element === body.rows[index]);
+  if (!isSame) body.replaceChildren(...rows.map(({ element }) => element));
 }
 
 function filters(state, turn) {
