@@ -21,8 +21,10 @@ const THEMES = { auto: "light", light: "dark", dark: "auto" }; // and which come
 
 const main = document.getElementById("main");
 let shown = new AbortController();
+let isAsking = false; // for a key: what else is answered 401 meanwhile says nothing new
 
 function go() {
+  isAsking = false;
   const address = location.hash.slice(1) || "/";
   const [pattern, page] = PAGES.find(([known]) => known.test(address)) ?? [/^/, nowhere];
   show(page, pattern.exec(address).slice(1));
@@ -68,6 +70,8 @@ addEventListener("hashchange", () => {
   main.focus({ preventScroll: true });
 });
 addEventListener("key-wanted", ({ detail }) => {
+  if (isAsking) return;
+  isAsking = true;
   const wasRefused = key() !== null;
   forget();
   show((root) => signInPage(root, wasRefused ? detail : null, go));

@@ -7,13 +7,14 @@ import { figure, whole } from "./words.js";
 
 const HEIGHT = 180;
 const MARGIN = { top: 10, right: 10, bottom: 22, left: 52 };
-const MANY = 80; // points from which on a line is drawn faintly, with its moving mean
+const MANY = 80; // points from which on a noisy line is drawn faintly, with its moving mean
+const MARKED = 40; // points up to which each has its mark
 
 /**
  * A chart with a title. `draw` takes `[{ name, points, kind }]`: `first` is drawn in the accent, `second` dashed,
- * `dots` with a mark at each point.
+ * `dots` with a mark at each point. What is `noisy` is drawn with its mean, once there is much of it.
  */
-export function lineChart(title, { unit = "", format = figure } = {}) {
+export function lineChart(title, { unit = "", format = figure, noisy = false } = {}) {
   const heading = newId("chart");
   const svg = s("svg", { class: "chart", role: "img", tabindex: 0, height: HEIGHT, "aria-labelledby": heading });
   const reading = h("span", { class: "reading" });
@@ -26,7 +27,7 @@ export function lineChart(title, { unit = "", format = figure } = {}) {
   const paint = () => {
     const view = viewOf(lines, svg.clientWidth || 320);
     svg.setAttribute("viewBox", `0 0 ${view.width} ${HEIGHT}`);
-    svg.replaceChildren(...(view.isEmpty ? [empty(view)] : [...axes(view, format), ...lines.flatMap((line) => pathsOf(line, view))]));
+    svg.replaceChildren(...(view.isEmpty ? [empty(view)] : [...axes(view, format), ...lines.flatMap((line) => pathsOf(line, view, noisy))]));
     if (!view.isEmpty) svg.append(...cross(view, at));
     reading.textContent = view.isEmpty ? "" : read(lines, at, format);
     summary.textContent = view.isEmpty ? ", nothing yet" : `, last: ${read(lines, null, format)}`;
@@ -87,14 +88,14 @@ function axes({ width, values, steps, x, y }, format) {
   return [...level, ...along];
 }
 
-function pathsOf({ points, kind = "first" }, { x, y, width }) {
+function pathsOf({ points, kind = "first" }, { x, y, width }, noisy) {
   if (points.length === 0) return [];
   const path = (given, faint = "") => {
     const at = thinned(given, width).map(([step, value]) => `${x(step).toFixed(1)},${y(value).toFixed(1)}`);
     return s("polyline", { class: `line ${kind} ${faint}`, points: at.join(" ") });
   };
-  const marks = kind === "dots" || points.length === 1 ? points : [];
-  const lines = points.length > MANY ? [path(points, "faint"), path(smoothed(points))] : [path(points)];
+  const marks = (kind === "dots" && points.length <= MARKED) || points.length === 1 ? points : [];
+  const lines = noisy && points.length > MANY ? [path(points, "faint"), path(smoothed(points))] : [path(points)];
   return [...lines, ...marks.map(([step, value]) => s("circle", { class: `mark ${kind}`, cx: x(step), cy: y(value), r: 3 }))];
 }
 

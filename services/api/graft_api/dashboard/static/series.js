@@ -40,9 +40,13 @@ export function thinned(points, count) {
   return kept;
 }
 
-/** A moving mean that follows the points with a lag of about a fiftieth of them. */
+/** The mean around each point, over about a fiftieth of them. */
 export function smoothed(points) {
-  const weight = 1 / Math.max(3, points.length / 50);
-  let mean = points[0]?.[1];
-  return points.map(([step, value]) => [step, (mean += weight * (value - mean))]);
+  const reach = Math.max(1, Math.round(points.length / 100));
+  const sums = [0];
+  for (const [, value] of points) sums.push(sums.at(-1) + value);
+  return points.map(([step], index) => {
+    const [from, to] = [Math.max(0, index - reach), Math.min(points.length, index + reach + 1)];
+    return [step, (sums[to] - sums[from]) / (to - from)];
+  });
 }

@@ -12,7 +12,7 @@ export function bytes(count) {
 /** A figure with as many digits as tell something. */
 export function figure(value, digits = 4) {
   if (value == null) return "–";
-  if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e7)) return value.toExponential(2);
+  if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e7)) return Number(value.toPrecision(3)).toExponential();
   return Number(value.toPrecision(digits)).toLocaleString("en", { maximumSignificantDigits: digits });
 }
 

@@ -3,7 +3,7 @@
 import { get } from "../api.js";
 import { histogram } from "../bars.js";
 import { h } from "../dom.js";
-import { facts, section, waiting } from "../parts.js";
+import { facts, hasEnded, section, waiting } from "../parts.js";
 import { figure, whole } from "../words.js";
 
 /** The report on a job's data, as soon as it is prepared. */
@@ -13,7 +13,11 @@ export function reportPart(view) {
   return {
     element: h("div", { class: "wide" }, section("Data", body)),
     async update() {
-      if (isAsked || !view.events.some(({ type }) => type === "prepared")) return;
+      if (isAsked) return;
+      if (!view.events.some(({ type }) => type === "prepared")) {
+        if (hasEnded(view.job)) body.replaceChildren(waiting("It ended before its data was prepared."));
+        return;
+      }
       isAsked = true;
       try {
         const { report } = await get(`/jobs/${view.job.id}/report`, { signal: view.signal });

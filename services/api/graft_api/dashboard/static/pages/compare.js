@@ -9,10 +9,10 @@ import { bytes, duration, figure, money, titleOf, whole } from "../words.js";
 
 const CHOICES = 100; // of the newest jobs
 const CURVES = [
-  ["loss", "Training loss", {}],
+  ["loss", "Training loss", { noisy: true }],
   ["eval_loss", "Held-out loss", {}],
   ["learning_rate", "Learning rate", {}],
-  ["tokens_per_second", "Speed", { unit: "tokens/s", format: whole }],
+  ["tokens_per_second", "Speed", { unit: "tokens/s", format: whole, noisy: true }],
 ];
 
 export async function comparePage(root, signal, a, b) {

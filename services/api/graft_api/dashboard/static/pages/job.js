@@ -56,7 +56,7 @@ function head(view) {
   const element = h(
     "div",
     { class: "wide" },
-    h("div", { class: "head" }, h("div", {}, h("h1", {}, titleOf(view.job)), h("code", { class: "muted" }, view.job.id)), status, actions),
+    h("div", { class: "head" }, h("div", {}, h("div", { class: "title" }, h("h1", {}, titleOf(view.job)), status), view.job.spec.name && h("code", { class: "muted" }, view.job.id)), actions),
     notes,
     h("section", { class: "card", "aria-label": "Summary" }, progress, summary),
   );

@@ -119,7 +119,7 @@ function rowFor(job, state, choose) {
   const [, , status, progress, , , submitted] = known.element.cells;
   redraw(status, [job.status, job.phase, job.queue, job.error], () => [badge(job), noteOf(job) && h("span", { class: "note" }, noteOf(job))]);
   redraw(progress, job.progress, () => progressOf(job));
-  redraw(known.value, job.metrics, () => [job.metrics.train_loss == null ? "" : figure(job.metrics.train_loss)]);
+  redraw(known.value, job.metrics, () => [job.metrics.train_loss == null ? "" : figure(job.metrics.train_loss, 3)]);
   submitted.textContent = ago(job.created_at);
   return known;
 }

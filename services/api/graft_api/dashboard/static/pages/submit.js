@@ -25,7 +25,7 @@ export async function submitPage(root, signal) {
   };
   const fields = new Map(GROUPS.flatMap(({ fields }) => fields).map((field) => [field.name, made(field, openapi.components.schemas, lists)]));
   const panel = h("div", { class: "estimate" }, waiting("Name a base model: the estimate appears here."));
-  const said = h("p", { class: "unseen", role: "status" });
+  const said = h("p", { class: "said", role: "status" });
   const request = h("div", {});
   const errors = h("div", { role: "alert" });
   const submit = h("button", { class: "primary" }, "Submit job");
@@ -43,11 +43,12 @@ export async function submitPage(root, signal) {
       const answer = await post("/jobs/estimate", { ...spec, dataset: spec.dataset ?? NO_DATA }, { signal: stale });
       const usable = capacity.data.find(({ name }) => name === answer.gpu_class)?.usable_bytes;
       panel.replaceChildren(...verdict(answer, usable, take).filter(Boolean));
-      said.textContent = answer.fits ? `Fits ${answer.gpu_class}.` : `Does not fit; ${answer.changes.length} changes would.`;
+      said.textContent = answer.fits ? `Fits ${answer.gpu_class}.` : "Does not fit: see what would.";
       mark(fields, null);
     } catch (error) {
       if (stale.aborted) return;
       panel.replaceChildren(...unanswered(error));
+      said.textContent = "";
       mark(fields, error);
     }
   });
@@ -78,8 +79,8 @@ export async function submitPage(root, signal) {
     h(
       "div",
       { class: "split" },
-      h("form", { class: "job-form", oninput: changed, onsubmit: onSubmit }, GROUPS.map((group) => groupOf(group, fields, upload)), errors, h("div", { class: "actions" }, submit)),
-      h("aside", { "aria-label": "Estimate" }, h("div", { class: "sticky" }, section("Estimate", panel), said, h("details", {}, h("summary", {}, "The request"), request))),
+      h("form", { class: "job-form", oninput: changed, onsubmit: onSubmit }, GROUPS.map((group) => groupOf(group, fields, upload)), errors, h("div", { class: "actions last" }, submit, said)),
+      h("aside", { "aria-label": "Estimate" }, h("div", { class: "sticky" }, section("Estimate", panel), h("details", {}, h("summary", {}, "The request"), request))),
     ),
     datalist("models", lists.models),
     datalist("classes", lists.classes),

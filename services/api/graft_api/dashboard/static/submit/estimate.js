@@ -49,8 +49,8 @@ function refused({ message, needed_bytes: needed, available_bytes: available, ne
     callout("bad", "Does not fit", message),
     changes.length > 0 && h("h3", {}, "What would fit"),
     changes.length > 0 && h("ul", { class: "changes" }, changes.map((change) => h("li", {}, changeButton(change, take)))),
-    required && h("p", { class: "muted" }, `A worker of class ${required} would hold it as it is.`),
-    changes.length === 0 && others?.length > 0 && h("p", { class: "muted" }, `Bases that fit with these settings: ${others.join(", ")}.`),
+    required && h("p", { class: "muted after" }, `A worker of class ${required} would hold it as it is.`),
+    changes.length === 0 && others?.length > 0 && h("p", { class: "muted after" }, `Bases that fit with these settings: ${others.join(", ")}.`),
     components && h("h3", {}, "What it would need at least"),
     ...(components ? memoryBar(components, { limit: available, label: `${bytes(needed)} needed, ${bytes(available)} available` }) : []),
   ];
