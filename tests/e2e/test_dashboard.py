@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, CDPSession, Page, expect, sync_playwright
 from sqlalchemy import insert, select
 
 from graft_shared.ids import new_job_id
@@ -37,7 +37,7 @@ FLAGS = [
 ]
 KEY = "k" * 24
 MANY = 1000
-SECONDS_FOR_MANY = 4.0  # under a second on a machine that has nothing else to do
+WORK_FOR_MANY = 2.0  # seconds of a core, of API and page together: the clock tells more of what else runs here
 STEPS = 60
 WIDTH, PHONE = 1280, 390
 PATIENCE = 60_000  # ms: the job trains on the same cores
@@ -196,14 +196,18 @@ def test_a_thousand_jobs_are_shown_at_once(keyed: tuple[ApiProcess, ApiService],
     _make_many(service)
     _sign_in(page, process)
     expect(page.get_by_text("25 jobs, and more")).to_be_visible(timeout=PATIENCE)
+    thread = page.context.new_cdp_session(page)
+    thread.send("Performance.enable", {"timeDomain": "threadTicks"})
+    before = _worked(thread) + process.worked_seconds()
     page.get_by_label("Rows").select_option(str(MANY))
     expect(page.get_by_text("1,000 jobs", exact=True)).to_be_visible(timeout=PATIENCE)
     shown = page.evaluate(
         "performance.getEntriesByName('jobs-shown').findLast(({ detail }) => detail === 1000).duration"
     )
-    print(f"{MANY} jobs in {shown:.0f} ms")
+    work = _worked(thread) + process.worked_seconds() - before
+    print(f"{MANY} jobs: {shown:.0f} ms by the clock, {1000 * work:.0f} ms of work")
     assert page.locator("table.jobs tbody tr").count() == MANY
-    assert shown < 1000 * SECONDS_FOR_MANY
+    assert work < WORK_FOR_MANY
     page.get_by_label("Rows").select_option("25")
     page.get_by_role("button", name="Older").click()
     expect(page.get_by_text("Page 2")).to_be_visible(timeout=PATIENCE)
@@ -234,6 +238,12 @@ def test_who_has_a_key_signs_in_and_follows_a_job_with_it(keyed: tuple[ApiProces
     page.get_by_role("button", name="Sign out").click()
     expect(page.get_by_label("API key")).to_be_visible(timeout=PATIENCE)
     wait_until(lambda: page.evaluate("sessionStorage.length") == 0, seconds=5, what="that the key is forgotten")
+
+
+def _worked(thread: CDPSession) -> float:
+    """Seconds that the page's thread has been on a core, since this was first asked for."""
+    metrics = {found["name"]: found["value"] for found in thread.send("Performance.getMetrics")["metrics"]}
+    return float(metrics["TaskDuration"])
 
 
 def _make_many(service: ApiService) -> None:
