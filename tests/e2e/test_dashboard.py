@@ -155,6 +155,7 @@ def test_a_job_is_paused_resumed_and_cancelled(fleet: Fleet, page: Page) -> None
     job = fleet.post(a_job(fleet, training={"max_steps": 100_000}))
     page.goto(f"{fleet.url}/#/jobs/{job['id']}")
     badge = page.locator(".head .badge")
+    expect(badge).to_contain_text("running", timeout=2 * PATIENCE)
     page.get_by_role("button", name="Pause").click()
     expect(badge).to_have_text("paused", timeout=PATIENCE)
     page.get_by_role("button", name="Resume").click()

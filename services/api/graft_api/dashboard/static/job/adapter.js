@@ -62,7 +62,7 @@ function archiveLink(job, said) {
 function servings({ id, base_model: base, spec }) {
   return [
     snippet("from a terminal", `graft download ${id} --to adapter/`),
-    snippet("vLLM", `vllm serve ${base} --enable-lora \\\n  --max-lora-rank ${rankFor(spec.lora.r)} --lora-modules ${id}=adapter/`),
+    snippet("vLLM", `vllm serve ${base} --enable-lora \\\n  --max-lora-rank ${rankFor(spec.lora.r)} \\\n  --lora-modules ${id}=adapter/`),
     snippet(
       "Python",
       `from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\nbase = AutoModelForCausalLM.from_pretrained("${base}")\nmodel = PeftModel.from_pretrained(base, "adapter/")\ntokenizer = AutoTokenizer.from_pretrained("adapter/")`,
