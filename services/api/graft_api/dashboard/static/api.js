@@ -53,7 +53,7 @@ export async function list(path, query, count, options) {
 /** A job's whole history so far, oldest first. */
 export async function history(jobId, options) {
   const events = [];
-  for (let more = true; more; ) {
+  for (let more = true; more;) {
     const after = events.at(-1)?.id ?? 0;
     const page = await get(`/jobs/${jobId}/events?after=${after}&limit=1000`, options);
     events.push(...page.data);
@@ -69,5 +69,8 @@ function asQuery(query) {
 
 async function errorOf(response) {
   const body = await response.json().catch(() => null);
-  return new ApiError(response.status, body?.error ?? { code: "unreadable", message: `The service answered ${response.status}.` });
+  return new ApiError(
+    response.status,
+    body?.error ?? { code: "unreadable", message: `The service answered ${response.status}.` },
+  );
 }

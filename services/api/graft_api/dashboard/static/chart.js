@@ -19,7 +19,13 @@ export function lineChart(title, { unit = "", format = figure, noisy = false } =
   const svg = s("svg", { class: "chart", role: "img", tabindex: 0, height: HEIGHT, "aria-labelledby": heading });
   const reading = h("span", { class: "reading" });
   const summary = h("span", { class: "unseen" });
-  const name = h("span", { id: heading }, h("b", {}, title), unit && h("span", { class: "muted" }, ` ${unit}`), summary);
+  const name = h(
+    "span",
+    { id: heading },
+    h("b", {}, title),
+    unit && h("span", { class: "muted" }, ` ${unit}`),
+    summary,
+  );
   const element = h("figure", { class: "plot" }, h("figcaption", { class: "plot-head" }, name, reading), svg);
   let lines = [];
   let at = null; // the step that is read; null: the last one
@@ -27,7 +33,11 @@ export function lineChart(title, { unit = "", format = figure, noisy = false } =
   const paint = () => {
     const view = viewOf(lines, svg.clientWidth || 320);
     svg.setAttribute("viewBox", `0 0 ${view.width} ${HEIGHT}`);
-    svg.replaceChildren(...(view.isEmpty ? [empty(view)] : [...axes(view, format), ...lines.flatMap((line) => pathsOf(line, view, noisy))]));
+    svg.replaceChildren(
+      ...(view.isEmpty
+        ? [empty(view)]
+        : [...axes(view, format), ...lines.flatMap((line) => pathsOf(line, view, noisy))]),
+    );
     if (!view.isEmpty) svg.append(...cross(view, at));
     reading.textContent = view.isEmpty ? "" : read(lines, at, format);
     summary.textContent = view.isEmpty ? ", nothing yet" : `, last: ${read(lines, null, format)}`;
@@ -63,7 +73,10 @@ export function lineChart(title, { unit = "", format = figure, noisy = false } =
 function viewOf(lines, width) {
   const all = lines.flatMap((line) => line.points);
   const steps = all.map(([step]) => step);
-  const [from, to] = [steps.reduce((a, b) => Math.min(a, b), Infinity), steps.reduce((a, b) => Math.max(a, b), -Infinity)];
+  const [from, to] = [
+    steps.reduce((a, b) => Math.min(a, b), Infinity),
+    steps.reduce((a, b) => Math.max(a, b), -Infinity),
+  ];
   const values = extent(all.map(([, value]) => value));
   const across = [MARGIN.left, width - MARGIN.right];
   return {
@@ -82,9 +95,9 @@ function axes({ width, values, steps, x, y }, format) {
     s("line", { class: "grid", x1: MARGIN.left, x2: width - MARGIN.right, y1: y(value), y2: y(value) }),
     s("text", { x: MARGIN.left - 8, y: y(value) + 4, "text-anchor": "end" }, format(value)),
   ]);
-  const along = ticks(steps, Math.max(2, width / 110)).filter(Number.isInteger).map((step) =>
-    s("text", { x: x(step), y: HEIGHT - 6, "text-anchor": "middle" }, whole(step)),
-  );
+  const along = ticks(steps, Math.max(2, width / 110))
+    .filter(Number.isInteger)
+    .map((step) => s("text", { x: x(step), y: HEIGHT - 6, "text-anchor": "middle" }, whole(step)));
   return [...level, ...along];
 }
 
@@ -96,11 +109,16 @@ function pathsOf({ points, kind = "first" }, { x, y, width }, noisy) {
   };
   const marks = (kind === "dots" && points.length <= MARKED) || points.length === 1 ? points : [];
   const lines = noisy && points.length > MANY ? [path(points, "faint"), path(smoothed(points))] : [path(points)];
-  return [...lines, ...marks.map(([step, value]) => s("circle", { class: `mark ${kind}`, cx: x(step), cy: y(value), r: 3 }))];
+  return [
+    ...lines,
+    ...marks.map(([step, value]) => s("circle", { class: `mark ${kind}`, cx: x(step), cy: y(value), r: 3 })),
+  ];
 }
 
 function cross({ x }, at) {
-  return at == null ? [] : [s("line", { class: "cross", x1: x(at), x2: x(at), y1: MARGIN.top, y2: HEIGHT - MARGIN.bottom })];
+  return at == null
+    ? []
+    : [s("line", { class: "cross", x1: x(at), x2: x(at), y1: MARGIN.top, y2: HEIGHT - MARGIN.bottom })];
 }
 
 function empty({ width }) {
@@ -111,7 +129,10 @@ function empty({ width }) {
 function read(lines, at, format) {
   const told = lines
     .filter(({ points }) => points.length > 0)
-    .map(({ name, points }) => ({ name, point: at == null ? points.at(-1) : (points.findLast(([step]) => step <= at) ?? points[0]) }));
+    .map(({ name, points }) => ({
+      name,
+      point: at == null ? points.at(-1) : (points.findLast(([step]) => step <= at) ?? points[0]),
+    }));
   const step = at ?? Math.max(...told.map(({ point }) => point[0]));
   return [...told.map(({ name, point }) => `${name} ${format(point[1])}`), `step ${whole(step)}`].join(" · ");
 }
@@ -122,5 +143,7 @@ function longest(lines) {
 
 function nearest(lines, step) {
   const points = longest(lines);
-  return points.length === 0 ? null : points.reduce((a, b) => (Math.abs(b[0] - step) < Math.abs(a[0] - step) ? b : a))[0];
+  return points.length === 0
+    ? null
+    : points.reduce((a, b) => (Math.abs(b[0] - step) < Math.abs(a[0] - step) ? b : a))[0];
 }

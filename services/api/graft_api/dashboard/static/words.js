@@ -12,7 +12,8 @@ export function bytes(count) {
 /** A figure with as many digits as tell something. */
 export function figure(value, digits = 4) {
   if (value == null) return "–";
-  if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e7)) return Number(value.toPrecision(3)).toExponential();
+  if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e7))
+    return Number(value.toPrecision(3)).toExponential();
   return Number(value.toPrecision(digits)).toLocaleString("en", { maximumSignificantDigits: digits });
 }
 
@@ -38,7 +39,13 @@ export function ago(moment) {
 
 /** A moment in Unix seconds, by this machine's clock. */
 export function clock(moment) {
-  return new Date(moment * 1000).toLocaleString("en-GB", { day: "numeric", month: "short", hour: "2-digit", minute: "2-digit", second: "2-digit" });
+  return new Date(moment * 1000).toLocaleString("en-GB", {
+    day: "numeric",
+    month: "short",
+    hour: "2-digit",
+    minute: "2-digit",
+    second: "2-digit",
+  });
 }
 
 export const money = (value) => (value == null ? "–" : value < 0.01 ? "< 0.01" : value.toFixed(2));

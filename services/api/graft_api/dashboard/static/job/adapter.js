@@ -17,7 +17,10 @@ export function adapterPart(view) {
   };
 }
 
-const absent = ({ status }) => (["failed", "cancelled"].includes(status) ? "This job left no adapter." : "It is stored, read back and proven before the job succeeds.");
+const absent = ({ status }) =>
+  ["failed", "cancelled"].includes(status)
+    ? "This job left no adapter."
+    : "It is stored, read back and proven before the job succeeds.";
 
 function contents({ job, signal }) {
   const files = h("ul", { class: "key" });
@@ -26,7 +29,12 @@ function contents({ job, signal }) {
     const adapter = await get(`/jobs/${job.id}/adapter`, { signal });
     files.replaceChildren(
       ...adapter.files.map(({ name, size, sha256, url }) =>
-        h("li", {}, h("a", { href: url, download: name, title: `sha256 ${sha256}` }, name), h("span", { class: "number" }, bytes(size))),
+        h(
+          "li",
+          {},
+          h("a", { href: url, download: name, title: `sha256 ${sha256}` }, name),
+          h("span", { class: "number" }, bytes(size)),
+        ),
       ),
     );
   };
@@ -62,7 +70,10 @@ function archiveLink(job, said) {
 function servings({ id, base_model: base, spec }) {
   return [
     snippet("from a terminal", `graft download ${id} --to adapter/`),
-    snippet("vLLM", `vllm serve ${base} --enable-lora \\\n  --max-lora-rank ${rankFor(spec.lora.r)} \\\n  --lora-modules ${id}=adapter/`),
+    snippet(
+      "vLLM",
+      `vllm serve ${base} --enable-lora \\\n  --max-lora-rank ${rankFor(spec.lora.r)} \\\n  --lora-modules ${id}=adapter/`,
+    ),
     snippet(
       "Python",
       `from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\nbase = AutoModelForCausalLM.from_pretrained("${base}")\nmodel = PeftModel.from_pretrained(base, "adapter/")\ntokenizer = AutoTokenizer.from_pretrained("adapter/")`,

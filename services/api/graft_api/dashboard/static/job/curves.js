@@ -16,7 +16,11 @@ export function curvesPart(view) {
   };
   const series = new Series();
   let read = 0;
-  const grid = h("div", { class: "plots" }, Object.values(charts).map(({ element }) => element));
+  const grid = h(
+    "div",
+    { class: "plots" },
+    Object.values(charts).map(({ element }) => element),
+  );
   return {
     element: h("div", { class: "wide" }, section("Curves", grid)),
     update() {

@@ -15,7 +15,9 @@ export function attemptsPart(view) {
     element: h("div", { class: "wide" }, section("Runs", body)),
     update() {
       const runs = runsOf(view.events);
-      redraw(body, runs, () => (runs.length ? [table("Runs", RUN_HEADS, runs.map(runRow))] : [waiting("No worker has taken it yet.")]));
+      redraw(body, runs, () =>
+        runs.length ? [table("Runs", RUN_HEADS, runs.map(runRow))] : [waiting("No worker has taken it yet.")],
+      );
     },
   };
 }
@@ -37,7 +39,8 @@ function runsOf(events) {
   for (const { type, epoch, data, message, created_at: moment } of events) {
     if (type === "claimed") runs.set(epoch, { epoch, ...data, began: moment, ended: null, how: "under way" });
     const run = runs.get(epoch);
-    if (run && ENDS.has(type) && run.ended === null) Object.assign(run, { ended: moment, how: type === "prepared" ? "data prepared" : message });
+    if (run && ENDS.has(type) && run.ended === null)
+      Object.assign(run, { ended: moment, how: type === "prepared" ? "data prepared" : message });
   }
   return [...runs.values()];
 }
@@ -49,5 +52,9 @@ function runRow({ epoch, stage, attempt, worker, began, ended, how }) {
 }
 
 function eventRow({ type, level, message, created_at: moment }) {
-  return row(EVENT_HEADS, [h("span", { class: "nowrap" }, clock(moment)), h("span", { class: `nowrap event ${level}` }, spaced(type)), message]);
+  return row(EVENT_HEADS, [
+    h("span", { class: "nowrap" }, clock(moment)),
+    h("span", { class: `nowrap event ${level}` }, spaced(type)),
+    message,
+  ]);
 }

@@ -25,7 +25,11 @@ export async function comparePage(root, signal, a, b) {
   }
   try {
     const sides = await Promise.all([a, b].map((id) => sideOf(id, signal)));
-    body.append(curves(sides), h("div", { class: "card" }, outcomes(sides)), section("Settings that differ", differences(sides)));
+    body.append(
+      curves(sides),
+      h("div", { class: "card" }, outcomes(sides)),
+      section("Settings that differ", differences(sides)),
+    );
   } catch (error) {
     if (!signal.aborted) body.append(failure(error));
   }
@@ -39,14 +43,20 @@ async function sideOf(id, signal) {
 function chooser(jobs, chosen) {
   const selects = chosen.map((id, index) => {
     const known = jobs.some((job) => job.id === id) || !id ? jobs : [...jobs, { id, spec: {} }];
-    const options = known.map((job) => h("option", { value: job.id, selected: job.id === id }, job.spec.name ? `${job.spec.name} (${job.id})` : job.id));
+    const options = known.map((job) =>
+      h("option", { value: job.id, selected: job.id === id }, job.spec.name ? `${job.spec.name} (${job.id})` : job.id),
+    );
     const select = h("select", {}, h("option", { value: "" }, "choose…"), options);
     return { select, label: h("label", {}, h("span", {}, stroke(index), index === 0 ? "First" : "Second"), select) };
   });
   const go = () => {
     location.hash = `#/compare/${selects.map(({ select }) => select.value).join("/")}`;
   };
-  return h("form", { class: "filters", onchange: go, "aria-label": "Jobs" }, selects.map(({ label }) => label));
+  return h(
+    "form",
+    { class: "filters", onchange: go, "aria-label": "Jobs" },
+    selects.map(({ label }) => label),
+  );
 }
 
 const stroke = (index) => h("span", { class: `stroke ${index === 0 ? "first" : "second"}`, "aria-hidden": "true" });
@@ -54,7 +64,11 @@ const stroke = (index) => h("span", { class: `stroke ${index === 0 ? "first" : "
 function curves(sides) {
   const plots = CURVES.map(([name, title, options]) => {
     const chart = lineChart(title, options);
-    const lines = sides.map(({ metrics }, index) => ({ name: index === 0 ? "first" : "second", points: pointsOf(metrics, name), kind: index === 0 ? "first" : "second" }));
+    const lines = sides.map(({ metrics }, index) => ({
+      name: index === 0 ? "first" : "second",
+      points: pointsOf(metrics, name),
+      kind: index === 0 ? "first" : "second",
+    }));
     requestAnimationFrame(() => chart.draw(lines));
     return chart.element;
   });
@@ -75,18 +89,32 @@ function outcomes(sides) {
     ["Time", (job) => (job.finished_at && job.started_at ? duration(job.finished_at - job.started_at) : "–")],
     ["Cost", (job) => money(job.cost)],
   ];
-  return table("Outcomes", heads, rows.map(([name, of]) => row(heads, [h("b", {}, name), ...sides.map(({ job }) => of(job))])));
+  return table(
+    "Outcomes",
+    heads,
+    rows.map(([name, of]) => row(heads, [h("b", {}, name), ...sides.map(({ job }) => of(job))])),
+  );
 }
 
 function differences(sides) {
   const [one, other] = sides.map(({ job }) => flat({ ...job.spec, plan: job.plan }));
   const names = [...new Set([...Object.keys(one), ...Object.keys(other)])].filter((name) => one[name] !== other[name]);
   const heads = ["Setting", ...sides.map(({ job }) => titleOf(job))];
-  return names.length ? table("Settings that differ", heads, names.map((name) => row(heads, [h("code", {}, name), one[name] ?? "–", other[name] ?? "–"]))) : waiting("None: they were asked for alike.");
+  return names.length
+    ? table(
+        "Settings that differ",
+        heads,
+        names.map((name) => row(heads, [h("code", {}, name), one[name] ?? "–", other[name] ?? "–"])),
+      )
+    : waiting("None: they were asked for alike.");
 }
 
 /** Nested settings as dotted names and their texts. */
 function flat(value, prefix = "") {
-  if (value === null || typeof value !== "object" || Array.isArray(value)) return { [prefix]: typeof value === "string" ? value : JSON.stringify(value) };
-  return Object.assign({}, ...Object.entries(value).map(([name, part]) => flat(part, prefix ? `${prefix}.${name}` : name)));
+  if (value === null || typeof value !== "object" || Array.isArray(value))
+    return { [prefix]: typeof value === "string" ? value : JSON.stringify(value) };
+  return Object.assign(
+    {},
+    ...Object.entries(value).map(([name, part]) => flat(part, prefix ? `${prefix}.${name}` : name)),
+  );
 }

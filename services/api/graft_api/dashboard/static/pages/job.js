@@ -19,7 +19,17 @@ const LOOK_SECONDS = 5; // beside the events: places in line and times left chan
 export async function jobPage(root, signal, jobId) {
   const [job, events] = await Promise.all([get(`/jobs/${jobId}`, { signal }), history(jobId, { signal })]);
   const view = { job, events, signal };
-  const parts = [head(view), curvesPart(view), memoryPart(view), adapterPart(view), reportPart(view), attemptsPart(view), eventsPart(view), logPart(view), settingsPart(view)];
+  const parts = [
+    head(view),
+    curvesPart(view),
+    memoryPart(view),
+    adapterPart(view),
+    reportPart(view),
+    attemptsPart(view),
+    eventsPart(view),
+    logPart(view),
+    settingsPart(view),
+  ];
   root.classList.add("job");
   root.append(...parts.map(({ element }) => element));
   const update = () => parts.forEach(({ update }) => update?.());
@@ -56,7 +66,17 @@ function head(view) {
   const element = h(
     "div",
     { class: "wide" },
-    h("div", { class: "head" }, h("div", {}, h("div", { class: "title" }, h("h1", {}, titleOf(view.job)), status), view.job.spec.name && h("code", { class: "muted" }, view.job.id)), actions),
+    h(
+      "div",
+      { class: "head" },
+      h(
+        "div",
+        {},
+        h("div", { class: "title" }, h("h1", {}, titleOf(view.job)), status),
+        view.job.spec.name && h("code", { class: "muted" }, view.job.id),
+      ),
+      actions,
+    ),
     notes,
     h("section", { class: "card", "aria-label": "Summary" }, progress, summary),
   );
@@ -79,7 +99,11 @@ function progressOf({ progress, status }) {
   const left = status === "running" && eta != null ? ` · ${duration(eta)} left` : "";
   return [
     shareBar(percent, 100, `${figure(percent)} % of its steps are done`),
-    h("p", { class: "note" }, `${figure(percent)} % · step ${whole(step)} of ${whole(total)} · epoch ${figure(progress.epoch, 3)}${left}`),
+    h(
+      "p",
+      { class: "note" },
+      `${figure(percent)} % · step ${whole(step)} of ${whole(total)} · epoch ${figure(progress.epoch, 3)}${left}`,
+    ),
   ];
 }
 
@@ -87,7 +111,16 @@ function notesOf({ error, queue, warnings }) {
   return [
     error && callout("bad", `Failed: ${error.code}`, error.message),
     queue && callout("plain", queue.position ? `Number ${queue.position} in line` : "Waiting", queue.reason),
-    warnings.length > 0 && callout("warn", warnings.length === 1 ? "A warning" : `${warnings.length} warnings`, h("ul", {}, warnings.map(({ message }) => h("li", {}, message)))),
+    warnings.length > 0 &&
+      callout(
+        "warn",
+        warnings.length === 1 ? "A warning" : `${warnings.length} warnings`,
+        h(
+          "ul",
+          {},
+          warnings.map(({ message }) => h("li", {}, message)),
+        ),
+      ),
   ];
 }
 
@@ -135,7 +168,10 @@ function settingsPart(view) {
     element: h("div", { class: "wide" }, section("Settings", body)),
     update() {
       const { spec, plan } = view.job;
-      redraw(body, [spec, plan], () => [snippet("spec, as it is trained", JSON.stringify(spec, null, 2)), snippet("plan", JSON.stringify(plan, null, 2))]);
+      redraw(body, [spec, plan], () => [
+        snippet("spec, as it is trained", JSON.stringify(spec, null, 2)),
+        snippet("plan", JSON.stringify(plan, null, 2)),
+      ]);
     },
   };
 }

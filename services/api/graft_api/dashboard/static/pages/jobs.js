@@ -9,7 +9,17 @@ import { pointsOf } from "../series.js";
 import { sparkline } from "../sparkline.js";
 import { ago, duration, figure, titleOf, whole } from "../words.js";
 
-const STATUSES = ["validating_files", "queued", "running", "pausing", "paused", "cancelling", "succeeded", "failed", "cancelled"];
+const STATUSES = [
+  "validating_files",
+  "queued",
+  "running",
+  "pausing",
+  "paused",
+  "cancelling",
+  "succeeded",
+  "failed",
+  "cancelled",
+];
 const SIZES = [25, 100, 1000];
 const HEADS = ["", "Job", "Status", "Progress", "Loss", "Class", "Submitted"];
 const LOOK_SECONDS = 4;
@@ -18,15 +28,22 @@ const CURVE_SECONDS = 15; // between two looks at a running job's curve
 const CURVES_AT_ONCE = 4;
 
 export async function jobsPage(root, signal) {
-  const state = { filter: {}, size: SIZES[0], pages: [null], rows: new Map(), chosen: new Set() };
-  const body = h("tbody", { role: "rowgroup" });
-  const told = h("p", { class: "muted", role: "status" });
+  const state = {
+    filter: {},
+    size: SIZES[0],
+    pages: [null],
+    rows: new Map(),
+    chosen: new Set(),
+    turns: 0,
+    more: false,
+  };
+  const told = h("div", { class: "muted", role: "status" });
   const curves = new Curves(signal);
   const compare = h("a", { class: "button", hidden: true }, "Compare");
   const pager = h("div", { class: "pager" });
   const grid = table("Jobs", HEADS, []);
   grid.classList.add("jobs");
-  grid.tBodies[0].replaceWith(body);
+  const [body] = grid.tBodies;
 
   const choose = (id, isOn) => {
     isOn ? state.chosen.add(id) : state.chosen.delete(id);
@@ -35,24 +52,32 @@ export async function jobsPage(root, signal) {
     compare.href = `#/compare/${a}/${b}`;
   };
   const look = async (count) => {
-    const started = performance.now();
+    const { turns, size } = state;
     const found = await list("/jobs", { ...state.filter, after: state.pages.at(-1) }, count, { signal });
-    const isWhole = count === state.size;
+    if (turns !== state.turns) return; // another page or filter was asked for meanwhile
     const rows = found.data.map((job) => rowFor(job, state, choose));
-    if (isWhole) {
+    if (count === size) {
       show(body, rows);
       state.last = found.data.at(-1)?.id;
-      redraw(pager, [state.pages.length, found.more], () => pagerOf(state, found.more, turn));
+      state.more = found.more;
+      redraw(pager, [state.pages.length, state.more], () => pagerOf(state, turn));
     } else {
       body.prepend(...rows.filter(({ element }) => !element.isConnected).map(({ element }) => element));
     }
     curves.watch(rows);
-    told.textContent = body.rows.length ? `${whole(body.rows.length)} jobs${found.more && isWhole ? ", and more" : ""}` : "No job matches.";
-    requestAnimationFrame(() => performance.measure("jobs-shown", { start: started, detail: rows.length }));
+    redraw(told, [body.rows.length, state.more], () => countOf(body.rows.length, state.more));
   };
   const turn = async () => {
+    const started = performance.now();
+    state.turns += 1;
     state.rows.clear();
-    await look(state.size).catch((error) => told.replaceChildren(failure(error)));
+    try {
+      await look(state.size);
+      const detail = body.rows.length;
+      requestAnimationFrame(() => performance.measure("jobs-shown", { start: started, detail }));
+    } catch (error) {
+      if (!signal.aborted) redraw(told, error.message, () => failure(error));
+    }
   };
   root.append(
     h("div", { class: "head" }, h("h1", {}, "Jobs"), h("a", { class: "button primary", href: "#/new" }, "New job")),
@@ -65,6 +90,8 @@ export async function jobsPage(root, signal) {
   every(LOOK_SECONDS, () => look(Math.min(state.size, NEWEST)), signal);
 }
 
+const countOf = (count, more) => [count ? `${whole(count)} jobs${more ? ", and more" : ""}` : "No job matches."];
+
 /** Put rows in their order; where it has not changed they are not touched, so that focus stays. */
 function show(body, rows) {
   const isSame = rows.length === body.rows.length && rows.every(({ element }, index) => element === body.rows[index]);
@@ -73,12 +100,24 @@ function show(body, rows) {
 
 function filters(state, turn) {
   const option = (value, text) => h("option", { value }, text);
-  const status = h("select", { name: "status" }, option("", "any"), STATUSES.map((word) => option(word, word.replaceAll("_", " "))));
+  const status = h(
+    "select",
+    { name: "status" },
+    option("", "any"),
+    STATUSES.map((word) => option(word, word.replaceAll("_", " "))),
+  );
   const base = h("input", { name: "base_model", list: "bases", autocomplete: "off", placeholder: "any" });
   const bases = h("datalist", { id: "bases" });
   const pair = h("input", { name: "metadata", placeholder: "team=search", autocomplete: "off" });
-  const size = h("select", { name: "size" }, SIZES.map((count) => option(count, whole(count))));
-  get("/models").then(({ data }) => bases.append(...data.map(({ id }) => option(id))), () => {});
+  const size = h(
+    "select",
+    { name: "size" },
+    SIZES.map((count) => option(count, whole(count))),
+  );
+  get("/models").then(
+    ({ data }) => bases.append(...data.map(({ id }) => option(id))),
+    () => {},
+  );
   const apply = (event) => {
     event.preventDefault();
     const [name, value] = pair.value.split(/=(.*)/s);
@@ -99,7 +138,7 @@ function filters(state, turn) {
   );
 }
 
-function pagerOf(state, hasMore, turn) {
+function pagerOf(state, turn) {
   const to = (pages) => () => {
     state.pages = pages;
     turn();
@@ -107,7 +146,7 @@ function pagerOf(state, hasMore, turn) {
   return [
     h("button", { type: "button", disabled: state.pages.length === 1, onclick: to(state.pages.slice(0, -1)) }, "Newer"),
     h("span", { class: "muted" }, `Page ${state.pages.length}`),
-    h("button", { type: "button", disabled: !hasMore, onclick: to([...state.pages, state.last]) }, "Older"),
+    h("button", { type: "button", disabled: !state.more, onclick: to([...state.pages, state.last]) }, "Older"),
   ];
 }
 
@@ -117,7 +156,10 @@ function rowFor(job, state, choose) {
   state.rows.set(job.id, known);
   known.job = job;
   const [, , status, progress, , , submitted] = known.element.cells;
-  redraw(status, [job.status, job.phase, job.queue, job.error], () => [badge(job), noteOf(job) && h("span", { class: "note" }, noteOf(job))]);
+  redraw(status, [job.status, job.phase, job.queue, job.error], () => [
+    badge(job),
+    noteOf(job) && h("span", { class: "note" }, noteOf(job)),
+  ]);
   redraw(progress, job.progress, () => progressOf(job));
   redraw(known.value, job.metrics, () => [job.metrics.train_loss == null ? "" : figure(job.metrics.train_loss, 3)]);
   submitted.textContent = ago(job.created_at);
@@ -127,9 +169,18 @@ function rowFor(job, state, choose) {
 function madeRow(job, state, choose) {
   const curve = h("span", { class: "curve" });
   const value = h("span", { class: "number" });
-  const tick = h("input", { type: "checkbox", "aria-label": `Compare ${titleOf(job)}`, checked: state.chosen.has(job.id) });
+  const tick = h("input", {
+    type: "checkbox",
+    "aria-label": `Compare ${titleOf(job)}`,
+    checked: state.chosen.has(job.id),
+  });
   tick.addEventListener("change", () => choose(job.id, tick.checked));
-  const name = h("div", {}, h("a", { href: `#/jobs/${job.id}` }, titleOf(job)), h("span", { class: "note" }, job.base_model));
+  const name = h(
+    "div",
+    {},
+    h("a", { href: `#/jobs/${job.id}` }, titleOf(job)),
+    h("span", { class: "note" }, job.base_model),
+  );
   const element = row(HEADS, [tick, name, null, null, h("div", { class: "loss" }, curve, value), job.gpu_class, null]);
   return { element, curve, value, job };
 }
@@ -144,7 +195,10 @@ function progressOf(job) {
   const { step, total_steps: total, percent, eta_seconds: eta } = job.progress;
   if (!total) return [];
   const left = job.status === "running" && eta != null ? `, ${duration(eta)} left` : "";
-  return [shareBar(percent, 100, `${figure(percent)} %`), h("span", { class: "note" }, `${whole(step)} of ${whole(total)} steps${left}`)];
+  return [
+    shareBar(percent, 100, `${figure(percent)} %`),
+    h("span", { class: "note" }, `${whole(step)} of ${whole(total)} steps${left}`),
+  ];
 }
 
 /** Fetches the loss of rows that are in sight, a few at once; of ended jobs once. */

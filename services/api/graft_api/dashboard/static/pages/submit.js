@@ -23,7 +23,9 @@ export async function submitPage(root, signal) {
     classes: ["auto", ...capacity.data.map(({ name }) => name)],
     files: files.data,
   };
-  const fields = new Map(GROUPS.flatMap(({ fields }) => fields).map((field) => [field.name, made(field, openapi.components.schemas, lists)]));
+  const fields = new Map(
+    GROUPS.flatMap(({ fields }) => fields).map((field) => [field.name, made(field, openapi.components.schemas, lists)]),
+  );
   const panel = h("div", { class: "estimate" }, waiting("Name a base model: the estimate appears here."));
   const said = h("p", { class: "said", role: "status" });
   const request = h("div", {});
@@ -79,8 +81,23 @@ export async function submitPage(root, signal) {
     h(
       "div",
       { class: "split" },
-      h("form", { class: "job-form", oninput: changed, onsubmit: onSubmit }, GROUPS.map((group) => groupOf(group, fields, upload)), errors, h("div", { class: "actions last" }, submit, said)),
-      h("aside", { "aria-label": "Estimate" }, h("div", { class: "sticky" }, section("Estimate", panel), h("details", {}, h("summary", {}, "The request"), request))),
+      h(
+        "form",
+        { class: "job-form", oninput: changed, onsubmit: onSubmit },
+        GROUPS.map((group) => groupOf(group, fields, upload)),
+        errors,
+        h("div", { class: "actions last" }, submit, said),
+      ),
+      h(
+        "aside",
+        { "aria-label": "Estimate" },
+        h(
+          "div",
+          { class: "sticky" },
+          section("Estimate", panel),
+          h("details", {}, h("summary", {}, "The request"), request),
+        ),
+      ),
     ),
     datalist("models", lists.models),
     datalist("classes", lists.classes),
@@ -92,7 +109,13 @@ function groupOf({ title, more, fields }, made, upload) {
   const shown = fields.map(({ name }) => made.get(name).element);
   const body = h("div", { class: "fields" }, shown);
   if (more) return h("details", { class: "card" }, h("summary", {}, "More settings"), body);
-  return h("fieldset", { class: "card" }, h("legend", {}, title), body, fields.some(({ kind }) => kind === "file") && upload);
+  return h(
+    "fieldset",
+    { class: "card" },
+    h("legend", {}, title),
+    body,
+    fields.some(({ kind }) => kind === "file") && upload,
+  );
 }
 
 /** A field with its label, its hint and what the service says of it. */
@@ -101,12 +124,34 @@ function made({ name, label, hint, kind, list: from, placeholder }, schemas, lis
   const [id, note] = [newId("field"), newId("note")];
   const usual = about.usual == null ? "" : String(about.usual);
   const shared = { id, name, "aria-describedby": note };
-  const options = kind === "file" ? lists.files.map((file) => [file.id, fileLabel(file)]) : about.choices?.map((choice) => [choice, choice]);
+  const options =
+    kind === "file"
+      ? lists.files.map((file) => [file.id, fileLabel(file)])
+      : about.choices?.map((choice) => [choice, choice]);
   const input = options
-    ? h("select", shared, h("option", { value: "" }, kind === "file" ? "none yet" : `default (${usual})`), options.map(([value, text]) => h("option", { value }, text)))
-    : h("input", { ...shared, list: from && `list-${from}`, placeholder: placeholder ?? usual, autocomplete: "off", spellcheck: "false", inputmode: about.types.has("string") || about.types.has("array") ? null : "decimal" });
+    ? h(
+        "select",
+        shared,
+        h("option", { value: "" }, kind === "file" ? "none yet" : `default (${usual})`),
+        options.map(([value, text]) => h("option", { value }, text)),
+      )
+    : h("input", {
+        ...shared,
+        list: from && `list-${from}`,
+        placeholder: placeholder ?? usual,
+        autocomplete: "off",
+        spellcheck: "false",
+        inputmode: about.types.has("string") || about.types.has("array") ? null : "decimal",
+      });
   const said = h("span", { id: note, class: "note" }, hint ?? "");
-  return { name, about, input, said, hint: hint ?? "", element: h("div", { class: "field" }, h("label", { for: id }, label), input, said) };
+  return {
+    name,
+    about,
+    input,
+    said,
+    hint: hint ?? "",
+    element: h("div", { class: "field" }, h("label", { for: id }, label), input, said),
+  };
 }
 
 const fileLabel = ({ filename, bytes: size, report }) => `${filename} · ${whole(report.rows)} rows, ${bytes(size)}`;
@@ -169,4 +214,9 @@ function newSendKey() {
   return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
-const datalist = (name, values) => h("datalist", { id: `list-${name}` }, values.map((value) => h("option", { value })));
+const datalist = (name, values) =>
+  h(
+    "datalist",
+    { id: `list-${name}` },
+    values.map((value) => h("option", { value })),
+  );

@@ -13,14 +13,25 @@ export function verdict(answer, usable, take) {
 /** Why there is none: of the API, in its own words. */
 export const unanswered = (error) => [failure(error)];
 
-function fitting({ gpu_class: gpuClass, plan, memory, speed, live_workers: workers, warnings, target_modules: targets }, usable) {
+function fitting(
+  { gpu_class: gpuClass, plan, memory, speed, live_workers: workers, warnings, target_modules: targets },
+  usable,
+) {
   const steps = speed?.steps;
   return [
-    callout("good", `Fits ${gpuClass}`, `About ${bytes(memory.expected_bytes)}${usable ? ` of ${bytes(usable)}` : ""}, at most ${bytes(memory.high_bytes)}.`),
-    workers === 0 && callout("warn", "Nobody serves this class now", "The job would be accepted, and wait for a worker."),
+    callout(
+      "good",
+      `Fits ${gpuClass}`,
+      `About ${bytes(memory.expected_bytes)}${usable ? ` of ${bytes(usable)}` : ""}, at most ${bytes(memory.high_bytes)}.`,
+    ),
+    workers === 0 &&
+      callout("warn", "Nobody serves this class now", "The job would be accepted, and wait for a worker."),
     ...warnings.map((warning) => callout("warn", spaced(warning.code), warning.message)),
     h("h3", {}, "Memory"),
-    ...memoryBar(memory.components, { limit: usable, label: `Predicted memory by component, ${bytes(memory.expected_bytes)} in all` }),
+    ...memoryBar(memory.components, {
+      limit: usable,
+      label: `Predicted memory by component, ${bytes(memory.expected_bytes)} in all`,
+    }),
     h("h3", {}, "Time and cost"),
     speed
       ? facts([
@@ -42,17 +53,38 @@ function fitting({ gpu_class: gpuClass, plan, memory, speed, live_workers: worke
   ];
 }
 
-const span = ({ low, expected, high }, format) => (low === high ? format(expected) : `${format(expected)} (${format(low)} to ${format(high)})`);
+const span = ({ low, expected, high }, format) =>
+  low === high ? format(expected) : `${format(expected)} (${format(low)} to ${format(high)})`;
 
-function refused({ message, needed_bytes: needed, available_bytes: available, needed: components, changes, fits_here: others, required_class: required }, take) {
+function refused(
+  {
+    message,
+    needed_bytes: needed,
+    available_bytes: available,
+    needed: components,
+    changes,
+    fits_here: others,
+    required_class: required,
+  },
+  take,
+) {
   return [
     callout("bad", "Does not fit", message),
     changes.length > 0 && h("h3", {}, "What would fit"),
-    changes.length > 0 && h("ul", { class: "changes" }, changes.map((change) => h("li", {}, changeButton(change, take)))),
+    changes.length > 0 &&
+      h(
+        "ul",
+        { class: "changes" },
+        changes.map((change) => h("li", {}, changeButton(change, take))),
+      ),
     required && h("p", { class: "muted after" }, `A worker of class ${required} would hold it as it is.`),
-    changes.length === 0 && others?.length > 0 && h("p", { class: "muted after" }, `Bases that fit with these settings: ${others.join(", ")}.`),
+    changes.length === 0 &&
+      others?.length > 0 &&
+      h("p", { class: "muted after" }, `Bases that fit with these settings: ${others.join(", ")}.`),
     components && h("h3", {}, "What it would need at least"),
-    ...(components ? memoryBar(components, { limit: available, label: `${bytes(needed)} needed, ${bytes(available)} available` }) : []),
+    ...(components
+      ? memoryBar(components, { limit: available, label: `${bytes(needed)} needed, ${bytes(available)} available` })
+      : []),
   ];
 }
 

@@ -71,8 +71,13 @@ export function described(schemas, name) {
 /** What was typed, as the type that the field takes. */
 export function parsed(text, { types }) {
   if (types.has("boolean") && ["true", "false"].includes(text)) return text === "true";
-  if ((types.has("number") || types.has("integer")) && text !== "" && Number.isFinite(Number(text))) return Number(text);
-  if (types.has("array") && !["auto", "all-linear"].includes(text)) return text.split(",").map((part) => part.trim()).filter(Boolean);
+  if ((types.has("number") || types.has("integer")) && text !== "" && Number.isFinite(Number(text)))
+    return Number(text);
+  if (types.has("array") && !["auto", "all-linear"].includes(text))
+    return text
+      .split(",")
+      .map((part) => part.trim())
+      .filter(Boolean);
   return text;
 }
 
