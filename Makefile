@@ -47,7 +47,7 @@ check: $(VENV)/.ready-dev ## format, lint, types, the contracts between the room
 	@COMPOSE_PROFILES='*' $(BIN)/docker-compose --env-file $(VENV)/check.env config --quiet
 	@CLUSTER_BIND=10.0.0.1 $(BIN)/docker-compose --env-file $(VENV)/check.env -f docker-compose.yml -f deploy/hosts.yml config --quiet
 
-test: $(VENV)/.ready-dev ## every test; starts its own PostgreSQL, Redis and S3 server, all from pip
+test: $(VENV)/.ready-dev ## every test; starts its own PostgreSQL, Redis and S3 server, all from pip; needs a chromium
 	@$(BIN)/python -m pytest
 
 test-unit: $(VENV)/.ready-dev ## the fast tests

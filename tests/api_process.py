@@ -62,6 +62,11 @@ class ApiProcess:
         status = Path(f"/proc/{self.pid}/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
+    def worked_seconds(self) -> float:
+        """How long it has been on a core so far."""
+        times = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+
     def service(self, key: str | None = None) -> ApiService:
         """What a tenant with this key does with it, and the neighbours behind its back."""
         settings = ApiSettings.model_validate(

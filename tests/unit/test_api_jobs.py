@@ -303,6 +303,7 @@ def test_an_estimate_decides_as_a_post_would_and_makes_no_job(api: ApiService) -
         name: job[name] for name in ("spec", "plan", "gpu_class")
     }
     assert estimate["memory"]["expected_bytes"] == job["memory"]["predicted_peak_bytes"]
+    assert estimate["memory"] == job["memory"]["forecast"]
     assert sum(estimate["memory"]["components"].values()) == estimate["memory"]["expected_bytes"]
     assert error_of(api.http.post("/jobs/estimate", json={**spec, "x": 1}), 400)["code"] == "unknown_parameter"
 

@@ -255,10 +255,13 @@ def test_capacity_tells_how_far_its_forecasts_were_off(api: ApiService) -> None:
 def test_a_forecast_is_that_of_the_microbatches_that_the_data_filled(api: ApiService) -> None:
     job = api.new_job()
     path, placed = f"/jobs/{job['id']}", job["memory"]["predicted_peak_bytes"]
-    api.succeed(job["id"], measured_peak_bytes=placed // 2, expected_peak_bytes=placed // 2 + 1)
+    made_of = {"reserved_peak_bytes": placed // 4, "outside_bytes": placed // 4}
+    api.succeed(job["id"], measured_peak_bytes=placed // 2, expected_peak_bytes=placed // 2 + 1, **made_of)
     assert api.http.get(path).json()["memory"] == {
         "predicted_peak_bytes": placed // 2 + 1,
         "measured_peak_bytes": placed // 2,
+        "forecast": job["memory"]["forecast"],
+        "measured": made_of,
     }
     classes = api.http.get("/capacity").json()["data"]
     error = next(found["forecast_error"] for found in classes if found["name"] == job["gpu_class"])

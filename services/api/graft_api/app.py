@@ -14,6 +14,7 @@ from graft_api.compatible import files as compatible_files
 from graft_api.compatible import jobs as compatible_jobs
 from graft_api.compatible import models as compatible_models
 from graft_api.compatible.requests import FineTuningRequest
+from graft_api.dashboard import endpoints as dashboard_routes
 from graft_api.deps import Neighbours, known_query
 from graft_api.errors import DOCUMENTED, ErrorBody, documented, install_handlers
 from graft_api.exchanges import Exchanges
@@ -152,6 +153,7 @@ def _add_routes(app: FastAPI, bucket: Bucket) -> None:
     for routes in (*native, compatible_files, compatible_jobs, compatible_models):
         app.include_router(routes.router, responses=documented(401, 403, 429))
     app.include_router(health.router)
+    app.include_router(dashboard_routes.router)
     if isinstance(bucket, DirectoryBucket):
         app.include_router(objects.router)
 

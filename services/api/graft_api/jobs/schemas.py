@@ -44,6 +44,15 @@ class Queue(BaseModel):
     )
 
 
+class MemoryForecast(BaseModel):
+    """Bytes on the device at the worst moment, by component."""
+
+    components: dict[str, int]
+    low_bytes: int
+    expected_bytes: int
+    high_bytes: int
+
+
 class Memory(BaseModel):
     """Bytes on the device at the worst moment."""
 
@@ -51,6 +60,12 @@ class Memory(BaseModel):
         description="With full microbatches; once the job has succeeded, with those that its data filled."
     )
     measured_peak_bytes: int | None
+    forecast: MemoryForecast | None = Field(
+        description="By component, as admission or the last replanning forecast it; null for a job of an early version."
+    )
+    measured: dict[str, int] = Field(
+        description="What else was measured, by name: on a GPU what the peak is made of. Empty until it is."
+    )
 
 
 class Metrics(BaseModel):
@@ -245,15 +260,6 @@ class MergedModelDeleted(BaseModel):
     job_id: str
     object: Literal["merged_model"] = "merged_model"
     deleted: Literal[True] = True
-
-
-class MemoryForecast(BaseModel):
-    """Bytes on the device at the worst moment, by component."""
-
-    components: dict[str, int]
-    low_bytes: int
-    expected_bytes: int
-    high_bytes: int
 
 
 class Span(BaseModel):

@@ -16,6 +16,7 @@ from graft_api.jobs.schemas import (
     JobReport,
     JobWarning,
     Memory,
+    MemoryForecast,
     Metrics,
     MetricSeries,
     Progress,
@@ -79,7 +80,6 @@ def plan_body(plan: TrainingPlan) -> dict[str, object]:
 
 
 def _body(job: Job, queue: Queue | None, moment: datetime | None) -> JobBody:
-    estimate = job.placement.get("estimate", {})
     return JobBody(
         id=job.id,
         status=job.status,
@@ -96,16 +96,25 @@ def _body(job: Job, queue: Queue | None, moment: datetime | None) -> JobBody:
         max_attempts=job.spec["max_attempts"],
         progress=Progress.model_validate(job.progress),
         queue=queue,
-        memory=Memory(
-            predicted_peak_bytes=job.memory.get("expected_peak_bytes", estimate.get("expected_bytes")),
-            measured_peak_bytes=job.memory.get("measured_peak_bytes"),
-        ),
+        memory=_memory(job),
         cost=_cost(job, moment),
         metrics=Metrics.model_validate(job.metrics),
         adapter=_adapter(job),
         error=JobError.model_validate(job.error) if job.error else None,
         warnings=[JobWarning.model_validate(warning) for warning in job.warnings],
         metadata=job.spec["metadata"],
+    )
+
+
+def _memory(job: Job) -> Memory:
+    estimate = job.placement.get("estimate")
+    measured = {name: size for name, size in job.memory.items() if isinstance(size, int)}
+    expected = measured.pop("expected_peak_bytes", estimate["expected_bytes"] if estimate else None)
+    return Memory(
+        predicted_peak_bytes=expected,
+        measured_peak_bytes=measured.pop("measured_peak_bytes", None),
+        forecast=MemoryForecast.model_validate(estimate) if estimate else None,
+        measured=measured,
     )
 
 
