@@ -220,6 +220,11 @@ def rows_table(rows: Iterable[dict[str, Any]]) -> Table:
     return table
 
 
+def without(rows: Iterable[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
+    """The rows, with less in them."""
+    return [{key: value for key, value in row.items() if key not in keys} for row in rows]
+
+
 def _whole_words(*columns: str) -> Table:
     """A table that is never cut: what it shows, an id above all, is there to be copied. Print it with `print_whole`."""
     table = Table(box=None, pad_edge=False)
