@@ -264,6 +264,8 @@ def test_the_operators_commands_work_on_the_service_of_a_state_folder(
     pepper = SecretStr((tmp_path / "state" / "key-pepper").read_text())
     (stored,) = Keys(database).list()
     assert stored.digest == making.digest_of(made.stdout.strip(), pepper)
+    (row,) = json.loads(run("keys", "list", "--json").stdout)
+    assert (row["key_id"], row["state"], row["scopes"]) == (stored.id, "live", "jobs:read")
     listed = run("tenants", "set", "red", "--gpu-hours", "12", "--share", "2")
     assert listed.returncode == 0 and "0.00 of 12" in listed.stdout, listed.stderr
     assert run("tenants", "set", "red", "--gpu-hours", "many").returncode == 2
