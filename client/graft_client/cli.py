@@ -396,7 +396,7 @@ def _client() -> Iterator[GraftClient]:
 
 
 def _follow(client: GraftClient, job_id: str, *, as_json: bool) -> NoReturn:
-    updates = client.updates(job_id)
+    updates, job = client.updates(job_id), dict[str, Any]()
     if as_json:
         for update in updates:
             job = update.job
