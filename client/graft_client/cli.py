@@ -284,7 +284,7 @@ def models(as_json: AsJson = False) -> None:
     """List the base models."""
     with _client() as client:
         found = client.models()
-        _answer(found, tables.rows_table(found["data"]), as_json=as_json)
+        _answer(found, tables.models_table(found["data"]), as_json=as_json)
 
 
 @app.command()

@@ -17,7 +17,8 @@ from graft_client.tables import duration, status_words
 
 _BAR_EVENTS = frozenset({"progress", "heartbeat", "metrics"})  # the bar shows these; as lines they would flood
 _BLOCKS = "▁▂▃▄▅▆▇█"
-SPARKS = 24  # characters of a loss curve beside the bar
+WIDE = 110  # columns of a terminal that has room for a bar beside step, curve and measures
+SPARKS, SPARKS_NARROW = 24, 12  # characters of a loss curve
 _LEVEL_COLOURS = {"warning": "yellow", "error": "red"}
 
 
@@ -51,6 +52,7 @@ class Bar:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._task = progress.add_task("…", total=None, facts="", curve="")
+        self._sparks = SPARKS if progress.console.width >= WIDE else SPARKS_NARROW
         self._losses: dict[int, float] = {}  # by step: what is done twice is shown once
 
     def show(self, update: Update) -> None:
@@ -66,7 +68,7 @@ class Bar:
             completed=progress.get("step") or 0,
             total=progress.get("total_steps"),
             facts=measures(update.job),
-            curve=sparkline([self._losses[step] for step in sorted(self._losses)]),
+            curve=sparkline([self._losses[step] for step in sorted(self._losses)], self._sparks),
         )
 
 
@@ -140,7 +142,7 @@ def _progress(console: Console) -> Progress:
     return Progress(
         SpinnerColumn(),
         TextColumn("[bold]{task.description}"),
-        BarColumn(),
+        *([BarColumn()] if console.width >= WIDE else []),
         MofNCompleteColumn(),
         TextColumn("[cyan]{task.fields[curve]}"),
         TextColumn("{task.fields[facts]}"),

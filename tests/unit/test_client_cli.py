@@ -368,9 +368,10 @@ def test_a_curve_is_drawn_from_its_lowest_to_its_highest() -> None:
     assert sparkline([]) == ""
 
 
-def test_on_a_terminal_a_bar_shows_step_loss_speed_and_eta() -> None:
+@pytest.mark.parametrize("width", [80, 140])
+def test_on_a_terminal_a_bar_shows_step_loss_speed_and_eta(width: int) -> None:
     screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=140, color_system=None)
+    console = Console(file=screen, force_terminal=True, width=width, color_system=None)
     event = {"id": 1, "type": "warning", "level": "warning", "message": "12 rows [were] truncated"}
     steps = ({"id": 2 + n, "type": "metrics", "data": {"step": n, "loss": 2.0 - n}} for n in range(2))
     running = Job(RUNNING, GraftClient())
