@@ -97,6 +97,8 @@ def test_a_database_that_is_away() -> None:
     url = f"postgresql+psycopg://graft@127.0.0.1:{free_port()}/graft"
     found, remedy = the_fault(neighbours.database(SharedSettings(database_url=url)))
     assert "does not answer" in found and "pg_isready" in remedy
+    found, remedy = the_fault(neighbours.database(SharedSettings(database_url="nonsense")))
+    assert "cannot be read" in found and remedy.startswith("postgresql+psycopg://")
 
 
 def test_a_bucket_whose_keys_are_wrong_or_whose_store_is_away(swift: SwiftServer) -> None:

@@ -13,7 +13,7 @@ import os
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -178,7 +178,7 @@ def _proof(path: Path) -> list[Any]:
         return [path.stat().st_size, hashlib.file_digest(content, "sha256").hexdigest()]
 
 
-def _told(act: Any, as_json: bool) -> None:
+def _told(act: Callable[[], dict[str, Any]], as_json: bool) -> None:
     """Do it, and say what was done or why not."""
     try:
         listed = act()

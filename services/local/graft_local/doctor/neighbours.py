@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import redis
+from sqlalchemy.exc import ArgumentError
 
 from graft_client.doctor import judge_skew, skew_of
 from graft_client.findings import Finding, fault, good, note, skipped
@@ -44,7 +45,7 @@ def database(settings: SharedSettings) -> Iterator[Finding]:
             return
     try:
         opened = open_database(settings.database)
-    except (ValueError, ArithmeticError) as error:
+    except (ValueError, ArgumentError) as error:
         yield fault(
             "database", f"GRAFT_DATABASE_URL cannot be read: {error}", "postgresql+psycopg://user:password@host/graft"
         )
@@ -53,8 +54,9 @@ def database(settings: SharedSettings) -> Iterator[Finding]:
         yield _migrations(opened)
         yield judge_skew("clock of the database", (opened.now() - datetime.now(UTC)).total_seconds())
     except StoreUnavailable as error:
-        remedy = f"ls -l {settings.state_dir}" if is_sqlite else 'pg_isready -d "$GRAFT_DATABASE_URL"; then start it'
-        yield fault("database", error.message, remedy)
+        at = urlsplit(settings.database)
+        server = f"pg_isready -h {at.hostname} -p {at.port or 5432}; start it (make up), or mend GRAFT_DATABASE_URL"
+        yield fault("database", error.message, f"ls -l {settings.state_dir}" if is_sqlite else server)
     finally:
         opened.close()
 
@@ -201,7 +203,11 @@ def key(settings: SharedSettings, environment: Mapping[str, str]) -> Iterator[Fi
     if settings.database.startswith("sqlite") and not Path(settings.database.removeprefix("sqlite:///")).exists():
         yield skipped("key in the database", _NOTHING_YET)
         return
-    opened = open_database(settings.database)
+    try:
+        opened = open_database(settings.database)
+    except (ValueError, ArgumentError):
+        yield skipped("key in the database", "the database's address cannot be read")
+        return
     try:
         known = {stored.id: stored for stored in Keys(opened).list()}
         present = opened.now()
