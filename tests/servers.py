@@ -118,6 +118,15 @@ class PostgresServer:
             connection.execute(f'create database "{name}" template template0'.encode())
         return f"postgresql+psycopg://graft@127.0.0.1:{self.port}/{name}"
 
+    def run(self, program: str, *arguments: str, stdin: bytes = b"") -> bytes:
+        """Run one of PostgreSQL's own programs on this server and return what it prints."""
+        there = ["--host=127.0.0.1", f"--port={self.port}", "--username=graft"]
+        command = [_postgres_binaries() / program, *there, *arguments]
+        ran = subprocess.run(command, input=stdin, capture_output=True, check=False, **_as_nobody())
+        if ran.returncode != 0:
+            raise ServerDidNotStart(ran.stderr.decode())
+        return ran.stdout
+
     def _dsn(self, database: str) -> str:
         return f"host=127.0.0.1 port={self.port} user=graft dbname={database}"
 

@@ -1,6 +1,6 @@
 """SDK and command line; knows only HTTP."""
 
-from graft_client.client import TERMINAL_STATUSES, GraftClient, Update
+from graft_client.client import GraftClient, Update
 from graft_client.errors import (
     DownloadCorrupt,
     GraftAPIError,
@@ -9,6 +9,7 @@ from graft_client.errors import (
     TargetNotEmpty,
     WaitedTooLong,
 )
+from graft_client.job import TERMINAL_STATUSES, Job
 
 __all__ = [
     "TERMINAL_STATUSES",
@@ -16,6 +17,7 @@ __all__ = [
     "GraftAPIError",
     "GraftClient",
     "GraftClientError",
+    "Job",
     "ServiceUnreachable",
     "TargetNotEmpty",
     "Update",

@@ -1,7 +1,8 @@
 """The `graft` command: submit, watch and bring home fine-tunes from a terminal.
 
-Exit codes: 0 done, 1 the watched job, the merge or the tested webhook failed, 2 something the user can correct, 3 the
-watched job was cancelled, 4 the service is at fault.
+Exit codes: 0 done; 1 the watched job, the merge or the tested webhook failed; 2 something the user can correct; 3 the
+watched job was cancelled; 4 the service is at fault, or does not answer. With --json standard output holds JSON and
+nothing else: one document, or one a line where there are several.
 """
 
 from __future__ import annotations
@@ -22,26 +23,27 @@ from typer.core import TyperGroup
 
 from graft_client import tables
 from graft_client.client import DEFAULT_URL, GraftClient
-from graft_client.errors import GraftAPIError, GraftClientError
+from graft_client.doctor import doctor
+from graft_client.errors import GraftAPIError, GraftClientError, ServiceUnreachable
 from graft_client.progress import watch as show_progress
 from graft_client.reports import report_view
+from graft_client.spec_files import read_spec
 
-PLUGINS = "graft.commands"  # entry points that add commands: `up`, `doctor`, `keys` and `tenants` come from graft-local
+PLUGINS = "graft.commands"  # entry points that add commands: `up`, `keys`, `backup` and others come from graft-local
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_CANCELLED, EXIT_SERVICE_ERROR = 1, 2, 3, 4
 EXIT_OF_STATUS = {"succeeded": 0, "failed": EXIT_FAILED, "cancelled": EXIT_CANCELLED}
 PATIENCE_SECONDS = 5.0  # someone sits in front of it
 
 
 class _Commands(TyperGroup):
-    """Our commands, and those of plugins, imported only when they are needed."""
+    """Our commands, and those of plugins, imported only when they are needed; a plugin's goes before ours."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return [*super().list_commands(ctx), *_plugins()]
+        return list(dict.fromkeys([*super().list_commands(ctx), *_plugins()]))
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        own = super().get_command(ctx, cmd_name)
-        if own is not None or (plugin := _plugins().get(cmd_name)) is None:
-            return own
+        if (plugin := _plugins().get(cmd_name)) is None:
+            return super().get_command(ctx, cmd_name)
         loaded = plugin.load()
         adapted = loaded if isinstance(loaded, typer.Typer) else typer.Typer(add_completion=False)
         if adapted is not loaded:
@@ -60,20 +62,24 @@ app = typer.Typer(
     name="graft",
     help="Fine-tune language models with QLoRA on your own GPUs.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    epilog="The service is found at GRAFT_URL (http://127.0.0.1:8000), with the key in GRAFT_API_KEY.",
+    epilog="The service is found at GRAFT_URL (http://127.0.0.1:8000), with the key in GRAFT_API_KEY. "
+    "Exit codes: 0 done, 1 the job failed, 2 yours to correct, 3 cancelled, 4 the service is at fault or away.",
 )
 
 webhooks_app = typer.Typer(help="How a job's end is told to a receiver of yours.", no_args_is_help=True)
 app.add_typer(webhooks_app, name="webhooks")
 files = typer.Typer(help="Look at datasets.", no_args_is_help=True)
 app.add_typer(files, name="files")
+adapter = typer.Typer(help="What a job has learnt.", no_args_is_help=True)
+app.add_typer(adapter, name="adapter")
+app.command()(doctor)
 
+FileId = Annotated[str, typer.Argument(metavar="FILE", help="The file's id, file-…")]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id, ftjob-…")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the service's answer as JSON.")]
 SpecPath = Annotated[
-    str, typer.Argument(metavar="SPEC", help="A JSON file with the job's spec; - reads standard input.")
+    str, typer.Argument(metavar="SPEC", help="A JSON or YAML file with the job's spec; - reads standard input.")
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -90,7 +96,7 @@ def submit(
     spec: SpecPath,
     data: Data = None,
     overrides: Overrides = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", "--wait", help="Follow the job to its end.")] = False,
     key: Annotated[str | None, typer.Option("--idempotency-key", help="The same key never makes two jobs.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -169,7 +175,7 @@ def delete(
     with _client() as client:
         for job in jobs:
             client.delete(job)
-            _answer({"id": job, "deleted": True}, f"{job} is deleted.", as_json=as_json)
+            print(json.dumps({"id": job, "deleted": True}) if as_json else f"{job} is deleted.", flush=True)
 
 
 @app.command()
@@ -181,10 +187,15 @@ def checkpoints(job: JobId, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def logs(job: JobId) -> None:
+def logs(
+    job: JobId,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Print the log of a job's last run, also while it runs."""
     with _client() as client:
-        print(client.logs(job), end="")
+        for piece in client.follow_logs(job) if follow else (client.logs(job),):
+            print(json.dumps({"job": job, "log": piece}) if as_json else piece, end="\n" if as_json else "", flush=True)
 
 
 @webhooks_app.command("show")
@@ -215,6 +226,15 @@ def test_webhook(
         sys.exit(0 if found["delivered"] else EXIT_FAILED)
 
 
+@adapter.command("show")
+def show_adapter(job: JobId, as_json: AsJson = False) -> None:
+    """Show the files of a job's adapter, with their proofs."""
+    with _client() as client:
+        found = client.adapter(job)
+        _answer(found, tables.rows_table(tables.without(found["files"], "url")), as_json=as_json)
+
+
+@adapter.command("download")
 @app.command()
 def download(
     job: JobId,
@@ -256,6 +276,7 @@ def estimate(spec: SpecPath, data: Data = None, overrides: Overrides = None, as_
         if found.get("fits") is False and not as_json:
             raise GraftAPIError.from_refusal(found)
         _answer(found, tables.estimate_view(found), as_json=as_json)
+        sys.exit(EXIT_USER_ERROR if found.get("fits") is False else 0)
 
 
 @app.command()
@@ -263,7 +284,7 @@ def models(as_json: AsJson = False) -> None:
     """List the base models."""
     with _client() as client:
         found = client.models()
-        _answer(found, tables.rows_table(found["data"]), as_json=as_json)
+        _answer(found, tables.models_table(found["data"]), as_json=as_json)
 
 
 @app.command()
@@ -284,6 +305,32 @@ def upload(
     with _client() as client:
         found = client.upload_directly(file) if direct else client.upload(file)
         _answer(found, found["id"], as_json=as_json)
+
+
+@files.command("list")
+def list_files(
+    limit: Annotated[int, typer.Option(min=1, help="At most so many, the newest first.")] = 20, as_json: AsJson = False
+) -> None:
+    """List what was uploaded, newest first."""
+    with _client() as client:
+        found = list(islice(client.files(page_size=min(limit, 100)), limit))
+        _answer(found, tables.rows_table(found), as_json=as_json)
+
+
+@files.command("show")
+def show_file(file: FileId, as_json: AsJson = False) -> None:
+    """Show what is known of a file."""
+    with _client() as client:
+        found = client.file(file)
+        _answer(found, tables.rows_table([found]), as_json=as_json)
+
+
+@files.command("delete")
+def delete_file(file: FileId, as_json: AsJson = False) -> None:
+    """Remove a file that no job has to read any more."""
+    with _client() as client:
+        client.delete_file(file)
+        _answer({"id": file, "deleted": True}, f"{file} is deleted.", as_json=as_json)
 
 
 @files.command()
@@ -323,39 +370,10 @@ def main() -> None:
     except GraftAPIError as error:
         tables.print_error(Console(stderr=True), error)
         sys.exit(EXIT_USER_ERROR if error.is_users else EXIT_SERVICE_ERROR)
+    except ServiceUnreachable as error:
+        _die(str(error), EXIT_SERVICE_ERROR)
     except GraftClientError as error:
         _die(str(error))
-
-
-def read_spec(source: str, overrides: list[str]) -> dict[str, Any]:
-    """Read a spec from a file or standard input (`-`) and apply `key.path=value`; leaves with 2 when it cannot."""
-    try:
-        text = sys.stdin.read() if source == "-" else Path(source).read_text()
-        spec = json.loads(text)
-    except OSError as error:
-        _die(f"Cannot read {source}: {error.strerror}.")
-    except ValueError as error:
-        _die(f"{source} is not JSON: {error}.")
-    if not isinstance(spec, dict):
-        _die(f"{source} must hold one JSON object, the job's spec.")
-    for override in overrides:
-        _apply(spec, override)
-    return spec
-
-
-def _apply(spec: dict[str, Any], override: str) -> None:
-    path, separator, text = override.partition("=")
-    *parents, last = path.split(".")
-    if not separator or not last:
-        _die(f"--set {override} is not KEY=VALUE, such as training.max_steps=100.")
-    for parent in parents:
-        if not isinstance(spec.setdefault(parent, {}), dict):
-            _die(f"--set {override}: '{parent}' is not an object in the spec.")
-        spec = spec[parent]
-    try:
-        spec[last] = json.loads(text)
-    except ValueError:
-        spec[last] = text
 
 
 def _file_id(client: GraftClient, data: str) -> str:
@@ -378,7 +396,7 @@ def _client() -> Iterator[GraftClient]:
 
 
 def _follow(client: GraftClient, job_id: str, *, as_json: bool) -> NoReturn:
-    updates = client.updates(job_id)
+    updates, job = client.updates(job_id), dict[str, Any]()
     if as_json:
         for update in updates:
             job = update.job
@@ -402,6 +420,6 @@ def _notice(text: str) -> None:
     Console(stderr=True).print(text, soft_wrap=True)
 
 
-def _die(message: str) -> NoReturn:
+def _die(message: str, code: int = EXIT_USER_ERROR) -> NoReturn:
     Console(stderr=True).print(f"[red]error[/red] {message}", soft_wrap=True, highlight=False)
-    sys.exit(EXIT_USER_ERROR)
+    sys.exit(code)

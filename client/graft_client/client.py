@@ -15,11 +15,11 @@ from urllib.parse import quote
 import httpx
 
 from graft_client.download import download_adapter
-from graft_client.errors import NotJson, WaitedTooLong
+from graft_client.errors import GraftAPIError, NotJson, WaitedTooLong
+from graft_client.job import TERMINAL_STATUSES, Job
 from graft_client.transport import Transport
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-TERMINAL_STATUSES = frozenset({"succeeded", "failed", "cancelled"})
 UPLOAD_TIMEOUT_SECONDS = 600.0  # the service reads and checks every row before it answers
 CHUNK_BYTES = 1024 * 1024  # read from a file at once
 REPORT_POLL_SECONDS = 1.0
@@ -32,7 +32,7 @@ Document = dict[str, Any]
 class Update:
     """What a watcher sees at one moment: the job, and the events since the last look."""
 
-    job: Document
+    job: Job
     events: tuple[Document, ...]
 
     @property
@@ -42,7 +42,7 @@ class Update:
 
 
 class GraftClient:
-    """Talks to one Graft service; answers are the documents of the HTTP contract, as plain dicts.
+    """Talks to one Graft service; answers are the HTTP contract's documents, as dicts; a Job knows its service.
 
     Every method raises GraftAPIError when the service refuses and ServiceUnreachable when nothing answers.
 
@@ -82,7 +82,7 @@ class GraftClient:
         """Where the service listens."""
         return self._transport.base_url
 
-    def submit(self, spec: Mapping[str, Any], *, idempotency_key: str | None = None) -> Document:
+    def submit(self, spec: Mapping[str, Any], *, idempotency_key: str | None = None) -> Job:
         """Post a job and return it.
 
         Safe to repeat: the same key and body give the same job. Without a key one is made for this call, so its own
@@ -92,11 +92,11 @@ class GraftClient:
         answer: Document = self._transport.json(
             "POST", "/jobs", json=_sendable(spec), headers={"idempotency-key": key, "accept": "application/json"}
         )
-        return answer
+        return Job(answer, self)
 
-    def get(self, job_id: str) -> Document:
+    def get(self, job_id: str) -> Job:
         """Return the job."""
-        return self._get(f"/jobs/{_part(job_id)}")
+        return Job(self._get(f"/jobs/{_part(job_id)}"), self)
 
     def list(
         self,
@@ -105,7 +105,7 @@ class GraftClient:
         base_model: str | None = None,
         metadata: Mapping[str, str] | None = None,
         page_size: int = 50,
-    ) -> Iterator[Document]:
+    ) -> Iterator[Job]:
         """Go through jobs, newest first, page by page as they are needed."""
         filters: dict[str, str | int] = {"limit": page_size}
         if status is not None:
@@ -113,25 +113,22 @@ class GraftClient:
         if base_model is not None:
             filters["base_model"] = base_model
         filters |= {f"metadata[{key}]": value for key, value in (metadata or {}).items()}
-        yield from self._pages("/jobs", filters)
+        yield from (Job(document, self) for document in self._pages("/jobs", filters))
 
-    def cancel(self, job_id: str) -> Document:
+    def cancel(self, job_id: str) -> Job:
         """Ask for the end of a job and return it; GraftAPIError `job_finished` when it has ended already."""
-        answer: Document = self._transport.json("POST", f"/jobs/{_part(job_id)}/cancel")
-        return answer
+        return Job(self._transport.json("POST", f"/jobs/{_part(job_id)}/cancel"), self)
 
-    def pause(self, job_id: str) -> Document:
+    def pause(self, job_id: str) -> Job:
         """Stop a job for a while and return it: a running one is `pausing` until it is saved, then `paused`.
 
         GraftAPIError `job_finished` or `job_cancelling` when it is too late.
         """
-        answer: Document = self._transport.json("POST", f"/jobs/{_part(job_id)}/pause")
-        return answer
+        return Job(self._transport.json("POST", f"/jobs/{_part(job_id)}/pause"), self)
 
-    def resume(self, job_id: str) -> Document:
+    def resume(self, job_id: str) -> Job:
         """Let a paused job go on, in its old place, and return it; GraftAPIError as of `pause`."""
-        answer: Document = self._transport.json("POST", f"/jobs/{_part(job_id)}/resume")
-        return answer
+        return Job(self._transport.json("POST", f"/jobs/{_part(job_id)}/resume"), self)
 
     def delete(self, job_id: str) -> None:
         """Remove a job that has ended, with its history and its artifacts; GraftAPIError `job_not_ended` before."""
@@ -155,6 +152,27 @@ class GraftClient:
     def logs(self, job_id: str) -> str:
         """Return the log of a job's last run, also while it runs."""
         return self._transport.send("GET", f"/jobs/{_part(job_id)}/logs", dict).text
+
+    def follow_logs(self, job_id: str, *, poll_seconds: float = 1.0) -> Iterator[str]:
+        """Go through a job's log until the job has ended, in pieces as they come; a new run's log begins anew."""
+        shown = ""
+        for update in self.updates(job_id, poll_seconds=poll_seconds):
+            try:
+                log = self.logs(job_id)
+            except GraftAPIError as error:
+                if error.status != 404:
+                    raise
+                if update.is_last:
+                    return
+                continue  # nothing has run yet
+            if new := log.removeprefix(shown):
+                yield new
+            shown = log
+
+    def measures(self, job_id: str, *, poll_seconds: float = 1.0) -> Iterator[Document]:
+        """Go through what was measured of a job, one logged step at a time (`step`, `loss` …), until it has ended."""
+        for update in self.updates(job_id, poll_seconds=poll_seconds):
+            yield from (event["data"] for event in update.events if event["type"] == "metrics")
 
     def webhooks(self, job_id: str) -> Iterator[Document]:
         """Go through what was sent about a job's end, and how far it has come."""
@@ -314,7 +332,7 @@ class GraftClient:
         cursor: int | str | None = None
         patience: float | None = None
         while True:
-            job = self._get(f"/jobs/{_part(job_id)}", patience_seconds=patience)
+            job = Job(self._get(f"/jobs/{_part(job_id)}", patience_seconds=patience), self)
             patience = WATCH_PATIENCE_SECONDS
             events = tuple(self.events(job_id, after=cursor))
             cursor = events[-1]["id"] if events else cursor
@@ -324,13 +342,13 @@ class GraftClient:
                 return
             self._transport.sleep(poll_seconds)
 
-    def wait(self, job_id: str, *, timeout_seconds: float | None = None, poll_seconds: float = 1.0) -> Document:
+    def wait(self, job_id: str, *, timeout_seconds: float | None = None, poll_seconds: float = 1.0) -> Job:
         """Return the job once it has ended; a paused one is waited for.
 
         Raises:
             WaitedTooLong: It has not ended within `timeout_seconds`.
         """
-        return self._ended(f"/jobs/{_part(job_id)}", job_id, timeout_seconds, poll_seconds)
+        return Job(self._ended(f"/jobs/{_part(job_id)}", job_id, timeout_seconds, poll_seconds), self)
 
     def _ended(self, path: str, job_id: str, timeout_seconds: float | None, poll_seconds: float) -> Document:
         """What stands at `path`, once its status is an end."""

@@ -4,6 +4,7 @@ GraftClientError
 ├── GraftAPIError          the service answered, and refused
 ├── ServiceUnreachable     nothing answered
 ├── NotJson                the spec holds NaN or Infinity
+├── SpecUnreadable         the spec's file cannot be read, or is neither JSON nor YAML
 ├── DownloadCorrupt        bytes arrived that are not the ones that the manifest promises
 ├── TargetNotEmpty         a download would write over something
 └── WaitedTooLong          the job did not end in time
@@ -67,11 +68,16 @@ class ServiceUnreachable(GraftClientError):
     """Nothing answers at the service's address."""
 
     def __init__(self, base_url: str, reason: str) -> None:
+        self.reason = reason
         super().__init__(f"No answer from {base_url} ({reason}). Is the service running? Start it with `make run`.")
 
 
 class NotJson(GraftClientError):
     """The spec cannot be sent: it holds something that JSON has no word for, such as NaN."""
+
+
+class SpecUnreadable(GraftClientError):
+    """The spec cannot be read from where it is said to be."""
 
 
 class DownloadCorrupt(GraftClientError):

@@ -1,8 +1,11 @@
-"""Watching a job: a bar with step, loss, tokens/s and ETA on a terminal, plain lines elsewhere."""
+"""Watching a job: a bar with step, loss and its curve, tokens/s and ETA on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from statistics import fmean
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -13,6 +16,9 @@ from graft_client.client import Update
 from graft_client.tables import duration, status_words
 
 _BAR_EVENTS = frozenset({"progress", "heartbeat", "metrics"})  # the bar shows these; as lines they would flood
+_BLOCKS = "▁▂▃▄▅▆▇█"
+WIDE = 110  # columns of a terminal that has room for a bar beside step, curve and measures
+SPARKS, SPARKS_NARROW = 24, 12  # characters of a loss curve
 _LEVEL_COLOURS = {"warning": "yellow", "error": "red"}
 
 
@@ -45,12 +51,16 @@ class Bar:
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._task = progress.add_task("…", total=None, facts="")
+        self._task = progress.add_task("…", total=None, facts="", curve="")
+        self._sparks = SPARKS if progress.console.width >= WIDE else SPARKS_NARROW
+        self._losses: dict[int, float] = {}  # by step: what is done twice is shown once
 
     def show(self, update: Update) -> None:
         """Move the bar and print what is new."""
         for line in event_lines(update):
             self._progress.console.print(line)
+        measured = (event["data"] for event in update.events if event.get("type") == "metrics")
+        self._losses |= {data["step"]: data["loss"] for data in measured if data.get("loss") is not None}
         progress = update.job.get("progress") or {}
         self._progress.update(
             self._task,
@@ -58,7 +68,20 @@ class Bar:
             completed=progress.get("step") or 0,
             total=progress.get("total_steps"),
             facts=measures(update.job),
+            curve=sparkline([self._losses[step] for step in sorted(self._losses)], self._sparks),
         )
+
+
+def sparkline(values: Sequence[float], width: int = SPARKS) -> str:
+    """A curve in so many characters at most, from its lowest to its highest; each is the mean of its share."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return ""
+    width = min(width, len(finite))
+    cuts = [round(part * len(finite) / width) for part in range(width + 1)]
+    means = [fmean(finite[begin:end]) for begin, end in pairwise(cuts)]
+    low, span = min(means), (max(means) - min(means)) or 1.0
+    return "".join(_BLOCKS[round((mean - low) / span * (len(_BLOCKS) - 1))] for mean in means)
 
 
 class Lines:
@@ -119,8 +142,9 @@ def _progress(console: Console) -> Progress:
     return Progress(
         SpinnerColumn(),
         TextColumn("[bold]{task.description}"),
-        BarColumn(),
+        *([BarColumn()] if console.width >= WIDE else []),
         MofNCompleteColumn(),
+        TextColumn("[cyan]{task.fields[curve]}"),
         TextColumn("{task.fields[facts]}"),
         console=console,
     )

@@ -21,9 +21,11 @@ _BUSY = frozenset({"validating_files", "running", "pausing"})
 
 
 def gib(size: float | None) -> str:
-    """A number of bytes in GiB, or in MiB where GiB would read 0.00."""
+    """A number of bytes in GiB, or in MiB or KiB where it would read 0.00."""
     if size is None:
         return "–"
+    if size < 1024**2 / 10:
+        return f"{size / 1024:.1f} KiB"
     return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / 1024**2:.1f} MiB"
 
 
@@ -210,15 +212,35 @@ def _changes_table(changes: Iterable[dict[str, Any]]) -> Table:
 
 
 def rows_table(rows: Iterable[dict[str, Any]]) -> Table:
-    """Documents with the same keys as a table; bytes shown in GiB. Lists and objects are left out."""
+    """Documents with the same keys as a table, sizes and times as people read them. Lists and objects are left out."""
     rows = list(rows)
     flat = [{k: v for k, v in row.items() if not isinstance(v, list | dict) and k != "object"} for row in rows]
     columns = list(dict.fromkeys(key for row in flat for key in row))
     table = _whole_words(*[column.removesuffix("_bytes").replace("_", " ") for column in columns])
     for row in flat:
-        cells = [gib(row.get(key)) if key.endswith("_bytes") else _text(row.get(key)) for key in columns]
-        table.add_row(*map(escape, cells))
+        table.add_row(*(escape(_cell(key, row.get(key))) for key in columns))
     return table
+
+
+def _cell(key: str, value: Any) -> str:
+    if key == "bytes" or key.endswith("_bytes"):
+        return gib(value)
+    return moment(value) if key.endswith("_at") else _text(value)
+
+
+def models_table(models: Iterable[dict[str, Any]]) -> Table:
+    """Base models, one a line: what one chooses by."""
+    table = _whole_words("base model", "source", "type", "parameters", "max length")
+    for model in models:
+        parameters = f"{model['parameters'] / 1e9:.1f}B" if model["parameters"] >= 1e8 else f"{model['parameters']:,}"
+        facts = (model["id"], model["source"], model["model_type"], parameters, str(model["max_length"]))
+        table.add_row(*map(escape, facts))
+    return table
+
+
+def without(rows: Iterable[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
+    """The rows, with less in them."""
+    return [{key: value for key, value in row.items() if key not in keys} for row in rows]
 
 
 def _whole_words(*columns: str) -> Table:

@@ -45,6 +45,10 @@ class Transport:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.base_url = base_url.rstrip("/")
+        try:
+            httpx.URL(self.base_url)
+        except httpx.InvalidURL as error:
+            raise ServiceUnreachable(self.base_url, f"this is no address: {error}") from error
         self.patience_seconds = patience_seconds
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx.Client(
@@ -88,6 +92,13 @@ class Transport:
                 raise GraftAPIError.from_response(response)
             self.sleep(asked)
         raise AssertionError("pauses never end")
+
+    def ask(self, method: str, path: str) -> httpx.Response:
+        """Send a request once and return whatever is answered, a refusal too; raises ServiceUnreachable."""
+        try:
+            return self._http.send(self._build(method, path, {}))
+        except httpx.TransportError as error:
+            raise ServiceUnreachable(self.base_url, _reason(error)) from error
 
     @contextmanager
     def stream(self, url: str) -> Iterator[httpx.Response]:

@@ -13,6 +13,7 @@ from graft_client import (
     DownloadCorrupt,
     GraftAPIError,
     GraftClient,
+    Job,
     ServiceUnreachable,
     TargetNotEmpty,
     WaitedTooLong,
@@ -246,3 +247,22 @@ def test_waiting_ends_with_the_job_or_with_patience(client: GraftClient, service
 def test_a_number_that_json_does_not_have_is_refused_before_anything_is_sent(method: str) -> None:
     with GraftClient("http://127.0.0.1:1") as client, pytest.raises(NotJson, match="NaN or Infinity"):
         getattr(client, method)({"training": {"learning_rate": float("nan")}})
+
+
+def test_a_job_in_ones_hand_is_its_document_and_can_be_waited_for(client: GraftClient, service: FakeService) -> None:
+    service.jobs = [{"id": "ftjob-1", "status": "running"}]
+    job = client.submit(SPEC)
+    assert job == {"id": "ftjob-1", "status": "queued"} and json.loads(json.dumps(job)) == job
+    assert (job.id, job.status, job.has_ended) == ("ftjob-1", "queued", False)
+    assert job.refresh().status == "running"
+    with pytest.raises(WaitedTooLong):
+        job.wait(timeout_seconds=3)
+    service.events = [
+        {"id": 1, "type": "claimed", "data": {}},
+        {"id": 2, "type": "metrics", "data": {"step": 1, "loss": 2.0}},
+    ]
+    service.jobs[0]["status"] = "succeeded"
+    assert list(job.measures()) == [{"step": 1, "loss": 2.0}]
+    assert [event["type"] for event in job.events()] == ["claimed", "metrics"]
+    assert [update.is_last for update in job.updates()] == [True]
+    assert job.wait().has_ended and [type(listed) for listed in client.list()] == [Job]

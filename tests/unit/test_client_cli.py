@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +17,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from graft_client import GraftClient, Update, cli
-from graft_client.progress import duration, watch
+from graft_client import GraftClient, Job, Update, cli
+from graft_client.progress import duration, sparkline, watch
 from graft_client.reports import masked
 from graft_client.tables import job_table, jobs_table, money, print_whole
 from graft_client.transport import Transport
@@ -229,7 +232,7 @@ def test_an_estimate_that_does_not_fit_is_shown_as_the_refusal_that_a_post_would
     for expected in ("vram_capacity_exceeded", "70B needs 41.0 GiB.", "7.00 GiB", "lora.r"):
         assert expected in err
     code, out, _ = graft("estimate", "-", "--json", monkeypatch=monkeypatch, stdin='{"base_model": "a/b"}')
-    assert json.loads(out) == refusal
+    assert (code, json.loads(out)) == (2, refusal)
 
 
 def test_what_the_user_can_mend_leaves_with_2_and_what_the_service_must_with_4(
@@ -242,7 +245,7 @@ def test_what_the_user_can_mend_leaves_with_2_and_what_the_service_must_with_4(
     assert graft("get", "ftjob-9", monkeypatch=monkeypatch)[0] == 2
     code, _, err = graft("submit", "-", monkeypatch=monkeypatch, stdin="{broken")
     assert code == 2
-    assert "not JSON" in err
+    assert "neither JSON nor YAML" in err
     assert graft("submit", "-", "--set", "nonsense", monkeypatch=monkeypatch, stdin="{}")[0] == 2
     assert graft("submit", "/no/such/file.json", monkeypatch=monkeypatch)[0] == 2
 
@@ -251,7 +254,7 @@ def test_a_service_that_is_not_there_is_said_to_be_not_there(monkeypatch: pytest
     monkeypatch.setenv("GRAFT_URL", "http://127.0.0.1:1")
     monkeypatch.setattr(cli, "PATIENCE_SECONDS", 0.0)
     code, out, err = graft("list", monkeypatch=monkeypatch)
-    assert (code, out) == (2, "")
+    assert (code, out) == (4, "")
     assert "http://127.0.0.1:1" in err
     assert "make run" in err
 
@@ -264,24 +267,119 @@ def test_a_list_is_no_longer_than_asked(service: FakeService, monkeypatch: pytes
 
 
 def test_help_lists_plugins_and_works_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert " doctor " in CliRunner().invoke(cli.app, ["--help"]).output
+    assert " up " in CliRunner().invoke(cli.app, ["--help"]).output
     monkeypatch.setattr(cli, "entry_points", lambda group: ())
     alone = CliRunner().invoke(cli.app, ["--help"])
     assert alone.exit_code == 0
     assert " submit " in alone.output
-    assert " doctor " not in alone.output
+    assert " up " not in alone.output and " doctor " in alone.output, "a user's doctor is the client's own"
     assert CliRunner().invoke(cli.app, ["up"]).exit_code == 2
 
 
-def test_on_a_terminal_a_bar_shows_step_loss_speed_and_eta() -> None:
+SPEC_YAML = """
+base_model: a/b
+training: {learning_rate: 2e-4, max_steps: 5, packing: true}   # a comment
+name: no
+metadata: {since: 2026-11-29, version: "1.0"}
+"""
+
+
+def test_a_spec_may_be_yaml_and_its_values_are_what_json_would_make_of_them(
+    service: FakeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = tmp_path / "job.yaml"
+    spec.write_text(SPEC_YAML)
+    service.jobs = [{"id": "ftjob-1", "status": "failed"}]
+    code, out, _ = graft(
+        "submit", str(spec), "--wait", "--set", "training.max_steps=9", "--json", monkeypatch=monkeypatch
+    )
+    assert (code, json.loads(out)["status"]) == (1, "failed")
+    assert json.loads(service.heard("POST", "/jobs")[0].content) == {
+        "base_model": "a/b",
+        "training": {"learning_rate": 0.0002, "max_steps": 9, "packing": True},
+        "name": "no",
+        "metadata": {"since": "2026-11-29", "version": "1.0"},
+    }
+    spec.write_text("base_model: a/b\nbase_model: a/c\n")
+    code, _, err = graft("submit", str(spec), monkeypatch=monkeypatch)
+    assert code == 2 and "'base_model' stands twice" in err
+    spec.write_text("- a list\n")
+    assert graft("submit", str(spec), monkeypatch=monkeypatch)[0] == 2
+
+
+def test_a_log_is_followed_to_the_jobs_end_and_a_new_runs_log_begins_anew(
+    service: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    route = "GET /jobs/ftjob-1/logs"
+    service.jobs = [{"id": "ftjob-1", "status": "queued"}]
+    logs = [httpx.Response(200, text=text) for text in ("step 1\n", "step 1\nstep 2\n")]
+    service.answers[route] = [error(404, "log_not_found", "Nothing has run yet."), *logs]
+    statuses = iter(["running", "running", "succeeded"])
+    answers = [httpx.Response(200, json={"id": "ftjob-1", "status": status}) for status in statuses]
+    service.answers["GET /jobs/ftjob-1"] = answers  # type: ignore[assignment]
+    assert graft("logs", "-f", "ftjob-1", monkeypatch=monkeypatch)[:2] == (0, "step 1\nstep 2\n")
+    again = [httpx.Response(200, text="step 2\n"), httpx.Response(200, text="begun again\n")]
+    service.answers[route] = again  # type: ignore[assignment]
+    statuses = iter(["running", "succeeded"])
+    answers = [httpx.Response(200, json={"id": "ftjob-1", "status": status}) for status in statuses]
+    service.answers["GET /jobs/ftjob-1"] = answers  # type: ignore[assignment]
+    _, out, _ = graft("logs", "-f", "--json", "ftjob-1", monkeypatch=monkeypatch)
+    assert [json.loads(line)["log"] for line in out.splitlines()] == ["step 2\n", "begun again\n"]
+
+
+def test_files_and_adapters_are_looked_at(
+    service: FakeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = {"id": "file-1", "filename": "rows.jsonl", "bytes": 3 * 1024**2}
+    service.answers["GET /files"] = [httpx.Response(200, json={"data": [file], "has_more": False})]
+    service.answers["GET /files/file-1"] = [httpx.Response(200, json=file)]
+    service.answers["DELETE /files/file-1"] = [httpx.Response(200, json={"id": "file-1", "deleted": True})]
+    for arguments, shown in (
+        (("list",), "rows.jsonl"),
+        (("show", "file-1"), "rows.jsonl"),
+        (("delete", "file-1"), "is"),
+    ):
+        code, out, _ = graft("files", *arguments, monkeypatch=monkeypatch)
+        assert code == 0 and shown in out
+    service.jobs = [{"id": "ftjob-1"}]
+    code, out, _ = graft("adapter", "show", "ftjob-1", monkeypatch=monkeypatch)
+    assert code == 0 and "adapter_model.safetensors" in out and "store.test" not in out
+    code, out, _ = graft(
+        "adapter", "download", "ftjob-1", "--to", str(tmp_path / "a"), "--json", monkeypatch=monkeypatch
+    )
+    assert (code, json.loads(out)["path"]) == (0, str(tmp_path / "a"))
+
+
+def test_a_shell_completes_commands() -> None:
+    found = subprocess.run(
+        [Path(sys.executable).parent / "graft"],
+        env={**os.environ, "_GRAFT_COMPLETE": "complete_bash", "COMP_WORDS": "graft capa", "COMP_CWORD": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.stdout.split() == ["capacity"]
+
+
+def test_a_curve_is_drawn_from_its_lowest_to_its_highest() -> None:
+    assert sparkline([8, 7, 6, 5, 4, 3, 2, 1]) == "█▇▆▅▄▃▂▁"
+    assert sparkline([1.0, float("nan"), 1.0]) == "▁▁"
+    assert len(sparkline([float(step) for step in range(1000)])) == 24
+    assert sparkline([]) == ""
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_on_a_terminal_a_bar_shows_step_loss_speed_and_eta(width: int) -> None:
     screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=140, color_system=None)
+    console = Console(file=screen, force_terminal=True, width=width, color_system=None)
     event = {"id": 1, "type": "warning", "level": "warning", "message": "12 rows [were] truncated"}
-    job = watch(iter([Update(job=RUNNING, events=(event,))]), console)
-    assert job is RUNNING
+    steps = ({"id": 2 + n, "type": "metrics", "data": {"step": n, "loss": 2.0 - n}} for n in range(2))
+    running = Job(RUNNING, GraftClient())
+    job = watch(iter([Update(job=running, events=(event, *steps))]), console)
+    assert job is running
     shown = screen.getvalue()
     assert "3/10" in shown
-    for fact in ("running (training)", "loss 1.2500", "1,234 tokens/s", "ETA 3m09s", "12 rows [were] truncated"):
+    for fact in ("running (training)", "loss 1.2500", "1,234 tokens/s", "ETA 3m09s", "█▁", "12 rows [were] truncated"):
         assert fact in shown
 
 

@@ -19,10 +19,8 @@ import pytest
 from pydantic import SecretStr
 
 from graft_api.keys import making
-from graft_local import doctor
 from graft_local.broker import configure_broker
 from graft_local.devices import parse_listing, visible
-from graft_local.doctor import Verdict
 from graft_local.launcher import CannotStart, check_port, launch, service
 from graft_local.output import Output
 from graft_shared.store import Keys, open_database
@@ -276,6 +274,8 @@ def test_the_operators_commands_work_on_the_service_of_a_state_folder(
     pepper = SecretStr((tmp_path / "state" / "key-pepper").read_text())
     (stored,) = Keys(database).list()
     assert stored.digest == making.digest_of(made.stdout.strip(), pepper)
+    (row,) = json.loads(run("keys", "list", "--json").stdout)
+    assert (row["key_id"], row["state"], row["scopes"]) == (stored.id, "live", "jobs:read")
     listed = run("tenants", "set", "red", "--gpu-hours", "12", "--share", "2")
     assert listed.returncode == 0 and "0.00 of 12" in listed.stdout, listed.stderr
     assert run("tenants", "set", "red", "--gpu-hours", "many").returncode == 2
@@ -335,15 +335,3 @@ def test_log_lines_stand_under_the_name_of_their_process() -> None:
     output.say("api", "listening")
     output.say("worker cpu", "idle")
     assert stream.getvalue() == "api        | listening\nworker cpu | idle\n"
-
-
-def test_the_doctor_tells_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor.judge_python((3, 10, 1)).verdict is Verdict.BAD
-    assert doctor.judge_libraries("No module named 'torch'").verdict is Verdict.BAD
-    assert doctor.judge_libraries({"torch": "2.9.1+cpu"}).verdict is Verdict.BAD
-    assert doctor.judge_libraries({"torch": "2.13.0+cpu"}).verdict is Verdict.GOOD
-    assert doctor.judge_memory(doctor.LEAST_MEMORY_BYTES - 1).verdict is Verdict.NOTE
-    assert doctor.judge_disk(tmp_path / "not" / "yet").verdict is Verdict.GOOD
-    assert "journal_mode=DELETE" in doctor.judge_sqlite((3, 40, 1)).found
-    monkeypatch.setattr(doctor, "LEAST_DISK_BYTES", 2**70)
-    assert doctor.judge_disk(tmp_path).verdict is Verdict.BAD

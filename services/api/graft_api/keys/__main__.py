@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from graft_shared.errors import GraftError
 from graft_shared.logs import configure_logging, log_event
 from graft_shared.store import Keys, StoredKey, open_database
 
+_COLUMNS = ("key_id", "tenant", "state", "expires", "last_used", "scopes", "name")
 NO_PEPPER = "GRAFT_KEY_PEPPER is not set: keys of the database are hashed under it (openssl rand -hex 24 makes one)"
 
 logger = logging.getLogger("graft_api.keys")
@@ -51,7 +53,9 @@ def _done(asked: argparse.Namespace, keys: Keys, pepper: SecretStr) -> str:
         revoked = keys.revoke(asked.key_id)
         log_event(logger, "key_revoked", key_id=revoked.id, tenant=revoked.tenant)
         return f"{revoked.id} of {revoked.tenant} is revoked; every API refuses it within seconds\n"
-    return in_columns(("key id", "tenant", "state", "expires", "last used", "scopes", "name"), map(_row, keys.list()))
+    if asked.as_json:
+        return json.dumps([dict(zip(_COLUMNS, _row(key), strict=True)) for key in keys.list()], indent=2) + "\n"
+    return in_columns([column.replace("_", " ") for column in _COLUMNS], map(_row, keys.list()))
 
 
 def _create(asked: argparse.Namespace, keys: Keys, pepper: SecretStr) -> str:
@@ -87,7 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     create.add_argument("--days", type=_days, help="how long it holds; for ever by default")
     create.add_argument("--name", type=_name, help="what it is for, to be found in the list")
-    commands.add_parser("list", help="list all keys, revoked and expired ones too")
+    listed = commands.add_parser("list", help="list all keys, revoked and expired ones too")
+    listed.add_argument("--json", action="store_true", dest="as_json", help="as a JSON document")
     revoke = commands.add_parser("revoke", help="end a key for good, within seconds")
     revoke.add_argument("key_id", metavar="KEY_ID", help="as the list shows it: the part between graft_ and the next _")
     return parser
