@@ -66,6 +66,8 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, first_port: int, collector: 
         "GRAFT_SWEEP_SECONDS": "1",
         "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.server_port}",
         "OTEL_BSP_SCHEDULE_DELAY": "200",
+        "GRAFT_REPORT_TO": "tensorboard",
+        "GRAFT_TENSORBOARD_DIR": str(state / "boards"),
     }
     running = Fleet(state, environment).start()
     yield running
@@ -108,6 +110,11 @@ def test_a_job_is_one_trace_over_all_processes(fleet: Fleet, collector: Collecto
     phases = {("graft-worker", name) for name in ("fetching", "preparing", "training", "proving", "publishing")}
     runs = {("graft-worker", name) for name in ("queued", "run prepare", "run train")}
     assert {("graft-api", "POST /jobs")} | runs | phases <= whole
+
+
+def test_the_operators_tracker_is_told_of_the_job(fleet: Fleet) -> None:
+    boards = fleet.state_dir / "boards" / "default"
+    wait_until(lambda: any(b"train/loss" in path.read_bytes() for path in boards.rglob("events.*")), what="its curves")
 
 
 def test_a_worker_counts_what_both_its_processes_do(fleet: Fleet, first_port: int) -> None:

@@ -36,6 +36,7 @@ from graft_shared.store.migrate import migrate
 from graft_shared.store.tables import jobs as jobs_table
 from graft_shared.sweeper import Sweeper
 from graft_worker.device import Device
+from graft_worker.protocol import Event, ProgressEvent
 from graft_worker.settings import WorkerSettings
 from graft_worker.supervisor import preparation, training_run
 from graft_worker.supervisor.bases import BaseModels
@@ -950,3 +951,39 @@ def test_a_drain_while_the_bucket_is_away_costs_no_attempt(make_worker: Callable
     released = worker.get(job)
     assert (released.state, released.attempt) == (JobState.QUEUED, 0)
     assert [data["reason"] for type, data in worker.events(job) if type == "requeued"] == ["drained"]
+
+
+class Heard:
+    """What somebody is told of a run."""
+
+    def __init__(self, told: list[str]) -> None:
+        self._told = told
+
+    def began(self, phase: Phase) -> None:
+        self._told.append(phase.value)
+
+    def heard(self, event: Event) -> None:
+        if isinstance(event, ProgressEvent):
+            self._told.append(f"step {event.step}")
+
+    def ended(self, outcome: str) -> None:
+        self._told.append(outcome)
+
+
+def test_a_runs_audience_is_told_its_phases_its_steps_and_its_end(make_worker: Callable[..., Worker]) -> None:
+    worker, told = make_worker(), list[str]()
+    worker.neighbours = replace(worker.neighbours, invite=lambda _job: [Heard(told)])
+    worker.submit(behaviour="crash once", steps="4")
+    worker.work()
+    assert told == ["fetching", "preparing", "done", "fetching", "training", "step 1", "step 2", "crash"]
+
+
+def test_a_cancelled_run_is_told_to_have_been_cancelled(make_worker: Callable[..., Worker]) -> None:
+    worker, told = make_worker(), list[str]()
+    worker.neighbours = replace(worker.neighbours, invite=lambda _job: [Heard(told)])
+    job = worker.submit(steps="1000", step_seconds="0.05")
+    thread = worker.start()
+    wait_until(lambda: "step 1" in told, what="a first step")
+    worker.jobs.cancel("default", job.id)
+    thread.join(30)
+    assert told[-1] == "cancelled"
