@@ -12,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import uvicorn
@@ -130,8 +131,8 @@ def listened(processes: list[Process], monkeypatch: pytest.MonkeyPatch) -> dict[
             settings_of(process, context)
             context.setattr(sys, "argv", ["graft_api", *process.command[3:]])
             context.setattr(uvicorn, "run", lambda app, *, host, port, heard=heard, **_: heard.append((host, port)))
-            for slow in ("build_app", "configure_logging"):
-                context.setattr(f"graft_api.__main__.{slow}", lambda *_, **__: None)
+            for slow in ("build_app", "configure_logging", "serve_metrics", "figures_of"):
+                context.setattr(f"graft_api.__main__.{slow}", MagicMock())
             main_of("graft_api")()
         (bound[process.where],) = heard
     return bound
