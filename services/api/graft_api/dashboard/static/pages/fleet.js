@@ -46,7 +46,7 @@ export async function fleetPage(root, signal) {
       .flatMap(({ data }) => data)
       .sort((a, b) => (a.queue?.position ?? Infinity) - (b.queue?.position ?? Infinity));
     const hasMore = queues.some(({ more }) => more);
-    redraw(waits, [jobs.map(({ id, queue, status }) => [id, queue, status]), hasMore], () => [
+    redraw(waits, [jobs.map(({ id, queue, status }) => [id, queue?.position, queue?.reason, status]), hasMore], () => [
       jobs.length ? table("Waiting jobs", JOB_HEADS, jobs.map(jobRow)) : waiting("Nothing waits."),
       hasMore ? waiting(`More than ${MOST_WAITING} of one kind wait; the newest are shown.`) : null,
     ]);

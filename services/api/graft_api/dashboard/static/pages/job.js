@@ -86,7 +86,7 @@ function head(view) {
       const { job } = view;
       redraw(status, [job.status, job.phase], () => [badge(job)]);
       redraw(progress, [job.progress, job.status], () => progressOf(job));
-      redraw(notes, [job.error, job.queue, job.warnings], () => notesOf(job));
+      redraw(notes, [job.error, waitOf(job.queue), job.warnings], () => notesOf(job));
       redraw(summary, [job, Math.floor(Date.now() / 60_000)], () => [summaryOf(job)]);
       redraw(actions, job.status, () => actionsOf(view, notes));
     },
@@ -107,10 +107,19 @@ function progressOf({ progress, status }) {
   ];
 }
 
+/** What a job waits for, and until about when: to the minute, so that it changes as seldom. */
+function waitOf(queue) {
+  if (!queue) return null;
+  const start = queue.predicted_start && Math.ceil(queue.predicted_start / 60) * 60;
+  const likely = start ? ` It is likely to start by ${clock(start).slice(0, -3)}.` : "";
+  return { title: queue.position ? `Number ${queue.position} in line` : "Waiting", words: queue.reason + likely };
+}
+
 function notesOf({ error, queue, warnings }) {
+  const wait = waitOf(queue);
   return [
     error && callout("bad", `Failed: ${error.code}`, error.message),
-    queue && callout("plain", queue.position ? `Number ${queue.position} in line` : "Waiting", queue.reason),
+    wait && callout("plain", wait.title, wait.words),
     warnings.length > 0 &&
       callout(
         "warn",

@@ -156,7 +156,7 @@ function rowFor(job, state, choose) {
   state.rows.set(job.id, known);
   known.job = job;
   const [, , status, progress, , , submitted] = known.element.cells;
-  redraw(status, [job.status, job.phase, job.queue, job.error], () => [
+  redraw(status, [job.status, job.phase, job.queue?.reason, job.error], () => [
     badge(job),
     noteOf(job) && h("span", { class: "note" }, noteOf(job)),
   ]);
