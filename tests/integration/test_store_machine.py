@@ -217,6 +217,8 @@ class StoreMachine(RuleBasedStateMachine):
             place = self.jobs.place_in_line(self.jobs.get(expected.tenant, job_id))
             stands = place and (place.position, place.held_by and place.held_by.quota.value)
             assert stands == self.model.place_in_line(expected)
+            others = [self.jobs.get(one.tenant, one.id) for one in self.model.jobs.values() if one.deleted_at is None]
+            assert self.jobs.places_in_line(others).get(job_id) == place
 
     @rule()
     def the_operator_counts(self) -> None:

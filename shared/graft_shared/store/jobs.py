@@ -293,10 +293,20 @@ class Jobs:
 
     def place_in_line(self, job: Job) -> PlaceInLine | None:
         """This job's place among those of its stage and class that wait for a worker; None if it does not."""
-        if not job.may_be_claimed:
-            return None
+        return self.places_in_line([job]).get(job.id)
+
+    def places_in_line(self, seen: Sequence[Job]) -> dict[str, PlaceInLine]:
+        """The places of those that wait for a worker, by their ids; many cost little more than one."""
+        waiting = [job for job in seen if job.may_be_claimed]
+        if not waiting:
+            return {}
+        priorities = {job.id: PRIORITY_RANKS[job.spec["priority"]] for job in waiting}
         with self._database.reading() as connection:
-            return self._line.place(connection, job, PRIORITY_RANKS[job.spec["priority"]])
+            if len(waiting) == 1:
+                (job,) = waiting
+                return {job.id: self._line.place(connection, job, priorities[job.id])}
+            places = self._line.places(connection, waiting, priorities)
+        return {job.id: place for job, place in zip(waiting, places, strict=True)}
 
     def waits_until(self, job: Job) -> datetime | None:
         """When a job that went back to the queue after a failed run may be tried again; None when it may be now."""

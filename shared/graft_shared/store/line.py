@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import BindParameter, Select, and_, bindparam, case, func, or_, select
+from sqlalchemy import BindParameter, Select, Subquery, and_, bindparam, case, func, or_, select
 from sqlalchemy.engine import Connection, RowMapping
 
 from graft_shared.jobs import Job, JobState, Stage
@@ -72,18 +73,69 @@ class Line:
 
     def __init__(self, defaults: Quotas) -> None:
         self._queries = {stage: _waiting(stage, Standing(stage, defaults)) for stage in Stage}
+        self._queues = {stage: _queue(stage, Standing(stage, defaults)) for stage in Stage}
 
     def place(self, connection: Connection, job: Job, priority: int) -> PlaceInLine:
         """Find the place of a job that waits."""
         this = {"job": job.id, "rank": priority, "gpu": job.gpu_class}
         rows = connection.execute(self._queries[job.stage], this).mappings().all()
-        own = next((row for row in rows if row["tenant"] == job.tenant), None)
-        if own is None:
-            return PlaceInLine(position=None)  # it was claimed meanwhile
-        if job.stage is Stage.TRAIN and (reached := _reached(own)) is not None:
-            return PlaceInLine(position=None, held_by=reached)
-        others = [_waiting_of(row, job.stage) for row in rows if row is not own and not _is_used_up(row, job.stage)]
-        return PlaceInLine(position=1 + ahead_of(_waiting_of(own, job.stage), others))
+        return _place(job, rows)
+
+    def places(
+        self, connection: Connection, waiting: Sequence[Job], priorities: Mapping[str, int]
+    ) -> list[PlaceInLine]:
+        """Find the places of many jobs that wait, in as many queries as they stand in queues.
+
+        Args:
+            priorities: The rank of each, by its id.
+        """
+        queues = {
+            (stage, gpu): _Queue(connection.execute(self._queues[stage], {"gpu": gpu}).mappings().all())
+            for stage, gpu in {(job.stage, job.gpu_class) for job in waiting}
+        }
+        return [_place(job, queues[job.stage, job.gpu_class].seen_by(job, priorities[job.id])) for job in waiting]
+
+
+class _Queue:
+    """All that waits in one queue, and the standing of whose it is."""
+
+    def __init__(self, rows: Sequence[RowMapping]) -> None:
+        self._at = {row["id"]: (row["created_at"], row["id"]) for row in rows}
+        self._standing = {row["tenant"]: row for row in rows}
+        self._ready: dict[str, dict[int, list[tuple[float, str]]]] = {tenant: {} for tenant in self._standing}
+        for row in rows:  # oldest first
+            if row["is_ready"]:
+                self._ready[row["tenant"]].setdefault(row["priority"], []).append(self._at[row["id"]])
+
+    def seen_by(self, job: Job, rank: int) -> list[dict[str, Any]]:
+        """What `_waiting` would find for this job."""
+        at = self._at.get(job.id)
+        if at is None:
+            return []  # it was claimed meanwhile
+        found = []
+        for tenant, standing in self._standing.items():
+            ready = self._ready[tenant]
+            same = ready.get(rank, [])
+            older = bisect.bisect_left(same, at)
+            is_uncounted = tenant == job.tenant and same[older : older + 1] != [at]  # it is to be tried again later
+            counts = {
+                "higher": sum(len(those) for other, those in ready.items() if other > rank),
+                "same": len(same) + is_uncounted,
+                "older": older,
+            }
+            if counts["higher"] or counts["same"]:
+                found.append({**standing, **counts})
+        return found
+
+
+def _place(job: Job, rows: Sequence[Mapping[Any, Any]]) -> PlaceInLine:
+    own = next((row for row in rows if row["tenant"] == job.tenant), None)
+    if own is None:
+        return PlaceInLine(position=None)  # it was claimed meanwhile
+    if job.stage is Stage.TRAIN and (reached := _reached(own)) is not None:
+        return PlaceInLine(position=None, held_by=reached)
+    others = [_waiting_of(row, job.stage) for row in rows if row is not own and not _is_used_up(row, job.stage)]
+    return PlaceInLine(position=1 + ahead_of(_waiting_of(own, job.stage), others))
 
 
 def _waiting(stage: Stage, standing: Standing) -> Select[tuple[object, ...]]:
@@ -104,7 +156,21 @@ def _waiting(stage: Stage, standing: Standing) -> Select[tuple[object, ...]]:
     )
     if stage is Stage.TRAIN:
         query = query.where(jobs.c.gpu_class == bindparam("gpu"))
+    return _with_standing(query.subquery("waiting"), standing)
+
+
+def _queue(stage: Stage, standing: Standing) -> Select[tuple[object, ...]]:
+    """Each job that waits in a queue, oldest first, and its tenant's standing."""
+    waits = and_(jobs.c.state == JobState.QUEUED.value, ~jobs.c.pause_requested, jobs.c.stage == stage.value)
+    is_ready = (jobs.c.not_before <= now()).label("is_ready")
+    query = select(jobs.c.tenant, jobs.c.id, jobs.c.priority, jobs.c.created_at, is_ready).where(waits)
+    if stage is Stage.TRAIN:
+        query = query.where(jobs.c.gpu_class == bindparam("gpu"))
     waiting = query.subquery("waiting")
+    return _with_standing(waiting, standing).order_by(waiting.c.created_at, waiting.c.id)
+
+
+def _with_standing(waiting: Subquery, standing: Standing) -> Select[tuple[object, ...]]:
     return select(
         waiting,
         standing.runs.label("runs"),
@@ -116,7 +182,7 @@ def _waiting(stage: Stage, standing: Standing) -> Select[tuple[object, ...]]:
     ).select_from(standing.beside(waiting))
 
 
-def _waiting_of(row: RowMapping, stage: Stage) -> Waiting:
+def _waiting_of(row: Mapping[Any, Any], stage: Stage) -> Waiting:
     return Waiting(
         higher=row["higher"],
         same=row["same"],
@@ -128,7 +194,7 @@ def _waiting_of(row: RowMapping, stage: Stage) -> Waiting:
     )
 
 
-def _reached(row: RowMapping) -> Reached | None:
+def _reached(row: Mapping[Any, Any]) -> Reached | None:
     """The quota that keeps a tenant from training anything more now."""
     if _is_used_up(row, Stage.TRAIN):
         return Reached(quota=Quota.GPU_HOURS, limit=row["most_seconds"] / 3600, used=row["this_month"] / 3600)
@@ -137,6 +203,6 @@ def _reached(row: RowMapping) -> Reached | None:
     return None
 
 
-def _is_used_up(row: RowMapping, stage: Stage) -> bool:
+def _is_used_up(row: Mapping[Any, Any], stage: Stage) -> bool:
     limit = row["most_seconds"]
     return stage is Stage.TRAIN and limit is not None and row["this_month"] >= limit

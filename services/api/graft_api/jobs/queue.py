@@ -25,7 +25,9 @@ class Wait(StrEnum):
     IN_LINE = "in_line"  # for a worker that is busy, or about to take it
 
 
-def queue_of(job: Job, jobs: Jobs, crews: Sequence[Crew], table: CapacityTable, starts: Starts) -> Queue | None:
+def queue_of(
+    job: Job, place: PlaceInLine | None, jobs: Jobs, crews: Sequence[Crew], table: CapacityTable, starts: Starts
+) -> Queue | None:
     """The place and the reason of a job that waits, or that nobody alive will train; None for any other.
 
     A paused job has no place: it waits for its user. Nor has one that a quota of its tenant holds back.
@@ -35,7 +37,6 @@ def queue_of(job: Job, jobs: Jobs, crews: Sequence[Crew], table: CapacityTable, 
     trainers = workers_for(Stage.TRAIN, job.gpu_class, crews, table)
     untrained = job.stage is Stage.PREPARE and not trainers
     later = f"Once prepared, it waits for a worker of class {job.gpu_class}: none is alive."
-    place = jobs.place_in_line(job)
     if place is None:
         return Queue(position=None, reason=later) if untrained and job.state is JobState.RUNNING else None
     able = workers_for(job.stage, job.gpu_class, crews, table)

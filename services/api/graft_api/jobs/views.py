@@ -34,7 +34,12 @@ def job_bodies(jobs: Sequence[Job], here: Neighbours) -> list[JobBody]:
     waiting = any(job.state is JobState.QUEUED or job.status is JobStatus.VALIDATING_FILES for job in jobs)
     crews = here.workers.crews() if waiting else []
     moment = here.database.now() if any(job.is_training for job in jobs) else None
-    return [_body(job, queue_of(job, here.jobs, crews, here.capacity, here.starts), moment) for job in jobs]
+    places = here.jobs.places_in_line(jobs)
+
+    def queue(job: Job) -> Queue | None:
+        return queue_of(job, places.get(job.id), here.jobs, crews, here.capacity, here.starts)
+
+    return [_body(job, queue(job), moment) for job in jobs]
 
 
 def job_body(job: Job, here: Neighbours) -> JobBody:
