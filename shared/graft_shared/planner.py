@@ -1,4 +1,4 @@
-"""TrainingPlan: a short ordered list of plans, fastest first; the first that fits a memory limit is taken."""
+"""TrainingPlan: a short list of plans, as a rule the fastest first, and the fastest of those that fit a limit."""
 
 from __future__ import annotations
 

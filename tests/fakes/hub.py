@@ -4,38 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
-from typing import Any, Self
+from http.server import BaseHTTPRequestHandler
+from typing import Any
+
+from tests.fakes.loopback import OnLoopback
 
 COMMIT = "c" * 40
 
 
 @dataclass
-class FakeHub:
+class FakeHub(OnLoopback):
     """Repositories with a config.json; `errors` gives the hub's error code and status for a repository instead."""
 
     configs: dict[str, dict[str, Any]]
     errors: dict[str, tuple[int, str]] = field(default_factory=dict)
     tokens: list[str | None] = field(default_factory=list)
     asked: int = 0
-
-    def __enter__(self) -> Self:
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         hub = self

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
-from typing import Any, Self
+from http.server import BaseHTTPRequestHandler
+from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from tests.fakes.loopback import OnLoopback
 
 COMMITS = {"main": "a" * 40, "old": "b" * 40}
 
 
 @dataclass
-class FakeDatasetHub:
+class FakeDatasetHub(OnLoopback):
     """Repositories by name: their files at each branch.
 
     Args:
@@ -26,21 +26,6 @@ class FakeDatasetHub:
     repositories: dict[str, dict[str, dict[str, bytes]]]
     errors: dict[str, tuple[int, str]] = field(default_factory=dict)
     paths: list[str] = field(default_factory=list)
-
-    def __enter__(self) -> Self:
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def answer(self, path: str, body: bytes) -> tuple[int, str, bytes]:
         """Status, error code and body."""

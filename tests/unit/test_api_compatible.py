@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,23 +15,11 @@ from graft_shared.errors import GraftError
 from graft_shared.jobs import Checkpoint, Failure, FailureReason, StoredObject
 from graft_shared.store import Order
 from graft_shared.store.tables import jobs
-from tests.api_service import LLAMA, ROWS, ApiService, error_of, make_service, migrated_database
+from tests.api_service import LLAMA, ROWS, ApiService, error_of, make_service
 
 RED, BLUE = "r" * 24, "b" * 24
 FILE = "file-rows"
 JOBS = "/v1/fine_tuning/jobs"
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return migrated_database(tmp_path_factory.mktemp("template"))
-
-
-@pytest.fixture
-def api(tmp_path: Path, template: Path) -> Iterator[ApiService]:
-    service = make_service(tmp_path, template)
-    yield service
-    service.database.close()
 
 
 def asked(**changes: Any) -> dict[str, Any]:

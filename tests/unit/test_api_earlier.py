@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.api_service import LLAMA, ApiService, error_of, make_service, migrated_database
+from tests.api_service import LLAMA, ApiService, error_of, make_service
 
 RED, BLUE = "r" * 32, "b" * 32
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return migrated_database(tmp_path_factory.mktemp("template"))
-
-
-@pytest.fixture
-def api(tmp_path: Path, template: Path) -> Iterator[ApiService]:
-    service = make_service(tmp_path, template)
-    yield service
-    service.database.close()
 
 
 def an_earlier_job(api: ApiService, **changes: Any) -> str:

@@ -16,23 +16,11 @@ from sqlalchemy import select, update
 from graft_shared.jobs import Failure, FailureReason, Stage
 from graft_shared.memory import TrainingPlan
 from graft_shared.store.tables import jobs
-from tests.api_service import LLAMA, ApiService, error_of, make_service, migrated_database, register_base
+from tests.api_service import LLAMA, ApiService, error_of, make_service, register_base
 from tests.store_factories import a_beat, a_new_job, a_placement
 from tests.waiting import wait_until
 
 GIB = 1024**3
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return migrated_database(tmp_path_factory.mktemp("template"))
-
-
-@pytest.fixture
-def api(tmp_path: Path, template: Path) -> Iterator[ApiService]:
-    service = make_service(tmp_path, template)
-    yield service
-    service.database.close()
 
 
 @pytest.fixture(scope="module")

@@ -25,16 +25,11 @@ from graft_api.settings import ApiSettings
 from graft_shared.errors import StoreUnavailable
 from graft_shared.logs import configure_logging
 from graft_shared.store import Keys
-from tests.api_service import ApiService, error_of, make_service, migrated_database
+from tests.api_service import ApiService, error_of, make_service
 from tests.waiting import wait_until
 
 RED, BLUE = "r" * 24, "b" * 24
 PEPPER = "p" * 24
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return migrated_database(tmp_path_factory.mktemp("template"))
 
 
 @pytest.fixture

@@ -4,27 +4,13 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from graft_shared.artifacts import MANIFEST_NAME, AdapterManifest, FileProof, merged_prefix
 from graft_shared.jobs import Failure, FailureReason, Job, Stage
-from tests.api_service import LLAMA, ApiService, error_of, make_service, migrated_database
+from tests.api_service import LLAMA, ApiService, error_of
 from tests.store_factories import a_beat
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return migrated_database(tmp_path_factory.mktemp("template"))
-
-
-@pytest.fixture
-def api(tmp_path: Path, template: Path) -> Iterator[ApiService]:
-    service = make_service(tmp_path, template)
-    yield service
-    service.database.close()
 
 
 @pytest.fixture

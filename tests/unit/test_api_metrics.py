@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.api_service import ApiService, make_service, migrated_database
+from tests.api_service import ApiService
 from tests.store_factories import a_beat
 
 Figures = dict[tuple[str, frozenset[str]], float]
@@ -29,18 +25,6 @@ def scrape(api: ApiService) -> Figures:
 
 def of(figures: Figures, name: str) -> dict[frozenset[str], float]:
     return {labels: value for (found, labels), value in figures.items() if found == name}
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return migrated_database(tmp_path_factory.mktemp("template"))
-
-
-@pytest.fixture
-def api(tmp_path: Path, template: Path) -> Iterator[ApiService]:
-    service = make_service(tmp_path, template)
-    yield service
-    service.database.close()
 
 
 def test_a_service_without_jobs_and_workers_counts_none(api: ApiService) -> None:

@@ -18,13 +18,8 @@ from graft_api.settings import ApiSettings
 from graft_shared.artifacts import adapter_prefix, log_key
 from graft_shared.errors import BucketUnavailable
 from graft_shared.store import open_database
-from tests.api_service import ADAPTER, LLAMA, ROWS, ApiService, error_of, make_service, migrated_database
+from tests.api_service import ADAPTER, LLAMA, ROWS, ApiService, error_of, make_service
 from tests.store_factories import a_beat
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return migrated_database(tmp_path_factory.mktemp("template"))
 
 
 @pytest.fixture

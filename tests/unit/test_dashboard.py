@@ -11,14 +11,9 @@ import pytest
 from graft_api.dashboard.files import FOLDER, static_files
 from graft_shared.jobs import JobStatus
 from graft_shared.specs import JobSpec
-from tests.api_service import ApiService, error_of, make_service, migrated_database
+from tests.api_service import ApiService, error_of, make_service
 
 SCRIPTS = sorted(name for name in static_files() if name.endswith(".js"))
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return migrated_database(tmp_path_factory.mktemp("template"))
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from graft_shared.settings import SharedSettings
 from graft_shared.store.engine import open_database
 from graft_worker.settings import WorkerSettings
 from graft_worker.supervisor.training_run import CHECKPOINT_PATIENCE_SECONDS
-from tests.api_service import make_service, migrated_database
+from tests.api_service import make_service
 from tests.deployed import SECRET_VALUES, VALUES, Process, image_of, processes_of_chart, processes_of_compose
 
 READ_ONLY = {"registered_models_dir", "models_dir", "catalogue_path", "capacity_path"}
@@ -36,11 +36,6 @@ def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     if request.param == "compose":
         return list(processes_of_compose(tmp_path_factory.mktemp("compose")))
     return list(processes_of_chart(request.param))
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return migrated_database(tmp_path_factory.mktemp("template"))
 
 
 @pytest.fixture(autouse=True)

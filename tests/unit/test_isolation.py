@@ -10,7 +10,7 @@ import pytest
 
 from graft_shared.artifacts import log_key, sha256_of
 from graft_shared.ids import new_file_id, new_job_id, new_upload_id
-from tests.api_service import LLAMA, ROWS, ApiService, make_service, migrated_database
+from tests.api_service import LLAMA, ROWS, ApiService, make_service
 from tests.invariants import Answered, a_foreign_id_answers_as_an_unknown_one
 
 RED, BLUE = "r" * 24, "b" * 24
@@ -98,11 +98,6 @@ HARMLESS = {
     "idempotency-key",
     "last-event-id",  # of the job in the path
 }
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return migrated_database(tmp_path_factory.mktemp("template"))
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 import itertools
 import time
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -15,7 +14,7 @@ from sqlalchemy import update
 from graft_api.jobs.starts import NEAR_ENOUGH_SECONDS, start_of
 from graft_shared.jobs import Stage
 from graft_shared.store.tables import jobs
-from tests.api_service import make_service, migrated_database
+from tests.api_service import ApiService
 from tests.store_factories import a_beat
 
 
@@ -42,8 +41,7 @@ def test_without_any_ended_job_only_as_many_starts_are_told_as_there_are_workers
     assert start_of(0, [], 60.0) is None
 
 
-def test_a_waiting_job_tells_when_it_is_likely_to_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    api = make_service(tmp_path, migrated_database(tmp_path))
+def test_a_waiting_job_tells_when_it_is_likely_to_start(api: ApiService, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("graft_api.jobs.starts.monotonic", itertools.count(step=1000).__next__)  # nothing is held
     first, second, third = (api.new_job()["id"] for _ in range(3))
 
@@ -68,4 +66,3 @@ def test_a_waiting_job_tells_when_it_is_likely_to_start(tmp_path: Path, monkeypa
     api.leases.settle_success(first, running.epoch, adapter={}, metrics={}, memory={})
     assert start_in(second) == pytest.approx(0, abs=5)
     assert start_in(third) == pytest.approx(600, abs=5)
-    api.database.close()

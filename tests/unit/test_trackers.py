@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -21,22 +21,10 @@ from graft_shared.store import Jobs, Leases, open_database
 from graft_worker.protocol import EvaluationEvent, ProgressEvent
 from graft_worker.supervisor.audience import DONE
 from graft_worker.trackers import MOST_WAITING, Reporter, reporters_of
-from tests.api_service import ApiService, make_service, migrated_database
+from tests.api_service import ApiService
 from tests.store_factories import a_new_job
 
 PATIENCE_SECONDS = 120.0
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return migrated_database(tmp_path_factory.mktemp("template"))
-
-
-@pytest.fixture
-def api(tmp_path: Path, template: Path) -> Iterator[ApiService]:
-    service = make_service(tmp_path, template)
-    yield service
-    service.database.close()
 
 
 def a_step(step: int) -> ProgressEvent:

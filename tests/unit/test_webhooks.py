@@ -22,7 +22,7 @@ from graft_shared.store.engine import now
 from graft_shared.store.outbox import PAUSES
 from graft_shared.store.tables import webhooks as table
 from graft_shared.webhooks import NotTaken, Postman, TargetRefused, WebhookSender, signing_secret
-from tests.api_service import ApiService, error_of, make_service, migrated_database
+from tests.api_service import ApiService, error_of, make_service
 
 ROOT = "operators-secret"
 BODY = '{"a": 1}'
@@ -202,11 +202,6 @@ def test_a_receiver_that_drips_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
         send(f"http://127.0.0.1:{listener.getsockname()[1]}/", "127.*")
     assert time.monotonic() - began < 5
     listener.close()
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return migrated_database(tmp_path_factory.mktemp("template"))
 
 
 @pytest.fixture

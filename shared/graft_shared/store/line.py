@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import BindParameter, Select, Subquery, and_, bindparam, case, func, or_, select
+from sqlalchemy import BindParameter, ColumnElement, Select, Subquery, and_, bindparam, case, func, or_, select
 from sqlalchemy.engine import Connection, RowMapping
 
 from graft_shared.jobs import Job, JobState, Stage
@@ -91,9 +91,13 @@ class Line:
         """
         queues = {
             (stage, gpu): _Queue(connection.execute(self._queues[stage], {"gpu": gpu}).mappings().all())
-            for stage, gpu in {(job.stage, job.gpu_class) for job in waiting}
+            for stage, gpu in set(map(_queue_of, waiting))
         }
-        return [_place(job, queues[job.stage, job.gpu_class].seen_by(job, priorities[job.id])) for job in waiting]
+        return [_place(job, queues[_queue_of(job)].seen_by(job, priorities[job.id])) for job in waiting]
+
+
+def _queue_of(job: Job) -> tuple[Stage, str | None]:
+    return job.stage, job.gpu_class if job.stage is Stage.TRAIN else None
 
 
 class _Queue:
@@ -145,27 +149,27 @@ def _waiting(stage: Stage, standing: Standing) -> Select[tuple[object, ...]]:
     one = jobs.alias()
     created = select(one.c.created_at).where(one.c.id == this).scalar_subquery()
     same = jobs.c.priority == rank
-    waits = and_(jobs.c.state == JobState.QUEUED.value, ~jobs.c.pause_requested, jobs.c.stage == stage.value)
     ready = or_(jobs.c.not_before <= now(), jobs.c.id == this)
     before = and_(same, or_(jobs.c.created_at < created, and_(jobs.c.created_at == created, jobs.c.id < this)))
     counts = {"higher": jobs.c.priority > rank, "same": same, "older": before}
     query = (
         select(jobs.c.tenant, *(func.sum(case((which, 1), else_=0)).label(name) for name, which in counts.items()))
-        .where(waits, ready, jobs.c.priority >= rank)
+        .where(_waits(stage), ready, jobs.c.priority >= rank)
         .group_by(jobs.c.tenant)
     )
-    if stage is Stage.TRAIN:
-        query = query.where(jobs.c.gpu_class == bindparam("gpu"))
     return _with_standing(query.subquery("waiting"), standing)
+
+
+def _waits(stage: Stage) -> ColumnElement[bool]:
+    """Whether a job stands in a queue of this stage: all preparing has one, training one for each class."""
+    waits = and_(jobs.c.state == JobState.QUEUED.value, ~jobs.c.pause_requested, jobs.c.stage == stage.value)
+    return and_(waits, jobs.c.gpu_class == bindparam("gpu")) if stage is Stage.TRAIN else waits
 
 
 def _queue(stage: Stage, standing: Standing) -> Select[tuple[object, ...]]:
     """Each job that waits in a queue, oldest first, and its tenant's standing."""
-    waits = and_(jobs.c.state == JobState.QUEUED.value, ~jobs.c.pause_requested, jobs.c.stage == stage.value)
     is_ready = (jobs.c.not_before <= now()).label("is_ready")
-    query = select(jobs.c.tenant, jobs.c.id, jobs.c.priority, jobs.c.created_at, is_ready).where(waits)
-    if stage is Stage.TRAIN:
-        query = query.where(jobs.c.gpu_class == bindparam("gpu"))
+    query = select(jobs.c.tenant, jobs.c.id, jobs.c.priority, jobs.c.created_at, is_ready).where(_waits(stage))
     waiting = query.subquery("waiting")
     return _with_standing(waiting, standing).order_by(waiting.c.created_at, waiting.c.id)
 

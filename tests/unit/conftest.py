@@ -1,0 +1,23 @@
+"""An API over a database of its own, for whatever is asked of it in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.api_service import ApiService, make_service, migrated_database
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite file with our tables, of which each test gets a copy."""
+    return migrated_database(tmp_path_factory.mktemp("template"))
+
+
+@pytest.fixture
+def api(tmp_path: Path, template: Path) -> Iterator[ApiService]:
+    service = make_service(tmp_path, template)
+    yield service
+    service.database.close()
