@@ -27,6 +27,7 @@ from typing import Any
 
 import httpx
 from sqlalchemy import text
+from sqlalchemy.pool import QueuePool
 
 from graft_shared.store.migrate import migrate
 from tests.api_process import ApiProcess
@@ -245,10 +246,14 @@ def _status(pid: int) -> dict[str, str]:
 
 
 def _connections(api: ApiService) -> int:
-    """Those of the API: all of this database but our own one."""
-    query = "select count(*) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
+    """The API's: clients of this database, less our own, of which the thread of a running job has one too."""
+    query = (
+        "select count(*) from pg_stat_activity where datname = current_database() and backend_type = 'client backend'"
+    )
     with api.database.reading() as connection:
-        return int(connection.execute(text(query)).scalar_one())
+        pool = api.database.engine.pool
+        assert isinstance(pool, QueuePool)
+        return int(connection.execute(text(query)).scalar_one()) - pool.checkedout() - pool.checkedin()
 
 
 def main() -> None:
