@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -11,12 +12,13 @@ import psycopg
 import pytest
 from sqlalchemy import insert, select
 
+from graft_shared.defaults import load_capacity
 from graft_shared.jobs import Failure, FailureReason, Stage
 from graft_shared.store import Database, Jobs, Leases, Quotas, Tenants, Workers, open_database
 from graft_shared.store.engine import day_began
 from graft_shared.store.migrate import migrate
 from graft_shared.store.tables import worker_time
-from tests.deployed import chart_values, render
+from tests.deployed import ROOT, chart_values, render
 from tests.store_factories import a_beat, a_new_job
 
 LEASE = timedelta(seconds=60)
@@ -115,3 +117,25 @@ def test_as_many_are_wanted_as_would_get_a_job(fleet: Database, queries: dict[st
         got += 1
     assert said == small + got, (said, small, got)
     assert wanted(fleet, queries["24gb"]) == small, "what cannot begin wants nobody"
+
+
+def test_a_class_that_no_worker_is_of_wakes_those_of_the_smallest_class_that_takes_it(
+    fleet: Database, queries: dict[str, str]
+) -> None:
+    for gpu_class in ("16gb", "40gb", "48gb", "141gb"):
+        add_job(fleet, "a" if gpu_class == "16gb" else "b", gpu_class)
+    assert {name: wanted(fleet, query) for name, query in queries.items()} == {"24gb": 1, "80gb": 2}
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_chart_knows_which_class_is_smaller(own: bool) -> None:
+    capacity = (ROOT / "deploy" / "capacity.yaml").read_text() if own else ""
+    for gpu_class in load_capacity().classes:
+        if gpu_class.name in ("cpu", "16gb"):
+            continue
+        values = {**chart_values("ingress-keda"), "workers": [{"class": gpu_class.name}], "capacity": capacity}
+        (scaled,) = [each for each in render(values) if each["kind"] == "ScaledObject"]
+        (names,) = re.findall(r"gpu_class in \((.*)\)", scaled["spec"]["triggers"][0]["metadata"]["query"])
+        smaller = {each.name for each in load_capacity().classes if each.name != "cpu"}
+        smaller &= {each.name for each in load_capacity().classes if each.memory_bytes <= gpu_class.memory_bytes}
+        assert set(re.findall(r"'(.*?)'", names)) == smaller

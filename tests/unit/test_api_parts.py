@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -138,6 +139,18 @@ def test_a_stream_replays_from_the_last_event_and_ends_with_the_job(api: ApiServ
     assert _events(api.http.get(f"/jobs/{job_id}/events?after=4", headers=stream)) == whole[4:]
     done = api.http.get(f"/jobs/{job_id}/events", headers={**stream, "last-event-id": str(len(whole))})
     assert done.status_code == 204, "204 tells an EventSource not to come back"
+    ahead = api.http.get(f"/jobs/{job_id}/events", headers={**stream, "last-event-id": "999"})
+    assert ahead.status_code == 204, "nor one that saw more, of which a restored backup knows nothing"
+
+
+def test_a_stream_from_beyond_the_last_event_ends_with_the_job(api: ApiService) -> None:
+    job_id = api.new_job()["id"]
+    cancelling = threading.Timer(0.3, lambda: api.http.post(f"/jobs/{job_id}/cancel").raise_for_status())
+    cancelling.start()
+    headers = {"accept": "text/event-stream", "last-event-id": "999"}
+    (last,) = _events(api.http.get(f"/jobs/{job_id}/events", headers=headers))
+    cancelling.join()
+    assert last["type"] == "cancelled"
 
 
 def test_a_last_event_id_that_is_no_number_is_refused(api: ApiService) -> None:

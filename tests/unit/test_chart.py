@@ -33,7 +33,7 @@ OTHER_KINDS: dict[str, dict[str, set[str]]] = {
         "has": {"pollingInterval", "cooldownPeriod", "minReplicaCount", "maxReplicaCount", "advanced"},
     },
     "TriggerAuthentication": {"needs": {"secretTargetRef"}, "has": set()},
-    "ServiceMonitor": {"needs": {"selector", "endpoints"}, "has": set()},
+    "PodMonitor": {"needs": {"selector", "podMetricsEndpoints"}, "has": set()},
 }
 
 
@@ -168,7 +168,8 @@ def test_the_hooks_need_nothing_that_comes_after_them(manifests: list[Manifest])
     assert all(said["helm.sh/hook"] == "pre-install,pre-upgrade" for said in hooks.values())
     (job,) = of_kind(manifests, "Job")
     pod = job["spec"]["template"]["spec"]
-    assert "serviceAccountName" not in pod and all("emptyDir" in volume for volume in pod["volumes"])
+    assert int(hooks["ServiceAccount", pod["serviceAccountName"]]["helm.sh/hook-weight"]) < 0
+    assert all("emptyDir" in volume for volume in pod["volumes"])
     for container in [*pod["initContainers"], *pod["containers"]]:
         for variable in container["env"]:
             if "valueFrom" in variable:
@@ -266,6 +267,55 @@ def test_nothing_comes_in_or_goes_out_but_by_an_edge_that_is_named() -> None:
     assert incoming == {"from": [{"podSelector": {}}], "ports": [{"protocol": "TCP", "port": "http"}]}
 
 
+def test_figures_are_shown_by_every_process_to_whom_the_values_name_and_under_the_jobs_that_alerts_speak_of() -> None:
+    manifests = render(chart_values("ingress-keda"))
+    shown = {
+        name: {port["name"]: port["containerPort"] for port in container["ports"]}["metrics"]
+        for name, container in containers(manifests)
+        if "graft-migrate" not in name
+    }
+    assert set(shown.values()) == {9464} and len(shown) == 6, shown
+    (incoming,) = policies(manifests)["metrics"]["ingress"]
+    assert incoming["from"] == [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}]
+    (monitor,) = of_kind(manifests, "PodMonitor")
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    jobs = set()
+    for _, metadata, _ in pods(manifests):
+        component = metadata["labels"]["app.kubernetes.io/component"]
+        for rule in endpoint["relabelings"]:
+            if found := re.fullmatch(rule["regex"], component):
+                jobs.add(rule["replacement"].replace("$1", found[1] if found.groups() else ""))
+    assert jobs == set(re.findall(r"job_name: (graft-\S+)", (ROOT / "deploy/prometheus/prometheus.yml").read_text()))
+    assert "metrics" not in policies(render(chart_values("default"))), "nobody is named, nobody is let in"
+
+
+def test_what_the_operator_adds_reaches_every_process_that_runs_on() -> None:
+    manifests = render(chart_values("ingress-keda"))
+    for name, container in containers(manifests):
+        added = {"name": "GRAFT_LOG_FORMAT", "value": "json"} in container["env"]
+        assert added == ("envFrom" in container) == ("graft-migrate" not in name), name
+    (rule,) = policies(manifests)["also"]["egress"]
+    assert rule["ports"] == [{"port": 4318}]
+
+
+def test_a_state_that_is_named_stands_in_for_the_default() -> None:
+    for _, metadata, pod in pods(render(chart_values("ingress-keda"))):
+        if metadata["labels"]["app.kubernetes.io/component"].startswith("worker-"):
+            (state,) = [volume for volume in pod["volumes"] if volume["name"] == "state"]
+            assert set(state) == {"name", "ephemeral"}
+
+
+def test_the_account_of_the_migration_has_the_identity_of_the_api() -> None:
+    annotations = {"iam.example.com/role": "graft"}
+    manifests = render({**chart_values("default"), "serviceAccounts": {"api": {"annotations": annotations}}})
+    accounts = {
+        each["metadata"]["name"]: each["metadata"]["annotations"]
+        for each in of_kind(manifests, "ServiceAccount")
+        if "annotations" in each["metadata"]
+    }
+    assert accounts["graft-api"] == annotations and annotations.items() <= accounts["graft-migrate"].items()
+
+
 def test_the_way_to_the_public_leads_to_no_private_address() -> None:
     (rule,) = policies(render(chart_values("ingress-keda")))["public"]["egress"]
     blocks = {peer["ipBlock"]["cidr"]: set(peer["ipBlock"]["except"]) for peer in rule["to"]}
@@ -318,7 +368,7 @@ def test_with_keda_no_upgrade_sets_the_number_of_workers() -> None:
         ({"workers": [{"class": "24gb"}, {"class": "24gb"}]}, "24gb is there twice"),
         ({"workers": [{"class": "24gb", "gpu": 1}]}, "gpu"),
         ({"ingress": {"enabled": True}}, "ingress.host"),
-        ({"serviceMonitor": {"enabled": True}}, "serviceMonitor.keySecret"),
+        ({"metrics": {"podMonitor": {"enabled": True}}}, "networkPolicy.metrics"),
         ({"quota": {}}, "quota"),
         ({"api": {"replicas": "2"}}, "replicas"),
     ],

@@ -43,8 +43,8 @@
 {{- if and .ingress.enabled (not .ingress.host) }}
 {{- fail "ingress.host: the name by which users reach the API" }}
 {{- end }}
-{{- if and .serviceMonitor.enabled (not (and .serviceMonitor.keySecret.name .serviceMonitor.keySecret.key)) }}
-{{- fail "serviceMonitor.keySecret: the name and key of a Secret that holds an API key with the scope `metrics`" }}
+{{- if and .metrics.podMonitor.enabled .networkPolicy.enabled (not .networkPolicy.metrics) }}
+{{- fail "networkPolicy.metrics: where Prometheus is, or nothing would let it in" }}
 {{- end }}
 {{- end }}
 {{- end }}

@@ -66,3 +66,8 @@ topologySpreadConstraints:
 - {name: tables, configMap: {name: {{ include "graft.fullname" . }}-tables}}
 {{- end }}
 {{- end }}
+
+{{/* A volume that can be written: what is named beside the default stands in for it. */}}
+{{- define "graft.state" -}}
+{{- omit . "emptyDir" | default . | toYaml }}
+{{- end }}

@@ -54,3 +54,16 @@
 {{- include "graft.fromSecret" (dict "root" . "name" "GRAFT_WEBHOOK_SECRET" "key" "webhook-secret" "optional" true) }}
 {{- include "graft.plain" (dict "GRAFT_WEBHOOK_HOSTS" .Values.webhookHosts) }}
 {{- end }}
+
+{{/* Figures, and what the operator adds. */}}
+{{- define "graft.watched" -}}
+{{- include "graft.plain" (dict "GRAFT_METRICS_PORT" .Values.metrics.port "GRAFT_METRICS_HOST" "0.0.0.0") }}
+{{- include "graft.plain" .Values.environment }}
+{{- end }}
+
+{{- define "graft.environmentFrom" -}}
+{{- with .Values.environmentFrom }}
+envFrom:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}

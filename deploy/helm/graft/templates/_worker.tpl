@@ -34,9 +34,13 @@ spec:
           imagePullPolicy: {{ $values.images.pullPolicy }}
           command: [python, -m, graft_worker]
           {{- include "graft.container" . | nindent 10 }}
+          ports:
+            - {name: metrics, containerPort: {{ .root.Values.metrics.port }}}
+          {{- include "graft.environmentFrom" .root | nindent 10 }}
           env:
             {{- include "graft.stores" (dict "root" .root) | nindent 12 }}
             {{- include "graft.broker" .root | nindent 12 }}
+            {{- include "graft.watched" .root | nindent 12 }}
             {{- include "graft.jobs" .root | nindent 12 }}
             {{- include "graft.plain" (dict
               "GRAFT_WORKER_STAGE" .stage
@@ -72,7 +76,7 @@ spec:
             {{- include "graft.fileMounts" .root | nindent 12 }}
       volumes:
         - name: state
-          {{- toYaml $worker.state | nindent 10 }}
+          {{- include "graft.state" $worker.state | nindent 10 }}
         - {name: tmp, emptyDir: {}}
         {{- if $gpus }}
         - {name: shm, emptyDir: {medium: Memory, sizeLimit: 1Gi}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -12,7 +12,7 @@ from graft_api.jobs.events import all_events
 from graft_api.jobs.schemas import CheckpointBody, JobMetrics, Metrics
 from graft_api.jobs.views import metric_series
 from graft_shared.errors import InvalidParameter
-from graft_shared.jobs import Job
+from graft_shared.jobs import Job, JobEvent
 from graft_shared.store import Jobs
 
 
@@ -39,8 +39,8 @@ class CommittedCheckpoint:
 
 def committed_checkpoints(job: Job, jobs: Jobs) -> list[CommittedCheckpoint]:
     """All of them, newest first; what was stored before the first step holds no training and is left out."""
-    events = list(all_events(jobs, job.tenant, job.id))
-    metrics = metric_series(job.id, events)
+    committed: list[JobEvent] = []
+    metrics = metric_series(job.id, _putting_aside(committed, all_events(jobs, job.tenant, job.id)))
     found = [
         CommittedCheckpoint(
             number=event.id,
@@ -54,8 +54,7 @@ def committed_checkpoints(job: Job, jobs: Jobs) -> list[CommittedCheckpoint]:
             train_loss=_last_until(event.data["step"], "loss", metrics),
             eval_loss=_last_until(event.data["step"], "eval_loss", metrics),
         )
-        for event in events
-        if event.type == "checkpoint" and event.data["step"] > 0
+        for event in committed
     ]
     return found[::-1]
 
@@ -105,6 +104,14 @@ def page_of(
     """The page behind the checkpoint of this number, or the first one; and whether there are more."""
     older = [checkpoint for checkpoint in checkpoints if before is None or checkpoint.number < before]
     return older[:limit], len(older) > limit
+
+
+def _putting_aside(committed: list[JobEvent], events: Iterable[JobEvent]) -> Iterator[JobEvent]:
+    """The events as they pass, of which a long job has more than should be held at once."""
+    for event in events:
+        if event.type == "checkpoint" and event.data["step"] > 0:
+            committed.append(event)
+        yield event
 
 
 def _id(kind: str, job_id: str, number: int) -> str:

@@ -207,6 +207,10 @@ async def list_events(
 
 async def _live(request: Request, job_id: str, tenant: str, here: Here, after: int) -> Response:
     job = await run_in_threadpool(here.jobs.get, tenant, job_id)
+    newest = await run_in_threadpool(here.jobs.newest_events, {(tenant, job_id)})
+    after = min(
+        after, newest.get((tenant, job_id), 0)
+    )  # who has seen more than there is comes from before a backup was restored
     first, _ = await run_in_threadpool(here.jobs.events, tenant, job_id, after=after)
     if not first and job.state in TERMINAL_STATES:
         return Response(status_code=204)
