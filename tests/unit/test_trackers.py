@@ -151,6 +151,22 @@ def test_a_tracker_that_fails_is_one_warning_of_the_job(tmp_path: Path, template
     database.close()
 
 
+def test_what_opens_mlflow_is_told_to_no_tenant_and_to_no_log(
+    api: ApiService, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    job = training(api)
+    settings = SharedSettings(report_to=("mlflow",), mlflow_tracking_uri="http://graft:hunter2@127.0.0.1:1")
+    tell(reporters_of(job, settings, api.leases), first=1, last=1)
+    read = api.leases.read(job.id)
+    assert read is not None
+    (warning,) = read.warnings
+    assert "MLflow" in warning["message"] and "(MlflowException)" in warning["message"]
+    (record,) = (record for record in caplog.records if record.msg == "tracker_failed")
+    assert "127.0.0.1:1" in record.__dict__["facts"]["reason"]
+    assert "hunter2" not in f"{warning} {record.__dict__}"
+
+
 @pytest.mark.parametrize(
     ("name", "needs"), [("mlflow", "MLFLOW_TRACKING_URI"), ("tensorboard", "GRAFT_TENSORBOARD_DIR")]
 )

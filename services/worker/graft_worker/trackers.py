@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import re
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -129,11 +130,13 @@ class Reporter:
                 tracker.log(*what)
             tracker.end(what)
         except Exception as error:  # noqa: BLE001 (a tracker's library may raise anything, and no job hangs on it)
-            reason = f"{type(error).__name__}: {error}"
+            kind = type(error).__name__
+            reason = _USERINFO.sub("//", f"{kind}: {error}")
             log_event(logger, "tracker_failed", level=logging.WARNING, tracker=self._name, reason=reason)
-            self._warn(f"{self._name} was not told of this run from here on: {reason[:300]}")
+            self._warn(f"{self._name} was not told of this run from here on ({kind}): the worker's log has the reason.")
 
 
+_USERINFO = re.compile(r"//\S*@")  # of an address: libraries quote the whole of it, password and all
 _CURVES = ("loss", "learning_rate", "grad_norm", "epoch", "tokens_per_second", "tokens_seen")
 
 
