@@ -13,6 +13,7 @@ import httpx
 from graft_client.errors import GraftAPIError, ServiceUnreachable
 
 BUSY_STATUSES = frozenset({429, 502, 503, 504})
+MAYBE_DONE_STATUSES = frozenset({502, 504})  # a proxy's, that got no answer: the service may have done it all the same
 FIRST_PAUSE_SECONDS = 0.25
 LONGEST_PAUSE_SECONDS = 8.0
 # HTTP_PROXY in the environment must not catch a service on this machine.
@@ -87,7 +88,7 @@ class Transport:
                 continue
             if response.is_success:
                 return response
-            asked = _asked_pause(response, pause)
+            asked = _asked_pause(request, response, pause)
             if asked is None or self.clock() + asked > deadline:
                 raise GraftAPIError.from_response(response)
             self.sleep(asked)
@@ -149,12 +150,19 @@ def _pauses() -> Iterator[float]:
 def _may_repeat(request: httpx.Request, error: httpx.TransportError) -> bool:
     """Whether trying again cannot do the same thing twice."""
     never_arrived = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
-    return never_arrived or request.method == "GET" or "idempotency-key" in request.headers
+    return never_arrived or _does_once(request)
 
 
-def _asked_pause(response: httpx.Response, pause: float) -> float | None:
-    """How long to wait before the next try, in seconds; None where trying again is pointless."""
+def _does_once(request: httpx.Request) -> bool:
+    """Whether a request that arrives twice does no more than one."""
+    return request.method == "GET" or "idempotency-key" in request.headers
+
+
+def _asked_pause(request: httpx.Request, response: httpx.Response, pause: float) -> float | None:
+    """How long to wait before the next try, in seconds; None where trying again is pointless, or might do it twice."""
     if response.headers.get("x-should-retry") == "false":
+        return None
+    if response.status_code in MAYBE_DONE_STATUSES and not _does_once(request):
         return None
     retry_after = response.headers.get("retry-after", "")
     if retry_after.isdigit() and (response.status_code in BUSY_STATUSES or response.status_code == 409):

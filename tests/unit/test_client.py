@@ -105,6 +105,24 @@ def test_a_cancel_that_may_have_arrived_is_not_sent_again(client: GraftClient, s
     assert len(service.requests) == 1
 
 
+@pytest.mark.parametrize("status", [502, 504])
+def test_after_a_proxys_word_only_what_is_done_once_is_sent_again(
+    client: GraftClient, service: FakeService, tmp_path: Path, status: int
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.touch()
+    for route in ("POST /jobs", "GET /jobs/ftjob-1/logs", "POST /files", "DELETE /files/file-1"):
+        service.answers[route] = [httpx.Response(status), httpx.Response(200, json={"id": "ftjob-1"})]
+    client.submit(SPEC)
+    client.logs("ftjob-1")
+    for call in (lambda: client.upload(rows), lambda: client.delete_file("file-1")):
+        with pytest.raises(GraftAPIError, match=str(status)):
+            call()
+    heard = [request.method + request.url.path for request in service.requests]
+    assert [heard.count(route) for route in ("POST/jobs", "GET/jobs/ftjob-1/logs")] == [2, 2]
+    assert [heard.count(route) for route in ("POST/files", "DELETE/files/file-1")] == [1, 1]
+
+
 def test_an_answer_that_forbids_another_try_gets_none(client: GraftClient, service: FakeService, time: Time) -> None:
     finished = error(409, "job_finished", "over", {"x-should-retry": "false", "retry-after": "1"})
     service.answers["POST /jobs/ftjob-1/cancel"] = [finished]
