@@ -3,6 +3,7 @@
 GraftClientError
 ├── GraftAPIError          the service answered, and refused
 ├── ServiceUnreachable     nothing answered
+├── KeyNotSendable         the API key holds what no header may
 ├── NotJson                the spec holds NaN or Infinity
 ├── SpecUnreadable         the spec's file cannot be read, or is neither JSON nor YAML
 ├── DownloadCorrupt        bytes arrived that are not the ones that the manifest promises
@@ -70,6 +71,10 @@ class ServiceUnreachable(GraftClientError):
     def __init__(self, base_url: str, reason: str) -> None:
         self.reason = reason
         super().__init__(f"No answer from {base_url} ({reason}). Is the service running? Start it with `make run`.")
+
+
+class KeyNotSendable(GraftClientError):
+    """The API key is not printable ASCII; the message never shows it."""
 
 
 class NotJson(GraftClientError):

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from graft_client.errors import GraftAPIError, ServiceUnreachable
+from graft_client.errors import GraftAPIError, KeyNotSendable, ServiceUnreachable
 
 BUSY_STATUSES = frozenset({429, 502, 503, 504})
 MAYBE_DONE_STATUSES = frozenset({502, 504})  # a proxy's, that got no answer: the service may have done it all the same
@@ -32,6 +32,10 @@ class Transport:
         transport: Takes the place of the network in tests.
         sleep: Takes the place of waiting in tests.
         clock: The clock that patience is measured on, seconds.
+
+    Raises:
+        KeyNotSendable: The key is not printable ASCII, once what is blank around it is gone.
+        ServiceUnreachable: `base_url` is no address.
     """
 
     def __init__(
@@ -51,7 +55,7 @@ class Transport:
         except httpx.InvalidURL as error:
             raise ServiceUnreachable(self.base_url, f"this is no address: {error}") from error
         self.patience_seconds = patience_seconds
-        self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        self._headers = _authorization((api_key or "").strip())
         self._http = httpx.Client(
             timeout=httpx.Timeout(timeout, connect=min(timeout, 5.0)), transport=transport, mounts=_PAST_PROXIES
         )
@@ -137,6 +141,13 @@ class Transport:
     def _build(self, method: str, path: str, options: dict[str, Any]) -> httpx.Request:
         headers = {"headers": self._headers | options.get("headers", {})}
         return self._http.build_request(method, self.base_url + path, **(options | headers))
+
+
+def _authorization(api_key: str) -> dict[str, str]:
+    """The header that carries a key; none where there is no key."""
+    if not (api_key.isascii() and api_key.isprintable()):
+        raise KeyNotSendable("The API key (GRAFT_API_KEY) holds something other than printable ASCII: copy it anew.")
+    return {"authorization": f"Bearer {api_key}"} if api_key else {}
 
 
 def _pauses() -> Iterator[float]:

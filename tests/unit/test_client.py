@@ -52,11 +52,13 @@ def client(service: FakeService, time: Time) -> GraftClient:
     return a_client(service, time)
 
 
-def a_client(service: FakeService, time: Time, patience_seconds: float = 30.0) -> GraftClient:
+def a_client(
+    service: FakeService, time: Time, patience_seconds: float = 30.0, api_key: str = "graft_secret"
+) -> GraftClient:
     return GraftClient(
         transport=Transport(
             "http://graft.test/",
-            api_key="graft_secret",
+            api_key=api_key,
             timeout=5,
             patience_seconds=patience_seconds,
             transport=httpx.MockTransport(service),
@@ -163,6 +165,12 @@ def test_what_a_user_typed_stays_inside_its_part_of_the_path(client: GraftClient
     with pytest.raises(GraftAPIError):
         client.get("../models?x=1")
     assert service.requests[0].url.raw_path == b"/jobs/..%2Fmodels%3Fx%3D1"
+
+
+def test_what_is_blank_around_a_key_is_not_sent(service: FakeService, time: Time) -> None:
+    client = a_client(service, time, api_key=" graft_secret\r\n")
+    client.submit(SPEC)
+    assert service.requests[0].headers["authorization"] == "Bearer graft_secret"
 
 
 def test_an_upload_is_sent_whole_again_after_a_refused_connection(

@@ -18,6 +18,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from graft_client import GraftClient, Job, Update, cli
+from graft_client.doctor import look
 from graft_client.progress import duration, sparkline, watch
 from graft_client.reports import masked
 from graft_client.tables import job_table, jobs_table, money, print_whole
@@ -257,6 +258,18 @@ def test_a_service_that_is_not_there_is_said_to_be_not_there(monkeypatch: pytest
     assert (code, out) == (4, "")
     assert "http://127.0.0.1:1" in err
     assert "make run" in err
+
+
+@pytest.mark.parametrize("key", ["graft_s\nx", "graft_s\u00e9x", "graft_s\u2028x"])
+def test_a_key_that_no_header_may_hold_is_refused_and_never_shown(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("GRAFT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("GRAFT_API_KEY", key)
+    code, out, err = graft("list", monkeypatch=monkeypatch)
+    assert (code, out) == (2, "")
+    (finding,) = look({"GRAFT_API_KEY": key})
+    assert finding.subject == "key"
+    for said in (err, finding.found):
+        assert "printable ASCII" in said and "graft_s" not in said
 
 
 def test_a_list_is_no_longer_than_asked(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
