@@ -17,7 +17,7 @@ import httpx
 from graft_client.download import download_adapter
 from graft_client.errors import GraftAPIError, NotJson, WaitedTooLong
 from graft_client.job import TERMINAL_STATUSES, Job
-from graft_client.transport import Transport
+from graft_client.transport import Transport, decoded
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 UPLOAD_TIMEOUT_SECONDS = 600.0  # the service reads and checks every row before it answers
@@ -259,7 +259,7 @@ class GraftClient:
                     "timeout": httpx.Timeout(UPLOAD_TIMEOUT_SECONDS, connect=5.0),
                 }
 
-            answer: Document = self._transport.send("POST", "/files", options).json()
+            answer: Document = decoded(self._transport.send("POST", "/files", options))
         return answer
 
     def files(self, *, page_size: int = 50) -> Iterator[Document]:
@@ -294,7 +294,8 @@ class GraftClient:
                 "timeout": httpx.Timeout(UPLOAD_TIMEOUT_SECONDS, connect=5.0),
             }
 
-        answer: Document = self._transport.send("POST", f"/files/uploads/{upload['id']}/complete", options).json()
+        completed = self._transport.send("POST", f"/files/uploads/{upload['id']}/complete", options)
+        answer: Document = decoded(completed)
         return answer
 
     def report(

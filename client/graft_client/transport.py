@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from graft_client.errors import GraftAPIError, KeyNotSendable, ServiceUnreachable
+from graft_client.errors import AnswerUnreadable, GraftAPIError, KeyNotSendable, ServiceUnreachable
 
 BUSY_STATUSES = frozenset({429, 502, 503, 504})
 MAYBE_DONE_STATUSES = frozenset({502, 504})  # a proxy's, that got no answer: the service may have done it all the same
@@ -72,8 +72,9 @@ class Transport:
         Raises:
             GraftAPIError: The service refused.
             ServiceUnreachable: Nothing answered, for as long as patience lasts.
+            AnswerUnreadable: What answered is not the service.
         """
-        return self.send(method, path, lambda: options, patience_seconds=patience_seconds).json()
+        return decoded(self.send(method, path, lambda: options, patience_seconds=patience_seconds))
 
     def send(
         self, method: str, path: str, options: Callable[[], dict[str, Any]], *, patience_seconds: float | None = None
@@ -141,6 +142,14 @@ class Transport:
     def _build(self, method: str, path: str, options: dict[str, Any]) -> httpx.Request:
         headers = {"headers": self._headers | options.get("headers", {})}
         return self._http.build_request(method, self.base_url + path, **(options | headers))
+
+
+def decoded(response: httpx.Response) -> Any:
+    """What an answer says in JSON; raises AnswerUnreadable."""
+    try:
+        return response.json()
+    except ValueError as error:
+        raise AnswerUnreadable(response) from error
 
 
 def _authorization(api_key: str) -> dict[str, str]:

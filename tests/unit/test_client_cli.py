@@ -320,6 +320,41 @@ def test_a_spec_may_be_yaml_and_its_values_are_what_json_would_make_of_them(
     assert graft("submit", str(spec), monkeypatch=monkeypatch)[0] == 2
 
 
+def test_a_spec_in_another_encoding_or_with_a_key_twice_is_the_users_to_correct(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = tmp_path / "job.json"
+    for content, said in (
+        ('{"name": "caf\u00e9"}'.encode("latin-1"), "is not UTF-8 (byte 13)"),
+        (b'{"lora": {"r": 8, "r": 16}}', "'r' stands twice"),
+    ):
+        spec.write_bytes(content)
+        code, _, err = graft("estimate", str(spec), monkeypatch=monkeypatch)
+        assert (code, said in err) == (2, True)
+    code, _, err = graft("estimate", "-", monkeypatch=monkeypatch, stdin='{"name": "a", "name": "b"}')
+    assert (code, "'name' stands twice" in err) == (2, True)
+
+
+def test_words_in_brackets_are_shown_as_they_are(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _, err = graft("estimate", "[/b].json", monkeypatch=monkeypatch)
+    assert (code, "Cannot read [/b].json" in err) == (2, True)
+    service.answers["POST /webhooks/test"] = [httpx.Response(200, json={"delivered": False, "reason": "[/b] [dim]"})]
+    code, out, _ = graft("webhooks", "test", "https://a.test/", monkeypatch=monkeypatch)
+    assert (code, out) == (1, "It was not taken: [/b] [dim]\n")
+    service.jobs = [{"id": "[/b]", "status": "queued"}]
+    service.answers["POST /jobs"] = [httpx.Response(202, json={"id": "[/b]", "status": "queued"})]
+    service.answers["GET /jobs/[/b]"] = [httpx.Response(200, json={"id": "[/b]", "status": "succeeded"})]
+    _, _, err = graft("submit", "-", "--watch", "--json", monkeypatch=monkeypatch, stdin="{}")
+    assert "Job [/b] is accepted" in err
+
+
+def test_a_page_in_the_services_place_is_said_to_be_one(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
+    service.answers["GET /models"] = [httpx.Response(200, html="<html>Log in</html>")]
+    code, out, err = graft("models", monkeypatch=monkeypatch)
+    assert (code, out) == (4, "")
+    assert "GET /models was answered 200" in err and "text/html" in err and "GRAFT_URL" in err
+
+
 def test_a_log_is_followed_to_the_jobs_end_and_a_new_runs_log_begins_anew(
     service: FakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
