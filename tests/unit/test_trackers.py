@@ -108,24 +108,40 @@ class Stuck:
     def __init__(self) -> None:
         self.let_go = threading.Event()
         self.steps: list[int] = []
+        self.outcomes: list[str] = []
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self.let_go.wait(PATIENCE_SECONDS)
         self.steps.append(step)
 
-    def end(self, outcome: str) -> None: ...
+    def end(self, outcome: str) -> None:
+        self.outcomes.append(outcome)
 
 
-def test_a_tracker_that_is_stuck_holds_nothing_up() -> None:
-    stuck = Stuck()
-    reporter = Reporter("Stuck", lambda: stuck, pytest.fail)
+def test_a_tracker_that_is_stuck_holds_nothing_up_and_is_told_the_end_once_it_comes_back() -> None:
+    stuck, warnings = Stuck(), list[str]()
+    reporter = Reporter("Stuck", lambda: stuck, warnings.append)
     began = time.monotonic()
     for step in range(1, 3 * MOST_WAITING):
         reporter.heard(a_step(step))
     reporter.ended(DONE)
     assert time.monotonic() - began < 10
     assert stuck.steps == []
+    (warning,) = warnings
+    assert "Stuck does not keep up" in warning
     stuck.let_go.set()
+    reporter.thread.join(PATIENCE_SECONDS)
+    assert (len(stuck.steps), stuck.outcomes) in ((MOST_WAITING, [DONE]), (MOST_WAITING + 1, [DONE]))
+
+
+def test_a_tracker_is_told_all_of_a_run_by_the_time_that_it_is_over() -> None:
+    prompt = Stuck()
+    prompt.let_go.set()
+    reporter = Reporter("Prompt", lambda: prompt, pytest.fail)
+    for step in range(1, 100):
+        reporter.heard(a_step(step))
+    reporter.ended(DONE)
+    assert (prompt.steps, prompt.outcomes) == ([*range(1, 100)], [DONE])
 
 
 def test_a_tracker_that_fails_is_one_warning_of_the_job(tmp_path: Path, template: Path) -> None:
@@ -140,7 +156,7 @@ def test_a_tracker_that_fails_is_one_warning_of_the_job(tmp_path: Path, template
     trained = replace(job, stage=Stage.TRAIN, spec={**job.spec, "training": asked})
     (tmp_path / "file").touch()
     (reporter,) = reporters_of(trained, SharedSettings(tensorboard_dir=tmp_path / "file"), leases)
-    for step in range(1, 10):
+    for step in range(1, 2 * MOST_WAITING):
         reporter.heard(a_step(step))
     reporter.ended(DONE)
     reporter.thread.join(PATIENCE_SECONDS)
