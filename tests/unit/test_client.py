@@ -261,6 +261,17 @@ def test_a_watcher_outlives_a_restart_of_the_service(service: FakeService, time:
     assert next(updates).is_last
 
 
+@pytest.mark.parametrize("route", ["events", "logs"])
+def test_who_follows_a_log_outlives_a_restart_between_two_requests(
+    service: FakeService, time: Time, route: str
+) -> None:
+    service.jobs = [{"id": "ftjob-1", "status": "succeeded"}]
+    service.answers["GET /jobs/ftjob-1/logs"] = [httpx.Response(200, text="step 1\n")]
+    refused = [httpx.ConnectError("refused")] * 8
+    service.answers[f"GET /jobs/ftjob-1/{route}"] = [*refused, *service.answers.get(f"GET /jobs/ftjob-1/{route}", [])]
+    assert list(a_client(service, time, patience_seconds=1).follow_logs("ftjob-1")) == ["step 1\n"]
+
+
 def test_waiting_ends_with_the_job_or_with_patience(client: GraftClient, service: FakeService) -> None:
     service.jobs = [{"id": "ftjob-1", "status": "queued"}]
     with pytest.raises(WaitedTooLong, match="still 'queued' after 5 s"):
