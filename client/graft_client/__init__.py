@@ -2,6 +2,7 @@
 
 from graft_client.client import GraftClient, Update
 from graft_client.errors import (
+    AnswerUnreadable,
     DownloadCorrupt,
     GraftAPIError,
     GraftClientError,
@@ -13,6 +14,7 @@ from graft_client.job import TERMINAL_STATUSES, Job
 
 __all__ = [
     "TERMINAL_STATUSES",
+    "AnswerUnreadable",
     "DownloadCorrupt",
     "GraftAPIError",
     "GraftClient",

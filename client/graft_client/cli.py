@@ -19,12 +19,13 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from typer.core import TyperGroup
 
 from graft_client import tables
 from graft_client.client import DEFAULT_URL, GraftClient
 from graft_client.doctor import doctor
-from graft_client.errors import GraftAPIError, GraftClientError, ServiceUnreachable
+from graft_client.errors import AnswerUnreadable, GraftAPIError, GraftClientError, ServiceUnreachable
 from graft_client.progress import watch as show_progress
 from graft_client.reports import report_view
 from graft_client.spec_files import read_spec
@@ -259,8 +260,7 @@ def merge(
             _notice(f"The adapter of {job} is being merged.")
         merged = client.wait_merged(job)
         if merged["status"] != "succeeded":
-            _notice(f"[red]error[/red] {merged['error']['message']}")
-            sys.exit(EXIT_FAILED)
+            _die(merged["error"]["message"], EXIT_FAILED)
         folder = client.download_merged(job, to or Path(f"{job}-merged"))
         _answer({"job": job, "path": str(folder)}, f"The merged model of {job} is in {folder}", as_json=as_json)
 
@@ -370,7 +370,7 @@ def main() -> None:
     except GraftAPIError as error:
         tables.print_error(Console(stderr=True), error)
         sys.exit(EXIT_USER_ERROR if error.is_users else EXIT_SERVICE_ERROR)
-    except ServiceUnreachable as error:
+    except (AnswerUnreadable, ServiceUnreachable) as error:
         _die(str(error), EXIT_SERVICE_ERROR)
     except GraftClientError as error:
         _die(str(error))
@@ -413,13 +413,13 @@ def _answer(document: Any, shown: Any, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(document, indent=2))
     else:
-        tables.print_whole(Console(), shown)
+        tables.print_whole(Console(), escape(shown) if isinstance(shown, str) else shown)
 
 
 def _notice(text: str) -> None:
-    Console(stderr=True).print(text, soft_wrap=True)
+    Console(stderr=True).print(escape(text), soft_wrap=True)
 
 
 def _die(message: str, code: int = EXIT_USER_ERROR) -> NoReturn:
-    Console(stderr=True).print(f"[red]error[/red] {message}", soft_wrap=True, highlight=False)
+    Console(stderr=True).print(f"[red]error[/red] {escape(message)}", soft_wrap=True, highlight=False)
     sys.exit(code)

@@ -17,7 +17,7 @@ import httpx
 from graft_client.download import download_adapter
 from graft_client.errors import GraftAPIError, NotJson, WaitedTooLong
 from graft_client.job import TERMINAL_STATUSES, Job
-from graft_client.transport import Transport
+from graft_client.transport import Transport, decoded
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 UPLOAD_TIMEOUT_SECONDS = 600.0  # the service reads and checks every row before it answers
@@ -136,10 +136,7 @@ class GraftClient:
 
     def events(self, job_id: str, *, after: int | str | None = None, page_size: int = 200) -> Iterator[Document]:
         """Go through a job's events, oldest first, starting behind the event `after`."""
-        filters: dict[str, str | int] = {"limit": page_size}
-        if after is not None:
-            filters["after"] = after
-        yield from self._pages(f"/jobs/{_part(job_id)}/events", filters)
+        yield from self._events(job_id, after, page_size=page_size)
 
     def checkpoints(self, job_id: str, *, page_size: int = 50) -> Iterator[Document]:
         """Go through the checkpoints that a job committed, newest first."""
@@ -151,14 +148,14 @@ class GraftClient:
 
     def logs(self, job_id: str) -> str:
         """Return the log of a job's last run, also while it runs."""
-        return self._transport.send("GET", f"/jobs/{_part(job_id)}/logs", dict).text
+        return self._logs(job_id)
 
     def follow_logs(self, job_id: str, *, poll_seconds: float = 1.0) -> Iterator[str]:
         """Go through a job's log until the job has ended, in pieces as they come; a new run's log begins anew."""
         shown = ""
         for update in self.updates(job_id, poll_seconds=poll_seconds):
             try:
-                log = self.logs(job_id)
+                log = self._logs(job_id, patience_seconds=WATCH_PATIENCE_SECONDS)
             except GraftAPIError as error:
                 if error.status != 404:
                     raise
@@ -259,7 +256,7 @@ class GraftClient:
                     "timeout": httpx.Timeout(UPLOAD_TIMEOUT_SECONDS, connect=5.0),
                 }
 
-            answer: Document = self._transport.send("POST", "/files", options).json()
+            answer: Document = decoded(self._transport.send("POST", "/files", options))
         return answer
 
     def files(self, *, page_size: int = 50) -> Iterator[Document]:
@@ -294,7 +291,8 @@ class GraftClient:
                 "timeout": httpx.Timeout(UPLOAD_TIMEOUT_SECONDS, connect=5.0),
             }
 
-        answer: Document = self._transport.send("POST", f"/files/uploads/{upload['id']}/complete", options).json()
+        completed = self._transport.send("POST", f"/files/uploads/{upload['id']}/complete", options)
+        answer: Document = decoded(completed)
         return answer
 
     def report(
@@ -334,7 +332,7 @@ class GraftClient:
         while True:
             job = Job(self._get(f"/jobs/{_part(job_id)}", patience_seconds=patience), self)
             patience = WATCH_PATIENCE_SECONDS
-            events = tuple(self.events(job_id, after=cursor))
+            events = tuple(self._events(job_id, cursor, patience_seconds=patience))
             cursor = events[-1]["id"] if events else cursor
             update = Update(job=job, events=events)
             yield update
@@ -364,13 +362,26 @@ class GraftClient:
                 raise WaitedTooLong(f"Job {job_id} is still '{found['status']}' after {timeout_seconds:g} s.")
             self._transport.sleep(poll_seconds)
 
+    def _events(
+        self, job_id: str, after: int | str | None, *, page_size: int = 200, patience_seconds: float | None = None
+    ) -> Iterator[Document]:
+        filters: dict[str, str | int] = {"limit": page_size}
+        if after is not None:
+            filters["after"] = after
+        return self._pages(f"/jobs/{_part(job_id)}/events", filters, patience_seconds=patience_seconds)
+
+    def _logs(self, job_id: str, *, patience_seconds: float | None = None) -> str:
+        return self._transport.send("GET", f"/jobs/{_part(job_id)}/logs", dict, patience_seconds=patience_seconds).text
+
     def _get(self, path: str, *, patience_seconds: float | None = None) -> Document:
         answer: Document = self._transport.json("GET", path, patience_seconds=patience_seconds)
         return answer
 
-    def _pages(self, path: str, filters: dict[str, str | int]) -> Iterator[Document]:
+    def _pages(
+        self, path: str, filters: dict[str, str | int], *, patience_seconds: float | None = None
+    ) -> Iterator[Document]:
         while True:
-            page = self._transport.json("GET", path, params=filters)
+            page = self._transport.json("GET", path, params=filters, patience_seconds=patience_seconds)
             yield from page["data"]
             if not page.get("has_more") or not page["data"]:
                 return

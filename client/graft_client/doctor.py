@@ -13,7 +13,7 @@ import httpx
 import typer
 
 from graft_client.client import DEFAULT_URL
-from graft_client.errors import ServiceUnreachable
+from graft_client.errors import KeyNotSendable, ServiceUnreachable
 from graft_client.findings import Check, Finding, UnknownCheck, examine, fault, good, note, show, skipped
 from graft_client.transport import Transport
 
@@ -67,6 +67,8 @@ def look(environment: Mapping[str, str]) -> Iterator[Finding]:
         yield _key(transport, is_given=key is not None)
         yield _workers(transport)
         transport.close()
+    except KeyNotSendable as error:
+        yield fault("key", str(error), "export GRAFT_API_KEY=graft_…")
     except ServiceUnreachable as error:
         yield fault("service", f"no answer from {url} ({error.reason})", "graft up, or export GRAFT_URL=https://…")
 

@@ -3,6 +3,8 @@
 GraftClientError
 ├── GraftAPIError          the service answered, and refused
 ├── ServiceUnreachable     nothing answered
+├── AnswerUnreadable       something answered that is not the service
+├── KeyNotSendable         the API key holds what no header may
 ├── NotJson                the spec holds NaN or Infinity
 ├── SpecUnreadable         the spec's file cannot be read, or is neither JSON nor YAML
 ├── DownloadCorrupt        bytes arrived that are not the ones that the manifest promises
@@ -70,6 +72,21 @@ class ServiceUnreachable(GraftClientError):
     def __init__(self, base_url: str, reason: str) -> None:
         self.reason = reason
         super().__init__(f"No answer from {base_url} ({reason}). Is the service running? Start it with `make run`.")
+
+
+class AnswerUnreadable(GraftClientError):
+    """An answer is no JSON: a proxy's page, or something else that listens at the address."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        kind = response.headers.get("content-type", "no content type")
+        super().__init__(
+            f"{response.request.method} {response.url.path} was answered {response.status_code} with something that is "
+            f"not JSON ({kind}). Is GRAFT_URL the address of the service, or a proxy's page in between?"
+        )
+
+
+class KeyNotSendable(GraftClientError):
+    """The API key is not printable ASCII; the message never shows it."""
 
 
 class NotJson(GraftClientError):

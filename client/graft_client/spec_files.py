@@ -20,9 +20,11 @@ def read_spec(source: str, overrides: list[str]) -> dict[str, Any]:
         SpecUnreadable: It cannot be read, or an override cannot be applied.
     """
     try:
-        text = sys.stdin.read() if source == "-" else Path(source).read_text()
+        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
     except OSError as error:
         raise SpecUnreadable(f"Cannot read {source}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise SpecUnreadable(f"{source} is not UTF-8 (byte {error.start}): save it as UTF-8.") from error
     spec = _parsed(source, text)
     if not isinstance(spec, dict):
         raise SpecUnreadable(f"{source} must hold one object, the job's spec.")
@@ -33,7 +35,7 @@ def read_spec(source: str, overrides: list[str]) -> dict[str, Any]:
 
 def _parsed(source: str, text: str) -> Any:
     try:
-        return json.loads(text)
+        return _json(text)
     except ValueError as error:
         if source.endswith(".json"):
             raise SpecUnreadable(f"{source} is not JSON: {error}.") from error
@@ -53,9 +55,22 @@ def _apply(spec: dict[str, Any], override: str) -> None:
             raise SpecUnreadable(f"--set {override}: '{parent}' is not an object in the spec.")
         spec = spec[parent]
     try:
-        spec[last] = json.loads(text)
+        spec[last] = _json(text)
     except ValueError:
         spec[last] = text
+
+
+def _json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object in which no key stands twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise SpecUnreadable(f"'{next(key for key in keys if keys.count(key) > 1)}' stands twice in one object.")
+    return found
 
 
 class _Loader(yaml.SafeLoader):

@@ -10,9 +10,10 @@ from typing import Any
 
 import httpx
 
-from graft_client.errors import GraftAPIError, ServiceUnreachable
+from graft_client.errors import AnswerUnreadable, GraftAPIError, KeyNotSendable, ServiceUnreachable
 
 BUSY_STATUSES = frozenset({429, 502, 503, 504})
+MAYBE_DONE_STATUSES = frozenset({502, 504})  # a proxy's, that got no answer: the service may have done it all the same
 FIRST_PAUSE_SECONDS = 0.25
 LONGEST_PAUSE_SECONDS = 8.0
 # HTTP_PROXY in the environment must not catch a service on this machine.
@@ -31,6 +32,10 @@ class Transport:
         transport: Takes the place of the network in tests.
         sleep: Takes the place of waiting in tests.
         clock: The clock that patience is measured on, seconds.
+
+    Raises:
+        KeyNotSendable: The key is not printable ASCII, once what is blank around it is gone.
+        ServiceUnreachable: `base_url` is no address.
     """
 
     def __init__(
@@ -50,7 +55,7 @@ class Transport:
         except httpx.InvalidURL as error:
             raise ServiceUnreachable(self.base_url, f"this is no address: {error}") from error
         self.patience_seconds = patience_seconds
-        self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        self._headers = _authorization((api_key or "").strip())
         self._http = httpx.Client(
             timeout=httpx.Timeout(timeout, connect=min(timeout, 5.0)), transport=transport, mounts=_PAST_PROXIES
         )
@@ -67,8 +72,9 @@ class Transport:
         Raises:
             GraftAPIError: The service refused.
             ServiceUnreachable: Nothing answered, for as long as patience lasts.
+            AnswerUnreadable: What answered is not the service.
         """
-        return self.send(method, path, lambda: options, patience_seconds=patience_seconds).json()
+        return decoded(self.send(method, path, lambda: options, patience_seconds=patience_seconds))
 
     def send(
         self, method: str, path: str, options: Callable[[], dict[str, Any]], *, patience_seconds: float | None = None
@@ -87,7 +93,7 @@ class Transport:
                 continue
             if response.is_success:
                 return response
-            asked = _asked_pause(response, pause)
+            asked = _asked_pause(request, response, pause)
             if asked is None or self.clock() + asked > deadline:
                 raise GraftAPIError.from_response(response)
             self.sleep(asked)
@@ -138,6 +144,21 @@ class Transport:
         return self._http.build_request(method, self.base_url + path, **(options | headers))
 
 
+def decoded(response: httpx.Response) -> Any:
+    """What an answer says in JSON; raises AnswerUnreadable."""
+    try:
+        return response.json()
+    except ValueError as error:
+        raise AnswerUnreadable(response) from error
+
+
+def _authorization(api_key: str) -> dict[str, str]:
+    """The header that carries a key; none where there is no key."""
+    if not (api_key.isascii() and api_key.isprintable()):
+        raise KeyNotSendable("The API key (GRAFT_API_KEY) holds something other than printable ASCII: copy it anew.")
+    return {"authorization": f"Bearer {api_key}"} if api_key else {}
+
+
 def _pauses() -> Iterator[float]:
     """Exponential, with jitter so that many clients do not come back at once."""
     pause = FIRST_PAUSE_SECONDS
@@ -149,12 +170,19 @@ def _pauses() -> Iterator[float]:
 def _may_repeat(request: httpx.Request, error: httpx.TransportError) -> bool:
     """Whether trying again cannot do the same thing twice."""
     never_arrived = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
-    return never_arrived or request.method == "GET" or "idempotency-key" in request.headers
+    return never_arrived or _does_once(request)
 
 
-def _asked_pause(response: httpx.Response, pause: float) -> float | None:
-    """How long to wait before the next try, in seconds; None where trying again is pointless."""
+def _does_once(request: httpx.Request) -> bool:
+    """Whether a request that arrives twice does no more than one."""
+    return request.method == "GET" or "idempotency-key" in request.headers
+
+
+def _asked_pause(request: httpx.Request, response: httpx.Response, pause: float) -> float | None:
+    """How long to wait before the next try, in seconds; None where trying again is pointless, or might do it twice."""
     if response.headers.get("x-should-retry") == "false":
+        return None
+    if response.status_code in MAYBE_DONE_STATUSES and not _does_once(request):
         return None
     retry_after = response.headers.get("retry-after", "")
     if retry_after.isdigit() and (response.status_code in BUSY_STATUSES or response.status_code == 409):

@@ -52,11 +52,13 @@ def client(service: FakeService, time: Time) -> GraftClient:
     return a_client(service, time)
 
 
-def a_client(service: FakeService, time: Time, patience_seconds: float = 30.0) -> GraftClient:
+def a_client(
+    service: FakeService, time: Time, patience_seconds: float = 30.0, api_key: str = "graft_secret"
+) -> GraftClient:
     return GraftClient(
         transport=Transport(
             "http://graft.test/",
-            api_key="graft_secret",
+            api_key=api_key,
             timeout=5,
             patience_seconds=patience_seconds,
             transport=httpx.MockTransport(service),
@@ -105,6 +107,24 @@ def test_a_cancel_that_may_have_arrived_is_not_sent_again(client: GraftClient, s
     assert len(service.requests) == 1
 
 
+@pytest.mark.parametrize("status", [502, 504])
+def test_after_a_proxys_word_only_what_is_done_once_is_sent_again(
+    client: GraftClient, service: FakeService, tmp_path: Path, status: int
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.touch()
+    for route in ("POST /jobs", "GET /jobs/ftjob-1/logs", "POST /files", "DELETE /files/file-1"):
+        service.answers[route] = [httpx.Response(status), httpx.Response(200, json={"id": "ftjob-1"})]
+    client.submit(SPEC)
+    client.logs("ftjob-1")
+    for call in (lambda: client.upload(rows), lambda: client.delete_file("file-1")):
+        with pytest.raises(GraftAPIError, match=str(status)):
+            call()
+    heard = [request.method + request.url.path for request in service.requests]
+    assert [heard.count(route) for route in ("POST/jobs", "GET/jobs/ftjob-1/logs")] == [2, 2]
+    assert [heard.count(route) for route in ("POST/files", "DELETE/files/file-1")] == [1, 1]
+
+
 def test_an_answer_that_forbids_another_try_gets_none(client: GraftClient, service: FakeService, time: Time) -> None:
     finished = error(409, "job_finished", "over", {"x-should-retry": "false", "retry-after": "1"})
     service.answers["POST /jobs/ftjob-1/cancel"] = [finished]
@@ -145,6 +165,12 @@ def test_what_a_user_typed_stays_inside_its_part_of_the_path(client: GraftClient
     with pytest.raises(GraftAPIError):
         client.get("../models?x=1")
     assert service.requests[0].url.raw_path == b"/jobs/..%2Fmodels%3Fx%3D1"
+
+
+def test_what_is_blank_around_a_key_is_not_sent(service: FakeService, time: Time) -> None:
+    client = a_client(service, time, api_key=" graft_secret\r\n")
+    client.submit(SPEC)
+    assert service.requests[0].headers["authorization"] == "Bearer graft_secret"
 
 
 def test_an_upload_is_sent_whole_again_after_a_refused_connection(
@@ -233,6 +259,17 @@ def test_a_watcher_outlives_a_restart_of_the_service(service: FakeService, time:
     service.answers["GET /jobs/ftjob-1"] = [httpx.ConnectError("refused")] * 8
     service.jobs[0]["status"] = "failed"
     assert next(updates).is_last
+
+
+@pytest.mark.parametrize("route", ["events", "logs"])
+def test_who_follows_a_log_outlives_a_restart_between_two_requests(
+    service: FakeService, time: Time, route: str
+) -> None:
+    service.jobs = [{"id": "ftjob-1", "status": "succeeded"}]
+    service.answers["GET /jobs/ftjob-1/logs"] = [httpx.Response(200, text="step 1\n")]
+    refused = [httpx.ConnectError("refused")] * 8
+    service.answers[f"GET /jobs/ftjob-1/{route}"] = [*refused, *service.answers.get(f"GET /jobs/ftjob-1/{route}", [])]
+    assert list(a_client(service, time, patience_seconds=1).follow_logs("ftjob-1")) == ["step 1\n"]
 
 
 def test_waiting_ends_with_the_job_or_with_patience(client: GraftClient, service: FakeService) -> None:

@@ -18,6 +18,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from graft_client import GraftClient, Job, Update, cli
+from graft_client.doctor import look
 from graft_client.progress import duration, sparkline, watch
 from graft_client.reports import masked
 from graft_client.tables import job_table, jobs_table, money, print_whole
@@ -259,6 +260,18 @@ def test_a_service_that_is_not_there_is_said_to_be_not_there(monkeypatch: pytest
     assert "make run" in err
 
 
+@pytest.mark.parametrize("key", ["graft_s\nx", "graft_s\u00e9x", "graft_s\u2028x"])
+def test_a_key_that_no_header_may_hold_is_refused_and_never_shown(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("GRAFT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("GRAFT_API_KEY", key)
+    code, out, err = graft("list", monkeypatch=monkeypatch)
+    assert (code, out) == (2, "")
+    (finding,) = look({"GRAFT_API_KEY": key})
+    assert finding.subject == "key"
+    for said in (err, finding.found):
+        assert "printable ASCII" in said and "graft_s" not in said
+
+
 def test_a_list_is_no_longer_than_asked(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
     service.jobs = [{"id": f"ftjob-{n}", "status": "queued", "created_at": 1.7e9} for n in range(9)]
     code, out, _ = graft("list", "--limit", "4", "--json", monkeypatch=monkeypatch)
@@ -305,6 +318,41 @@ def test_a_spec_may_be_yaml_and_its_values_are_what_json_would_make_of_them(
     assert code == 2 and "'base_model' stands twice" in err
     spec.write_text("- a list\n")
     assert graft("submit", str(spec), monkeypatch=monkeypatch)[0] == 2
+
+
+def test_a_spec_in_another_encoding_or_with_a_key_twice_is_the_users_to_correct(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = tmp_path / "job.json"
+    for content, said in (
+        ('{"name": "caf\u00e9"}'.encode("latin-1"), "is not UTF-8 (byte 13)"),
+        (b'{"lora": {"r": 8, "r": 16}}', "'r' stands twice"),
+    ):
+        spec.write_bytes(content)
+        code, _, err = graft("estimate", str(spec), monkeypatch=monkeypatch)
+        assert (code, said in err) == (2, True)
+    code, _, err = graft("estimate", "-", monkeypatch=monkeypatch, stdin='{"name": "a", "name": "b"}')
+    assert (code, "'name' stands twice" in err) == (2, True)
+
+
+def test_words_in_brackets_are_shown_as_they_are(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _, err = graft("estimate", "[/b].json", monkeypatch=monkeypatch)
+    assert (code, "Cannot read [/b].json" in err) == (2, True)
+    service.answers["POST /webhooks/test"] = [httpx.Response(200, json={"delivered": False, "reason": "[/b] [dim]"})]
+    code, out, _ = graft("webhooks", "test", "https://a.test/", monkeypatch=monkeypatch)
+    assert (code, out) == (1, "It was not taken: [/b] [dim]\n")
+    service.jobs = [{"id": "[/b]", "status": "queued"}]
+    service.answers["POST /jobs"] = [httpx.Response(202, json={"id": "[/b]", "status": "queued"})]
+    service.answers["GET /jobs/[/b]"] = [httpx.Response(200, json={"id": "[/b]", "status": "succeeded"})]
+    _, _, err = graft("submit", "-", "--watch", "--json", monkeypatch=monkeypatch, stdin="{}")
+    assert "Job [/b] is accepted" in err
+
+
+def test_a_page_in_the_services_place_is_said_to_be_one(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
+    service.answers["GET /models"] = [httpx.Response(200, html="<html>Log in</html>")]
+    code, out, err = graft("models", monkeypatch=monkeypatch)
+    assert (code, out) == (4, "")
+    assert "GET /models was answered 200" in err and "text/html" in err and "GRAFT_URL" in err
 
 
 def test_a_log_is_followed_to_the_jobs_end_and_a_new_runs_log_begins_anew(

@@ -107,6 +107,14 @@ def test_the_hubs_token_is_given_to_those_alone_that_ask_the_hub(tmp_path: Path)
     assert told == {"api", "prepare", "merge", "worker-cpu", "worker-gpu-0"}
 
 
+def test_who_workers_are_for_mlflow_is_told_to_workers_alone(tmp_path: Path) -> None:
+    secrets = {f"MLFLOW_TRACKING_{name}": f"secret-{name}" for name in ("USERNAME", "PASSWORD", "TOKEN")}
+    services = compose_config(tmp_path, COMPOSE_PROFILES="cpu,gpu0", **secrets)["services"]
+    told = {name for name, service in services.items() if secrets.items() <= service.get("environment", {}).items()}
+    assert told == {"prepare", "merge", "worker-cpu", "worker-gpu-0"}
+    assert told == {name for name, service in services.items() if "secret-" in json.dumps(service)}
+
+
 def test_a_workers_cache_can_be_set(tmp_path: Path) -> None:
     services = compose_config(tmp_path, COMPOSE_PROFILES="cpu,gpu0", CACHE_MAX_BYTES="1000")["services"]
     for name in ("prepare", "merge", "worker-cpu", "worker-gpu-0"):

@@ -108,24 +108,40 @@ class Stuck:
     def __init__(self) -> None:
         self.let_go = threading.Event()
         self.steps: list[int] = []
+        self.outcomes: list[str] = []
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self.let_go.wait(PATIENCE_SECONDS)
         self.steps.append(step)
 
-    def end(self, outcome: str) -> None: ...
+    def end(self, outcome: str) -> None:
+        self.outcomes.append(outcome)
 
 
-def test_a_tracker_that_is_stuck_holds_nothing_up() -> None:
-    stuck = Stuck()
-    reporter = Reporter("Stuck", lambda: stuck, pytest.fail)
+def test_a_tracker_that_is_stuck_holds_nothing_up_and_is_told_the_end_once_it_comes_back() -> None:
+    stuck, warnings = Stuck(), list[str]()
+    reporter = Reporter("Stuck", lambda: stuck, warnings.append)
     began = time.monotonic()
     for step in range(1, 3 * MOST_WAITING):
         reporter.heard(a_step(step))
     reporter.ended(DONE)
     assert time.monotonic() - began < 10
     assert stuck.steps == []
+    (warning,) = warnings
+    assert "Stuck does not keep up" in warning
     stuck.let_go.set()
+    reporter.thread.join(PATIENCE_SECONDS)
+    assert (len(stuck.steps), stuck.outcomes) in ((MOST_WAITING, [DONE]), (MOST_WAITING + 1, [DONE]))
+
+
+def test_a_tracker_is_told_all_of_a_run_by_the_time_that_it_is_over() -> None:
+    prompt = Stuck()
+    prompt.let_go.set()
+    reporter = Reporter("Prompt", lambda: prompt, pytest.fail)
+    for step in range(1, 100):
+        reporter.heard(a_step(step))
+    reporter.ended(DONE)
+    assert (prompt.steps, prompt.outcomes) == ([*range(1, 100)], [DONE])
 
 
 def test_a_tracker_that_fails_is_one_warning_of_the_job(tmp_path: Path, template: Path) -> None:
@@ -140,7 +156,7 @@ def test_a_tracker_that_fails_is_one_warning_of_the_job(tmp_path: Path, template
     trained = replace(job, stage=Stage.TRAIN, spec={**job.spec, "training": asked})
     (tmp_path / "file").touch()
     (reporter,) = reporters_of(trained, SharedSettings(tensorboard_dir=tmp_path / "file"), leases)
-    for step in range(1, 10):
+    for step in range(1, 2 * MOST_WAITING):
         reporter.heard(a_step(step))
     reporter.ended(DONE)
     reporter.thread.join(PATIENCE_SECONDS)
@@ -149,6 +165,22 @@ def test_a_tracker_that_fails_is_one_warning_of_the_job(tmp_path: Path, template
     (warning,) = read.warnings
     assert warning["code"] == "tracker_failed" and "TensorBoard" in warning["message"]
     database.close()
+
+
+def test_what_opens_mlflow_is_told_to_no_tenant_and_to_no_log(
+    api: ApiService, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    job = training(api)
+    settings = SharedSettings(report_to=("mlflow",), mlflow_tracking_uri="http://graft:hunter2@127.0.0.1:1")
+    tell(reporters_of(job, settings, api.leases), first=1, last=1)
+    read = api.leases.read(job.id)
+    assert read is not None
+    (warning,) = read.warnings
+    assert "MLflow" in warning["message"] and "(MlflowException)" in warning["message"]
+    (record,) = (record for record in caplog.records if record.msg == "tracker_failed")
+    assert "127.0.0.1:1" in record.__dict__["facts"]["reason"]
+    assert "hunter2" not in f"{warning} {record.__dict__}"
 
 
 @pytest.mark.parametrize(

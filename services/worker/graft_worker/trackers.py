@@ -1,13 +1,14 @@
 """Curves to MLflow and TensorBoard, by their own libraries, fed by the supervisor: the trainer has no network.
 
-A tracker that is away or slow costs its curves and nothing else: what it is told waits in a bounded queue for a thread
-of its own, and what does not fit is dropped.
+A tracker that is away or slow costs its curves and nothing else: what it is told waits in a queue for a thread of its
+own. Steps that do not fit are dropped, with a warning of the job; how the run ended always fits.
 """
 
 from __future__ import annotations
 
 import logging
 import queue
+import re
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -25,6 +26,7 @@ from graft_worker.protocol import EvaluationEvent, Event, ProgressEvent
 from graft_worker.supervisor.audience import CANCELLED, DONE
 
 MOST_WAITING = 1000  # steps that a tracker has not been told of yet
+END_SECONDS = 2.0  # for the rest, once a run is over: its worker may leave right after, and the thread with it
 
 logger = logging.getLogger(__name__)
 
@@ -93,11 +95,12 @@ class Reporter:
     """Passes on to one tracker what a run tells, from a thread of its own."""
 
     def __init__(self, name: str, begin: Callable[[], Tracker], warn: Callable[[str], None]) -> None:
-        """Begin; `warn` is told once, from that thread, if the tracker cannot be fed."""
+        """Begin; `warn` is told once, from either thread, if the tracker cannot be fed or does not keep up."""
         self._name = name
         self._begin = begin
         self._warn = warn
-        self._waiting: queue.Queue[tuple[int, dict[str, float]] | str] = queue.Queue(MOST_WAITING)
+        self._unwarned = threading.Lock()  # taken by the first warning, for good
+        self._waiting: queue.SimpleQueue[tuple[int, dict[str, float]] | str] = queue.SimpleQueue()
         in_context = copy_context().run  # what it logs is about the same run
         self.thread = threading.Thread(target=in_context, args=(self._feed,), name=f"report-{name}", daemon=True)
         self.thread.start()
@@ -110,17 +113,24 @@ class Reporter:
         match event:
             case ProgressEvent():
                 named = {f"train/{name}": float(getattr(event, name)) for name in _CURVES}
-                self._put((event.step, named))
+                self._draw(event.step, named)
             case EvaluationEvent():
-                self._put((event.step, {"eval/loss": event.eval_loss}))
+                self._draw(event.step, {"eval/loss": event.eval_loss})
 
     def ended(self, outcome: str) -> None:
-        """Have the thread end once it has told all."""
-        self._put(outcome)
+        """Have the thread end once it has told all; waits for that, but not for a tracker that stands still."""
+        self._waiting.put(outcome)
+        self.thread.join(END_SECONDS)
 
-    def _put(self, what: tuple[int, dict[str, float]] | str) -> None:
-        with suppress(queue.Full):
-            self._waiting.put_nowait(what)
+    def _draw(self, step: int, values: dict[str, float]) -> None:
+        if self._waiting.qsize() < MOST_WAITING:
+            self._waiting.put((step, values))
+        else:
+            self._warn_once(f"{self._name} does not keep up: steps from {step} on are left out.")
+
+    def _warn_once(self, message: str) -> None:
+        if self._unwarned.acquire(blocking=False):
+            self._warn(message)
 
     def _feed(self) -> None:
         try:
@@ -129,11 +139,14 @@ class Reporter:
                 tracker.log(*what)
             tracker.end(what)
         except Exception as error:  # noqa: BLE001 (a tracker's library may raise anything, and no job hangs on it)
-            reason = f"{type(error).__name__}: {error}"
+            kind = type(error).__name__
+            reason = _USERINFO.sub("//", f"{kind}: {error}")
             log_event(logger, "tracker_failed", level=logging.WARNING, tracker=self._name, reason=reason)
-            self._warn(f"{self._name} was not told of this run from here on: {reason[:300]}")
+            message = f"{self._name} was not told of this run from here on ({kind}): the worker's log has the reason."
+            self._warn_once(message)
 
 
+_USERINFO = re.compile(r"//\S*@")  # of an address: libraries quote the whole of it, password and all
 _CURVES = ("loss", "learning_rate", "grad_norm", "epoch", "tokens_per_second", "tokens_seen")
 
 

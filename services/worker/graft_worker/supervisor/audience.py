@@ -15,7 +15,7 @@ OUTCOMES = (DONE, CANCELLED, LEASE_LOST, LEFT, *(reason.value for reason in Fail
 
 
 class Listener(Protocol):
-    """Somebody who is told of one run, from its claim to its settle; must not wait for anybody else."""
+    """Somebody who is told of one run, from its claim to its settle; may wait for others only at its end, seconds."""
 
     def began(self, phase: Phase) -> None:
         """The run is busy with something else now."""
