@@ -54,6 +54,8 @@ class SharedSettings(BaseSettings):
     hub_allowed: CommaList = ()
     """Hub ids outside the catalogue that jobs may name, as shell patterns (`my-org/*`), separated by commas."""
     hub_token: SecretStr | None = None
+    hub_token_datasets: CommaList = ()
+    """Hub datasets that are read with the token, as such patterns; every other one is read as anybody could."""
     dataset_buckets: CommaList = ()
     """Buckets that `s3://` datasets may come from, separated by commas."""
 

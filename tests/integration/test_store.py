@@ -656,6 +656,14 @@ def test_jobs_are_filtered_by_status_base_model_and_metadata(jobs: Jobs, leases:
     assert jobs.list("default", JobQuery(metadata={"team": "ads"}))[0] == []
 
 
+@pytest.mark.parametrize("key", ["größe", 'a"b', "\\", "a.b", "0", "$"])
+def test_metadata_is_found_by_any_key(jobs: Jobs, key: str) -> None:
+    tagged, _ = jobs.submit(a_new_job(metadata={key: "7b", "team": "größe"}))
+    jobs.submit(a_new_job(metadata={"other": "7b"}))
+    assert [job.id for job in jobs.list("default", JobQuery(metadata={key: "7b", "team": "größe"}))[0]] == [tagged.id]
+    assert jobs.list("default", JobQuery(metadata={key: "8b"}))[0] == []
+
+
 def test_a_page_after_a_foreign_job_is_refused(jobs: Jobs) -> None:
     foreign, _ = jobs.submit(a_new_job(tenant="other"))
     with pytest.raises(JobNotFound):

@@ -16,7 +16,7 @@ from graft_shared.buckets import Bucket
 from graft_shared.buckets.directory import DirectoryBucket
 from graft_shared.errors import BucketUnavailable, FileNotFound, JobNotFound, UploadExpired
 from graft_shared.jobs import Checkpoint, Failure, FailureReason, Job, Stage, StoredObject
-from graft_shared.store import UPLOAD_LIFE, Database, Files, Jobs, Leases, Sweeps
+from graft_shared.store import UPLOAD_LIFE, Database, Files, Jobs, Leases, Outbox, Sweeps
 from graft_shared.store.sweeps import SWEEP_AGAIN, SWEEP_EVERY
 from graft_shared.store.tables import job_events as events_table
 from graft_shared.store.tables import jobs as jobs_table
@@ -320,6 +320,22 @@ def test_a_deleted_jobs_objects_go_at_once_and_its_row_when_no_zombie_can_write_
     assert service.leases.read(job.id) is None
     with service.database.reading() as connection:
         assert connection.execute(select(events_table).where(events_table.c.job_id == job.id)).all() == []
+
+
+def test_a_deleted_job_stays_until_its_end_was_told(service: Service) -> None:
+    job, _ = service.jobs.submit(a_new_job(webhook_url="https://hooks.example.com/"))
+    service.jobs.cancel("default", job.id)
+    service.jobs.delete("default", job.id)
+    outbox = Outbox(service.database)
+    for _ in range(2):
+        service.let_pass(2 * GRACE)
+        service.sweep()
+    (waiting,) = outbox.take(limit=10)
+    assert service.leases.read(job.id) is not None and waiting.job_id == job.id
+    outbox.delivered(waiting)
+    service.let_pass(2 * GRACE)
+    service.sweep()
+    assert service.leases.read(job.id) is None
 
 
 def test_a_job_that_is_deleted_long_after_its_end_is_gone_after_one_sweep(service: Service) -> None:

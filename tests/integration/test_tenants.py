@@ -15,7 +15,7 @@ from sqlalchemy import event, text
 
 from graft_shared.errors import QuotaExceeded
 from graft_shared.jobs import Job, JobState, Stage, StoredObject
-from graft_shared.store import Database, Files, JobQuery, Jobs, Leases, Quotas, Tenants, open_database, tables
+from graft_shared.store import Database, Files, JobQuery, Jobs, Leases, Quotas, Tenants, Upload, open_database, tables
 from graft_shared.store.engine import one_at_a_time
 from tests.fakes.clock import FakeClock
 from tests.invariants import the_claim_was_fair
@@ -101,6 +101,27 @@ def test_many_uploads_at_once_fill_the_room_and_no_more(database: Database) -> N
         files.require_room("a", 6)
     files.delete("a", files.list("a")[0][0].id)
     upload(files, "later", 10)
+
+
+def test_links_count_for_what_they_may_bring_until_they_have_brought_it(database: Database) -> None:
+    files = Files(database, Quotas(stored_bytes=35))
+    first = an_upload("first", 20)
+    files.await_upload(first)
+    with pytest.raises(QuotaExceeded, match="20 of the 35 bytes"):
+        files.await_upload(an_upload("second", 20))
+    with pytest.raises(QuotaExceeded, match="20 of the 35 bytes"):
+        upload(files, "other", 20)
+    files.await_upload(an_upload("third", 15))
+    files.announce("kept")
+    kept = StoredObject(key="kept", size=20, sha256="0" * 64)
+    files.add(id="file-kept", tenant="a", filename="rows", object=kept, report={}, upload=first)
+    with pytest.raises(QuotaExceeded, match="35 of the 35 bytes"):
+        files.await_upload(an_upload("fourth", 1))
+
+
+def an_upload(name: str, size: int) -> Upload:
+    announced = StoredObject(key=f"uploads/{name}", size=size, sha256="0" * 64)
+    return Upload(id=f"upload-{name}", tenant="a", filename=name, object=announced)
 
 
 def test_many_claims_at_once_begin_as_many_runs_as_may_be(database: Database) -> None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from graft_shared.buckets.directory import DirectoryBucket
 from graft_shared.errors import InvalidParameter
@@ -33,6 +34,25 @@ def test_an_object_of_an_allowed_bucket_is_brought_here(tmp_path: Path, neighbou
         "uri": "s3://open/folder/rows.jsonl"
     }
     assert (tmp_path / "rows").read_bytes() == ROWS
+
+
+@pytest.mark.parametrize(
+    ("hub", "token"), [("our-org/rows", "hf_own"), ("our-org-2/rows", None), ("another/our-org", None)]
+)
+def test_the_operators_token_opens_the_datasets_that_the_operator_names_and_no_others(
+    tmp_path: Path, neighbours: Any, monkeypatch: pytest.MonkeyPatch, hub: str, token: str | None
+) -> None:
+    neighbours.settings.hub_token = SecretStr("hf_own")
+    neighbours.settings.hub_token_datasets = ("our-org/*",)
+    shown: list[str | None] = []
+
+    def read(*_: object, token: str | None, max_bytes: int) -> str:
+        shown.append(token)
+        return "commit"
+
+    monkeypatch.setattr("graft_worker.importing.import_hub_dataset", read)
+    fetch_rows("t", DatasetSource(hub=hub), tmp_path / "rows", neighbours, param="dataset")
+    assert shown == [token]
 
 
 @pytest.mark.parametrize(

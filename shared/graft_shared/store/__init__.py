@@ -1,7 +1,7 @@
 """The truth about every job: tables, and each edge of a job's life as one compare-and-set transaction."""
 
 from graft_shared.store.engine import Database, open_database
-from graft_shared.store.files import UPLOAD_LIFE, Files, Order, StoredFile, Upload
+from graft_shared.store.files import Files, Order, StoredFile, Upload
 from graft_shared.store.jobs import JobQuery, Jobs, NewJob
 from graft_shared.store.keys import Keys, StoredKey
 from graft_shared.store.leases import Leases, Orders
@@ -14,6 +14,7 @@ from graft_shared.store.resends import Sending
 from graft_shared.store.sweeps import DueSweep, Sweeps
 from graft_shared.store.tenants import Tenants, TenantUse
 from graft_shared.store.totals import Backlog, Totals, TrainingNow
+from graft_shared.store.uploads import UPLOAD_LIFE
 from graft_shared.store.workers import Busy, Crew, LiveWorker, Workers
 
 __all__ = [

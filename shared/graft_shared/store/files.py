@@ -8,11 +8,11 @@ of it becomes an object and a file of its own, that nobody has a link to.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, and_, delete, insert, or_, select, update
+from sqlalchemy import Select, and_, delete, insert, or_, select, update
 from sqlalchemy.engine import Connection, RowMapping
 
 from graft_shared.errors import FileInUse, FileNotFound, UploadExpired, UploadNotFound
@@ -20,8 +20,7 @@ from graft_shared.jobs import JobState, Stage, StoredObject
 from graft_shared.store.engine import Database, as_datetime, now
 from graft_shared.store.quotas import NO_QUOTAS, Quotas, require_room
 from graft_shared.store.tables import files, jobs, uploads
-
-UPLOAD_LIFE = timedelta(days=1)  # an upload that is older is given up, and what it wrote removed
+from graft_shared.store.uploads import is_lost
 
 
 class Order(StrEnum):
@@ -76,7 +75,11 @@ class Files:
             connection.execute(insert(uploads).values(key=key, started_at=now()))
 
     def await_upload(self, upload: Upload) -> None:
-        """Say that a client was given a link to write these bytes."""
+        """Say that a client was given a link to write these bytes.
+
+        Raises:
+            QuotaExceeded: They would be more than the tenant may store.
+        """
         values = {
             "id": upload.id,
             "tenant": upload.tenant,
@@ -86,6 +89,7 @@ class Files:
             "sha256": upload.object.sha256,
         }
         with self._database.writing() as connection:
+            require_room(connection, upload.tenant, upload.object.size, self._quotas, about_to_add=True)
             connection.execute(insert(uploads).values(**values, started_at=now()))
 
     def awaited(self, tenant: str, upload_id: str) -> Upload:
@@ -94,7 +98,7 @@ class Files:
         Raises:
             UploadNotFound: There is none, or it is another tenant's.
         """
-        query = select(uploads).where(uploads.c.tenant == tenant, uploads.c.id == upload_id, ~_is_lost())
+        query = select(uploads).where(uploads.c.tenant == tenant, uploads.c.id == upload_id, ~is_lost())
         with self._database.reading() as connection:
             row = connection.execute(query).mappings().one_or_none()
         if row is None:
@@ -128,12 +132,13 @@ class Files:
             UploadNotFound: The upload is too old, or has become a file already.
         """
         with self._database.writing() as connection:
-            require_room(connection, tenant, object.size, self._quotas, about_to_add=True)
+            came_through = upload.id if upload is not None else None
+            require_room(connection, tenant, object.size, self._quotas, about_to_add=True, upload_id=came_through)
             if upload is not None:
-                this = and_(uploads.c.id == upload.id, uploads.c.file_id.is_(None), ~_is_lost())
+                this = and_(uploads.c.id == upload.id, uploads.c.file_id.is_(None), ~is_lost())
                 if not connection.execute(update(uploads).where(this).values(file_id=id)).rowcount:
                     raise UploadNotFound(upload_id=upload.id)
-            announced = delete(uploads).where(uploads.c.key == object.key, ~_is_lost())
+            announced = delete(uploads).where(uploads.c.key == object.key, ~is_lost())
             if not connection.execute(announced).rowcount:
                 raise UploadExpired(file_id=id)
             added = (
@@ -155,7 +160,7 @@ class Files:
     def lost_uploads(self, *, limit: int) -> list[str]:
         """Keys that were announced longer than `UPLOAD_LIFE` ago and never got their row; none can get one now."""
         with self._database.reading() as connection:
-            return list(connection.execute(select(uploads.c.key).where(_is_lost()).limit(limit)).scalars())
+            return list(connection.execute(select(uploads.c.key).where(is_lost()).limit(limit)).scalars())
 
     def give_up(self, key: str) -> None:
         """Say that announced bytes will get no row, so that a sweeper removes them soon."""
@@ -232,10 +237,6 @@ def _readers(tenant: str, file_id: str) -> Select[str]:
     alive = jobs.c.state.in_([JobState.QUEUED.value, JobState.RUNNING.value])
     unprepared = and_(jobs.c.tenant == tenant, alive, jobs.c.stage == Stage.PREPARE.value)
     return select(jobs.c.id).where(unprepared, or_(*named)).order_by(jobs.c.created_at).limit(1)
-
-
-def _is_lost() -> ColumnElement[bool]:
-    return uploads.c.started_at < now() - UPLOAD_LIFE.total_seconds()
 
 
 def _file_from(row: RowMapping) -> StoredFile:

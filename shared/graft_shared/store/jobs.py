@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, bindparam, insert, or_, select, true, tuple_
+from sqlalchemy import ColumnElement, and_, bindparam, func, insert, or_, select, true, tuple_
 from sqlalchemy.engine import Connection, RowMapping
 from sqlalchemy.exc import IntegrityError
 
@@ -149,7 +149,8 @@ class Jobs:
             JobNotFound: `query.after` is no job of this tenant.
         """
         with self._database.reading() as connection:
-            wanted = select(jobs).where(jobs.c.tenant == tenant, is_there(), *_conditions(query))
+            conditions = _conditions(query, connection.dialect.name)
+            wanted = select(jobs).where(jobs.c.tenant == tenant, is_there(), *conditions)
             if query.after is not None:
                 last = job_row(connection, tenant, query.after)
                 older = jobs.c.created_at < last["created_at"]
@@ -387,7 +388,7 @@ def _require_future(row: RowMapping) -> None:
         raise JobCancelling(job_id=row["id"])
 
 
-def _conditions(query: JobQuery) -> list[ColumnElement[bool]]:
+def _conditions(query: JobQuery, dialect: str) -> list[ColumnElement[bool]]:
     conditions: list[ColumnElement[bool]] = []
     if query.status is not None:
         conditions.append(_has_status(query.status))
@@ -397,8 +398,16 @@ def _conditions(query: JobQuery) -> list[ColumnElement[bool]]:
         conditions.append(jobs.c.created_at > query.created_after.timestamp())
     if query.created_before is not None:
         conditions.append(jobs.c.created_at < query.created_before.timestamp())
-    conditions += [jobs.c.metadata[key].as_string() == value for key, value in query.metadata.items()]
+    conditions += [_has_metadata(key, value, dialect) for key, value in query.metadata.items()]
     return conditions
+
+
+def _has_metadata(key: str, value: str, dialect: str) -> ColumnElement[bool]:
+    if dialect != "sqlite":
+        own: ColumnElement[bool] = jobs.c.metadata[key].as_string() == value
+        return own
+    pair = func.json_each(jobs.c.metadata).table_valued("key", "value")  # a path cannot name every key, as it is stored
+    return select(pair.c.key).where(pair.c.key == key, pair.c.value == value).exists()
 
 
 def _has_status(status: JobStatus) -> ColumnElement[bool]:

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement, FromClause, Select, Subquery, and_, case, func, or_, select
+from sqlalchemy import Column, ColumnElement, FromClause, Select, Subquery, and_, case, func, or_, select, true
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
@@ -20,7 +20,8 @@ from graft_shared.errors import QuotaExceeded
 from graft_shared.jobs import JobState, Stage
 from graft_shared.settings import SharedSettings
 from graft_shared.store.engine import as_datetime, day_began, month_began, now, one_at_a_time
-from graft_shared.store.tables import files, jobs, tenants, worker_time
+from graft_shared.store.tables import files, jobs, tenants, uploads, worker_time
+from graft_shared.store.uploads import is_lost
 
 LATELY = timedelta(days=1)  # before the present day: what was used by then counts in a fair share
 LONGEST_MONTH = timedelta(days=31)
@@ -144,10 +145,19 @@ def require_place(connection: Connection, tenant: str, defaults: Quotas) -> None
             raise _queue_full(quotas.queued_jobs, waiting)
 
 
-def require_room(connection: Connection, tenant: str, size: int, defaults: Quotas, *, about_to_add: bool) -> None:
-    """Refuse a file for which a tenant has no room.
+def require_room(
+    connection: Connection,
+    tenant: str,
+    size: int,
+    defaults: Quotas,
+    *,
+    about_to_add: bool,
+    upload_id: str | None = None,
+) -> None:
+    """Refuse a file for which a tenant has no room. What its links may still bring is counted with what it has.
 
     Args:
+        upload_id: The link that the file came through, which is counted no more.
         about_to_add: Its row is written next; until it is committed, no other file of the tenant is counted.
 
     Raises:
@@ -159,6 +169,7 @@ def require_room(connection: Connection, tenant: str, size: int, defaults: Quota
     if about_to_add:
         one_at_a_time(connection, f"files of {tenant}")
     stored = int(connection.execute(count_stored_bytes(tenant)).scalar_one())
+    stored += int(connection.execute(_count_awaited_bytes(tenant, upload_id)).scalar_one())
     if stored + size > limit:
         raise _no_room(limit, stored, size)
 
@@ -173,6 +184,12 @@ def count_waiting(tenant: str) -> Select[int]:
 def count_stored_bytes(tenant: str) -> Select[int]:
     """How many bytes of files a tenant has."""
     return select(func.coalesce(func.sum(files.c.bytes), 0)).where(files.c.tenant == tenant)
+
+
+def _count_awaited_bytes(tenant: str, but: str | None) -> Select[int]:
+    announced = and_(uploads.c.tenant == tenant, uploads.c.file_id.is_(None), ~is_lost())
+    others = uploads.c.id != but if but is not None else true()
+    return select(func.coalesce(func.sum(uploads.c.bytes), 0)).where(announced, others)
 
 
 def may_run_another(connection: Connection, tenant: str, limit: int | None) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 
-from sqlalchemy import and_, case, delete, null, select, update
+from sqlalchemy import and_, case, delete, exists, null, select, update
 
 from graft_shared.jobs import TERMINAL_STATES, JobState
 from graft_shared.store.engine import Database, now
-from graft_shared.store.tables import jobs
+from graft_shared.store.tables import jobs, webhooks
 
 SWEEP_EVERY = timedelta(seconds=60)  # while a job runs, and after a claim: checkpoints come no faster by themselves
 SWEEP_AGAIN = timedelta(minutes=5)  # after a sweep that was begun and not finished
@@ -50,18 +50,22 @@ class Sweeps:
         """Say that a job was swept: a running one is due again soon, one that waits or has just ended after `grace`.
 
         One that had ended for so long when its sweep began is never due again, and if it was deleted, its row goes: no
-        object is left that it would have to tell of. A job that was claimed meanwhile is due when its claim says.
+        object is left that it would have to tell of, and its webhook was delivered or given up; until then it is due
+        after `grace` again. A job that was claimed meanwhile is due when its claim says.
         """
+        told = ~exists().where(webhooks.c.job_id == jobs.c.id, webhooks.c.next_try_at.is_not(None))
+        was_deleted = jobs.c.deleted_at.is_not(None)
         ended = jobs.c.state.in_([state.value for state in TERMINAL_STATES])
+        later = now() + grace.total_seconds()
         last_look_at = jobs.c.finished_at + grace.total_seconds()
         began_at = sweep.mark - SWEEP_AGAIN.total_seconds()
         again_at = case(
             (jobs.c.state == JobState.RUNNING.value, now() + SWEEP_EVERY.total_seconds()),
-            (ended, case((last_look_at > began_at, last_look_at), else_=null())),
-            else_=now() + grace.total_seconds(),
+            (ended, case((last_look_at > began_at, last_look_at), (and_(was_deleted, ~told), later), else_=null())),
+            else_=later,
         )
         this = and_(jobs.c.id == sweep.job_id, jobs.c.sweep_at == sweep.mark)
-        done_with = delete(jobs).where(this, jobs.c.deleted_at.is_not(None), last_look_at <= began_at)
+        done_with = delete(jobs).where(this, was_deleted, told, last_look_at <= began_at)
         with self._database.writing() as connection:
             if not connection.execute(done_with).rowcount:
                 connection.execute(update(jobs).where(this).values(sweep_at=again_at))

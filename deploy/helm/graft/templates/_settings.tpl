@@ -42,6 +42,7 @@
   "GRAFT_CAPACITY_PATH" (ternary "/etc/graft/capacity.yaml" "" (not (empty .capacity)))
   "GRAFT_CATALOGUE_PATH" (ternary "/etc/graft/catalogue.yaml" "" (not (empty .catalogue)))
   "GRAFT_HUB_ALLOWED" .hubAllowed
+  "GRAFT_HUB_TOKEN_DATASETS" .hubTokenDatasets
   "GRAFT_DATASET_BUCKETS" .datasetBuckets
   "GRAFT_QUOTA_QUEUED_JOBS" .quotas.queuedJobs
   "GRAFT_QUOTA_RUNNING_JOBS" .quotas.runningJobs

@@ -21,7 +21,7 @@ def begin(request: UploadRequest, tenant: str, here: Neighbours, base_url: str) 
     """Give out a link through which exactly the announced bytes may be written.
 
     Raises:
-        FileTooLarge, InvalidParameter: Such a file would be refused.
+        FileTooLarge, InvalidParameter, QuotaExceeded: Such a file would be refused.
     """
     if request.bytes > here.settings.max_file_bytes:
         raise FileTooLarge(limit_bytes=here.settings.max_file_bytes)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from graft_shared.errors import FileNotFound, InvalidParameter, ObjectNotFound
 from graft_shared.specs import DatasetSource
+from graft_worker.settings import WorkerSettings
 from graft_worker.supervisor.neighbours import Neighbours
 
 CHUNK_BYTES = 1024 * 1024
@@ -26,12 +28,18 @@ def fetch_rows(tenant: str, source: DatasetSource, path: Path, neighbours: Neigh
         return {"uri": source.uri}
     from graft_worker.importing import import_hub_dataset  # `datasets` takes a second to import
 
-    settings, split = neighbours.settings, source.split or "train"
-    token = settings.hub_token.get_secret_value() if settings.hub_token else None
+    settings, hub, split = neighbours.settings, str(source.hub), source.split or "train"
     commit = import_hub_dataset(
-        str(source.hub), split, source.revision, path, token=token, max_bytes=settings.max_file_bytes
+        hub, split, source.revision, path, token=_token_for(hub, settings), max_bytes=settings.max_file_bytes
     )
-    return {"hub": str(source.hub), "split": split, "commit": commit}
+    return {"hub": hub, "split": split, "commit": commit}
+
+
+def _token_for(hub: str, settings: WorkerSettings) -> str | None:
+    """The operator's token, which opens what is the operator's: any tenant may name a dataset."""
+    if settings.hub_token is None or not any(fnmatchcase(hub, each) for each in settings.hub_token_datasets):
+        return None
+    return settings.hub_token.get_secret_value()
 
 
 def _fetch_file(tenant: str, file_id: str, path: Path, neighbours: Neighbours, param: str) -> None:
