@@ -423,3 +423,14 @@ def test_the_document_describes_the_requests_and_the_errors_of_the_surface(api: 
                 assert "404" in operation["responses"], (method, path)
     assert "409" in document["paths"][f"{JOBS}/{{job_id}}/cancel"]["post"]["responses"]
     assert json.dumps(document).count("#/$defs/") == 0
+
+
+def test_a_rate_limited_job_without_a_key_is_not_sent_again_by_its_client(tmp_path: Path, template: Path) -> None:
+    api = make_service(tmp_path, template, requests_per_minute=1)
+    body = asked()
+    api.http.post(JOBS, json=body)
+    refused = api.http.post(JOBS, json=body, headers=sent(0))
+    assert refused.status_code == 429 and refused.headers["retry-after"]
+    assert refused.headers["x-should-retry"] == "false"
+    keyed = api.http.post(JOBS, json=body, headers={"idempotency-key": "night-run-1"})
+    assert keyed.status_code == 429 and "x-should-retry" not in keyed.headers

@@ -36,6 +36,7 @@ from graft_shared.logs import log_event
 
 LONGEST_WAIT_SECONDS = 120  # that a client should do by itself; what takes longer is for its user to decide
 REQUEST_ID_HEADER = "x-request-id"
+COUNTED_RESENDS = ("POST", "/v1/fine_tuning/jobs")  # where a client that counts its sendings needs no key
 RETRY_AFTER_SECONDS = 5  # a neighbour that restarts is usually back by then
 
 logger = logging.getLogger(__name__)
@@ -208,7 +209,10 @@ _EXAMPLES: dict[int, GraftError] = {
 _HEADERS = {
     401: {"www-authenticate": "The scheme: `Bearer`."},
     409: {"x-should-retry": "`false`: sending it again would be answered alike."},
-    429: {"retry-after": "Seconds, where waiting helps."},
+    429: {
+        "retry-after": "Seconds, where waiting helps.",
+        "x-should-retry": "`false` where no client should try again by itself.",
+    },
     503: {"retry-after": "Seconds."},
 }
 
@@ -242,10 +246,17 @@ def install_handlers(app: FastAPI) -> None:
 async def _on_graft_error(request: Request, error: Exception) -> JSONResponse:
     error = cast(GraftError, error)
     response = answer(error)
+    if isinstance(error, LimitReached) and _would_pass_for_a_resend(request):
+        response.headers["x-should-retry"] = "false"
     if response.status_code >= 500:
         facts = {"path": request.url.path, "code": error.code, "reason": error.message}
         log_event(logger, "request_failed", level=logging.ERROR, request_id=request.state.request_id, **facts)
     return response
+
+
+def _would_pass_for_a_resend(request: Request) -> bool:
+    """Whether a client that sends this refused request again would be given the job of an equal one before it."""
+    return (request.method, request.url.path) == COUNTED_RESENDS and "idempotency-key" not in request.headers
 
 
 async def _on_invalid_parameters(_request: Request, error: Exception) -> JSONResponse:
