@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatch
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
 import standardwebhooks
 
@@ -43,8 +43,11 @@ _PORTS = {"https": 443, "http": 80}
 PUBLIC_PORTS = (443, 8443)  # of hosts that are not inside: a webhook is no way to knock at other services' ports
 _PUBLIC_NAME = re.compile(r"([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?\.)+[a-z0-9-]*[a-z]")
 _PRIVATE_ENDINGS = ("localhost", "local", "internal", "intranet", "lan", "arpa")
-# Public by their numbers, but made of an address that need not be: NAT64 and 6to4.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_WRITTEN_AS_IT_IS = "/?%:@!$&'()*+,;=[]"  # in a path and a query, what is percent-encoded already included
+# Public by their numbers, but made of an address that need not be: NAT64 and 6to4; and the relays of 6to4.
 _TRANSLATED = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("2002::/16"))
+_RELAYS = ipaddress.ip_network("192.88.99.0/24")
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +92,8 @@ class Postman:
         Raises:
             TargetRefused: Says why it cannot be.
         """
+        if _CONTROL.search(url):
+            raise TargetRefused("it holds a control character")
         try:
             parts = urlsplit(url)
             port_is_sane = parts.port is None or parts.port > 0
@@ -122,7 +127,7 @@ class Postman:
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         try:
             with _deadline(self._connection(parts)) as connection:
-                connection.request("POST", path, body=body.encode(), headers=headers)
+                connection.request("POST", quote(path, safe=_WRITTEN_AS_IT_IS), body=body.encode(), headers=headers)
                 status = connection.getresponse().status
         except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: no host's name
             raise NotTaken(f"{type(error).__name__}: {error}") from error
@@ -182,8 +187,10 @@ def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is not None:
             address = address.ipv4_mapped
-        elif any(address in network for network in _TRANSLATED):
+        elif address.is_site_local or any(address in network for network in _TRANSLATED):
             return False
+    if address in _RELAYS:
+        return False
     return address.is_global and not address.is_multicast and not address.is_reserved
 
 

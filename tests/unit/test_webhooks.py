@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import pytest
 import standardwebhooks
 from sqlalchemy import update
 
+from graft_api.errors import TooManyWebhookTests
+from graft_api.webhooks.trials import MOST_AT_ONCE, Trials
 from graft_shared import webhooks as module
 from graft_shared.store import Outbox
 from graft_shared.store.engine import now
@@ -71,7 +74,7 @@ def send(url: str, *inside: str) -> int:
 
 
 def test_a_receiver_knows_by_the_signature_whose_it_is(receiver: Receiver) -> None:
-    assert send(receiver.url, "127.0.0.1") == 200
+    assert send(receiver.url + "/größe?a=ü", "127.0.0.1") == 200
     ((headers, body),) = receiver.got
     assert standardwebhooks.Webhook(signing_secret(ROOT, "red")).verify(body, headers) == {"a": 1}
     assert headers["webhook-id"] == "evt_1"
@@ -94,6 +97,9 @@ def test_a_receiver_knows_by_the_signature_whose_it_is(receiver: Receiver) -> No
         "https://[64:ff9b::7f00:1]/",
         "https://[2002:7f00:1::]/",
         "https://[fd00::1]/",
+        "https://[fec0::1]/",
+        "https://192.88.99.1/",
+        "https://example.com/\x7f",
         "https://224.0.0.1/",
         "http://example.com/",
         "ftp://example.com/",
@@ -299,6 +305,28 @@ def test_a_service_without_a_secret_says_so(tmp_path: Path, template: Path) -> N
     assert "GRAFT_WEBHOOK_SECRET" in error["message"]
     assert "GRAFT_WEBHOOK_SECRET" in error_of(service.http.get("/webhooks/secret"), 404)["message"]
     service.database.close()
+
+
+def test_receivers_that_never_answer_hold_few_threads_and_one_of_each_tenant() -> None:
+    trials = Trials()
+    with ExitStack() as under_way:
+        under_way.enter_context(trials.one_of("a"))
+        with pytest.raises(TooManyWebhookTests):
+            under_way.enter_context(trials.one_of("a"))
+        for number in range(MOST_AT_ONCE - 1):
+            under_way.enter_context(trials.one_of(f"b{number}"))
+        with pytest.raises(TooManyWebhookTests):
+            under_way.enter_context(trials.one_of("c"))
+    with trials.one_of("c"):
+        pass
+
+
+def test_a_try_beside_another_of_the_tenant_is_told_when_to_come_again(api: ApiService, receiver: Receiver) -> None:
+    here = api.http.app.state.neighbours
+    with here.trials.one_of("default"):
+        answer = api.http.post("/webhooks/test", json={"url": receiver.url})
+    assert error_of(answer, 429)["code"] == "too_many_webhook_tests" and answer.headers["retry-after"] == "10"
+    assert api.http.post("/webhooks/test", json={"url": receiver.url}).json()["delivered"] is True
 
 
 def test_a_try_tells_what_came_of_it(api: ApiService, receiver: Receiver) -> None:

@@ -6,7 +6,7 @@ What never waits is `async` here: FastAPI hands each plain function to another t
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -20,6 +20,7 @@ from graft_api.models.bases import BaseModels
 from graft_api.parsing import hint_for, parse_json
 from graft_api.rates import Rates
 from graft_api.settings import ApiSettings
+from graft_api.webhooks.trials import Trials
 from graft_shared.buckets import Bucket
 from graft_shared.capacity import CapacityTable
 from graft_shared.dispatch import Doorbell
@@ -53,6 +54,7 @@ class Neighbours:
     capacity: CapacityTable
     largest_bases: Mapping[str, str | None]  # by class, as `capacity.endpoints` computes it
     bases: BaseModels
+    trials: Trials = field(default_factory=Trials)
     tracing: Tracing | None = None  # None: the operator names no collector
 
 

@@ -90,6 +90,10 @@ class RateLimited(LimitReached):
     """This tenant may make {limit} requests a minute, and has made them. Try again in {retry_after_seconds} s."""
 
 
+class TooManyWebhookTests(LimitReached):
+    """A test of this tenant's webhooks is under way, or several of others'. Try again in {retry_after_seconds} s."""
+
+
 class LinkExpired(GraftError):
     """This link has expired or was never signed. Ask the route that gave it for a fresh one."""
 

@@ -56,7 +56,7 @@ def read_object(
     status_code=204,
     summary="Send an object, by a signed link",
     openapi_extra=_BYTES,
-    responses=documented(403, 404),
+    responses=documented(403, 404, 415),
 )
 async def write_object(
     request: Request,

@@ -122,7 +122,16 @@ def normalised(spec: JobSpec) -> dict[str, Any]:
 
 def _fingerprint(body: Any) -> str:
     """What makes two bodies the same: their values, not their spelling."""
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_whole(body), sort_keys=True).encode()).hexdigest()
+
+
+def _whole(value: Any) -> Any:
+    """The value with 3.0 written as 3."""
+    if isinstance(value, dict):
+        return {key: _whole(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_whole(part) for part in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _new_job(
