@@ -54,6 +54,17 @@ def test_what_cannot_be_backed_up_leaves_nothing_behind(service: Path, tmp_path:
         back_up(service, service, {}, with_models=False)
 
 
+@pytest.mark.parametrize("suffix", ["-journal", "-wal", "-shm"])
+def test_what_a_database_left_behind_is_not_brought_into_another(service: Path, tmp_path: Path, suffix: str) -> None:
+    kept, again = tmp_path / "kept", tmp_path / "again"
+    back_up(service, kept, {}, with_models=False)
+    again.mkdir()
+    (again / f"graft.db{suffix}").write_bytes(b"pages of a database that was moved away")
+    with pytest.raises(CannotBackUp, match=f"graft.db{suffix}"):
+        bring_back(kept, again)
+    assert [path.name for path in again.iterdir()] == [f"graft.db{suffix}"]
+
+
 def test_a_service_is_never_restored_over_and_a_damaged_backup_restores_nothing(service: Path, tmp_path: Path) -> None:
     kept, again = tmp_path / "kept", tmp_path / "again"
     back_up(service, kept, {}, with_models=False)

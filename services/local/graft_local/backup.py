@@ -26,6 +26,7 @@ from graft_local.launcher import holder_of
 
 DATABASE, OBJECTS, LIST = "graft.db", Path("bucket", "objects"), "backup.json"
 SECRETS = ("key-pepper", "webhook-secret", "bucket/link-secret")  # without them no key is known and no link holds
+JOURNALS = ("-journal", "-wal", "-shm")  # SQLite would write what they hold into whatever lies beside them
 MODELS = "models"
 CHUNK_BYTES = 1 << 20
 
@@ -90,8 +91,11 @@ def bring_back(folder: Path, state_dir: Path) -> dict[str, Any]:
     """
     if (holder := holder_of(state_dir)) is not None:
         raise CannotBackUp(f"`graft up` (process {holder}) runs on {state_dir}. Stop it first.")
-    if (state_dir / DATABASE).exists():
-        raise CannotBackUp(f"{state_dir} holds a service already. Move it away, or choose another with --state-dir.")
+    for name in (DATABASE, *(DATABASE + suffix for suffix in JOURNALS)):
+        if (state_dir / name).exists():
+            raise CannotBackUp(
+                f"{state_dir} holds a service already: {name}. Move it away, or choose another with --state-dir."
+            )
     try:
         listed: dict[str, Any] = json.loads((folder / LIST).read_text())
     except (OSError, ValueError) as error:
