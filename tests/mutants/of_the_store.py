@@ -371,8 +371,8 @@ TENANTS = [
         _JOBS,
         "lists-of-all-tenants",
         "everybody's jobs are listed for everybody",
-        "wanted = select(jobs).where(jobs.c.tenant == tenant, is_there(), *_conditions(query))",
-        "wanted = select(jobs).where(is_there(), *_conditions(query))",
+        "wanted = select(jobs).where(jobs.c.tenant == tenant, is_there(), *conditions)",
+        "wanted = select(jobs).where(is_there(), *conditions)",
     ),
     _of(
         _JOBS,
