@@ -157,8 +157,8 @@ def require_room(
     """Refuse a file for which a tenant has no room. What its links may still bring is counted with what it has.
 
     Args:
-        upload_id: The link that the file came through, which is counted no more.
         about_to_add: Its row is written next; until it is committed, no other file of the tenant is counted.
+        upload_id: The link that the file came through, which is counted no more.
 
     Raises:
         QuotaExceeded: It would be more than the tenant may store.
