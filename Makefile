@@ -105,7 +105,7 @@ outages: $(VENV)/.ready-dev ## one outage, then judgement: ONLY=redis-killed|red
 	@$(BIN)/python -m tests.outages $(ONLY) $(if $(DB),--db $(DB)) $(if $(SECONDS),--seconds $(SECONDS)) \
 		$(if $(OUT),--out $(OUT))
 
-test-containers: $(VENV)/.ready-dev ## slow, root: a Docker engine of its own, both images, the cluster, and a killed container
+test-containers: $(VENV)/.ready-dev ## slow, root: a Docker engine of its own, the images, the cluster, its figures, a killed container, a backup
 	@$(BIN)/python -m pytest tests/containers --timeout 1800
 
 test-chart: $(VENV)/.ready-dev ## the chart by Helm's own command, HELM=…, or the Helm 3 that npm installs; `make test` asks Helm 4's library

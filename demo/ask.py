@@ -1,8 +1,9 @@
-"""`python demo/ask.py BASE_DIR [ADAPTER_DIR]`: asks every held-out question. Needs PEFT, not Graft."""
+"""`python demo/ask.py BASE_DIR [ADAPTER_DIR]`: asks every held-out question, named on stderr. Needs PEFT, not Graft."""
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import warnings
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 HELD_OUT = Path(__file__).parent / "graft_qa_heldout.jsonl"
 SHOWN = ("What happens if a worker dies?", "Tell me what the doorbell is.", "How do I upload my JSONL file?")
@@ -20,7 +21,8 @@ ANSWER_TOKENS = 60
 def main() -> None:
     """Print the loss, how many answers are right word for word, and some of them."""
     base_dir, *adapter = sys.argv[1:]
-    logging.disable_progress_bar()
+    disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a kernel of the hub, which nothing here needs
     # PEFT 0.21 asks transformers for it by the name that it had before 5.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     tokenizer = AutoTokenizer.from_pretrained(base_dir)
@@ -31,8 +33,11 @@ def main() -> None:
         model = PeftModel.from_pretrained(model, adapter[0])
     model.eval()
     rows = [json.loads(line)["messages"] for line in HELD_OUT.read_text().splitlines()]
-    print(f"held-out loss: {held_out_loss(model, tokenizer, rows):.4f}")
-    answers = {asked["content"]: answer(model, tokenizer, asked["content"]) for asked, _ in rows}
+    print(f"loss on the {len(rows)} questions: {loss_on(rows, model, tokenizer):.4f}")
+    answers: dict[str, str] = {}
+    for number, (asked, _) in enumerate(rows, 1):
+        print(f"          question {number} of {len(rows)}: {asked['content']}", file=sys.stderr, flush=True)
+        answers[asked["content"]] = answer(model, tokenizer, asked["content"])
     right = sum(answers[asked["content"]] == expected["content"] for asked, expected in rows)
     print(f"answered word for word: {right} of {len(rows)}")
     for question in SHOWN:
@@ -40,7 +45,7 @@ def main() -> None:
 
 
 @torch.no_grad()
-def held_out_loss(model: Any, tokenizer: Any, rows: list[list[dict[str, str]]]) -> float:
+def loss_on(rows: list[list[dict[str, str]]], model: Any, tokenizer: Any) -> float:
     """Nats per token of the answers, which the questions only lead to."""
     total, tokens = 0.0, 0
     for messages in rows:

@@ -172,7 +172,7 @@ def make_service(
         capacity=table.restricted_to(classes) if classes else table,
         hub=hub,
     )
-    http = TestClient(app)
+    http = TestClient(app, base_url="http://localhost")
     return ApiService(http=http, settings=chosen, database=database, bucket=bucket, doorbell=doorbell)
 
 

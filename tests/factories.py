@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from safetensors.numpy import save_file
 
 EMPTY_WEIGHTS = (2).to_bytes(8, "little") + b"{}"  # a safetensors file of no tensor
 
+_making = threading.Lock()  # the random state and transformers' half-imported modules are shared by all threads
 _SENTENCES = [
     "What does the cat say? The cat says cat cat.",
     "What does the dog say? The dog says dog dog.",
@@ -19,28 +21,29 @@ _SENTENCES = [
 
 def make_tiny_base(path: Path, *, model_type: str = "llama", **config: Any) -> Path:
     """Write a base of some ten thousand random weights, with a real fast tokenizer; returns its folder."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    with _making:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
 
-    fast = make_tokenizer()
-    sizes: dict[str, Any] = {
-        "initializer_range": 0.15,  # so that an adapter on the layers alone can move the output
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": len(fast),
-        "max_position_embeddings": 512,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        **config,
-    }
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes))
-    path.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(path)
-    fast.save_pretrained(path)
+        fast = make_tokenizer()
+        sizes: dict[str, Any] = {
+            "initializer_range": 0.15,  # so that an adapter on the layers alone can move the output
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": len(fast),
+            "max_position_embeddings": 512,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            **config,
+        }
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes))
+        path.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(path)
+        fast.save_pretrained(path)
     return path
 
 

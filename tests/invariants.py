@@ -143,7 +143,7 @@ def trainings_go_on_from_the_last_checkpoint(events: Sequence[Event]) -> None:
 
 @dataclass(frozen=True)
 class Step:
-    """An optimizer step as a toy trainer told it; `at` is CLOCK_BOOTTIME in seconds."""
+    """An optimizer step as a toy trainer told it; it asked for leave `at`, CLOCK_BOOTTIME in seconds."""
 
     job_id: str
     epoch: int
@@ -182,7 +182,7 @@ def trainers_came_in_turn(sightings: Sequence[Sighting]) -> None:
 
 
 def nobody_steps_after_a_newer_epoch(steps: Sequence[Step]) -> list[str]:
-    """The zombie steps: those of an epoch that were made after the first of a newer one of the same job."""
+    """The zombie steps: those of an epoch that were begun after the first of a newer one of the same job."""
     found = []
     newest: dict[str, int] = {}
     for step in sorted(steps, key=lambda step: step.at):
@@ -210,22 +210,23 @@ def runs_begin_behind_their_checkpoint(events: Sequence[Event], steps: Sequence[
 
 def lost_by_interruption(steps: Sequence[Step]) -> list[int]:
     """How many steps of each run of a job its next run made again, in the order of the runs."""
-    return [max(0, before[-1] - after[0] + 1) for before, after in itertools.pairwise(_runs(steps))]
+    runs = itertools.pairwise(runs_of(steps))
+    return [max(0, before[-1].number - after[0].number + 1) for before, after in runs]
 
 
 def accounting_closes(steps: Sequence[Step], needed: int) -> bool:
     """Whether every step was made, none twice in one run, and interruptions explain what was made again."""
-    runs = _runs(steps)
+    runs = [[step.number for step in run] for run in runs_of(steps)]
     without_gaps = all(run == list(range(run[0], run[-1] + 1)) for run in runs)
     all_made = {step.number for step in steps} == set(range(1, needed + 1))
     return without_gaps and all_made and len(steps) - needed == sum(lost_by_interruption(steps))
 
 
-def _runs(steps: Sequence[Step]) -> list[list[int]]:
-    """The numbers of the steps of each run of a job, in the order in which they were made."""
-    by_epoch: dict[int, list[int]] = {}
+def runs_of(steps: Sequence[Step]) -> list[list[Step]]:
+    """The steps of each run of a job, in the order in which they were made."""
+    by_epoch: dict[int, list[Step]] = {}
     for step in sorted(steps, key=lambda step: (step.epoch, step.at)):
-        by_epoch.setdefault(step.epoch, []).append(step.number)
+        by_epoch.setdefault(step.epoch, []).append(step)
     return list(by_epoch.values())
 
 

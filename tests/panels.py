@@ -13,6 +13,8 @@ import yaml
 ROOT = Path(__file__).parents[1]
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "graft.json"
 RULES = ROOT / "deploy" / "prometheus" / "alerts.yml"
+# Of GPUs alone: tests/unit/test_metrics.py has them from a driver's stand-in, tests/gpu/ from a card.
+ON_A_GPU = ("graft_gpu_", "graft_memory_forecast_")
 _METRIC = re.compile(r"\bgraft_\w+")
 
 
@@ -29,6 +31,11 @@ def expressions() -> Iterator[tuple[str, str]]:
     """Each by the title of what it belongs to."""
     for rule in rules():
         yield rule["alert"], rule["expr"]
+    yield from questions()
+
+
+def questions() -> Iterator[tuple[str, str]]:
+    """Those of the dashboard."""
     for panel in dashboard()["panels"]:
         for target in panel.get("targets", ()):
             yield panel["title"], target["expr"]
@@ -36,4 +43,8 @@ def expressions() -> Iterator[tuple[str, str]]:
 
 def metrics_asked_for() -> set[str]:
     """Names as they are scraped; those of a histogram's parts included."""
-    return {name for _, expression in expressions() for name in _METRIC.findall(expression)}
+    return {name for _, expression in expressions() for name in metrics_of(expression)}
+
+
+def metrics_of(expression: str) -> set[str]:
+    return set(_METRIC.findall(expression))

@@ -67,7 +67,7 @@ def _after(job: Replayed, event: Event) -> Replayed:
             return _claimed(job, event)
         case "phase":
             return replace(_held(job, event), phase=data["phase"])
-        case "metrics":
+        case "metrics" | "note":
             return _held(job, event)
         case "warning":
             return replace(_held(job, event), warnings=(*job.warnings, message))
@@ -122,19 +122,19 @@ def _paused(job: Replayed, event: Event) -> Replayed:
 
 
 def _requeued(job: Replayed, reason: str) -> Replayed:
+    counted = _counted(job, reason)
     if REMEDIES[FailureReason(reason)].retry is Retry.REPLANNED:  # with another plan: else it would have been the end
-        return replace(job, attempt=job.attempt - 1)
-    return _counted(job, reason)
+        return replace(counted, attempt=job.attempt - 1)
+    return counted
 
 
 def _counted(job: Replayed, reason: str) -> Replayed:
-    """What a failed run cost: a free one gives its attempt back, and counts where it brought no checkpoint."""
+    """What a failed run cost: a free one gives its attempt back. One without a checkpoint counts if it was free."""
     retry = REMEDIES[FailureReason(reason)].retry
-    if retry not in (Retry.FREE, Retry.UNCOUNTED):
-        return job
     progressed = job.checkpoint is not None and job.checkpoint[1] == job.epoch and job.checkpoint[0] > 0
     fruitless = 0 if progressed else job.runs_without_progress + (retry is Retry.FREE)
-    return replace(job, attempt=job.attempt - 1, runs_without_progress=fruitless)
+    given_back = retry in (Retry.FREE, Retry.UNCOUNTED)
+    return replace(job, attempt=job.attempt - given_back, runs_without_progress=fruitless)
 
 
 def _left(job: Replayed, state: JobState) -> Replayed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 from graft_shared.capacity import Placement
@@ -14,6 +15,10 @@ from graft_shared.specs import JobSpec, Optim
 from graft_shared.store import NewJob
 
 _numbers = itertools.count()
+
+A_PLAN = TrainingPlan(
+    recompute=Recompute.NONE, recompute_every_n=0, microbatch_tokens=512, packing=True, optim=Optim.ADAMW_8BIT
+)
 
 
 def a_spec(**changes: Any) -> dict[str, Any]:
@@ -30,7 +35,7 @@ def a_new_job(
         id=new_job_id(),
         tenant=tenant,
         spec=a_spec(**spec),
-        plan={},
+        plan=A_PLAN.to_dict(),
         placement={"target_modules": ["q_proj"], "max_position_embeddings": 128},
         gpu_class=gpu_class,
         request_sha256=sha,
@@ -42,9 +47,7 @@ def a_placement(gpu_class: str = "cpu") -> Placement:
     """Where a job goes on after it ran out of memory."""
     gpu = load_capacity().get(gpu_class)
     assert gpu is not None
-    plan = TrainingPlan(
-        recompute=Recompute.FULL, recompute_every_n=1, microbatch_tokens=512, packing=True, optim=Optim.ADAMW_8BIT
-    )
+    plan = replace(A_PLAN, recompute=Recompute.FULL, recompute_every_n=1)
     estimate = MemoryEstimate(components={"base_weights": 1000})
     return Placement(gpu_class=gpu, plan=plan, estimate=estimate, target_modules=("q_proj",))
 

@@ -118,6 +118,7 @@ class ModelWorker:
     stages: tuple[str, ...]
     takes_classes: tuple[str, ...]
     seen_at: float
+    started_at: float = 0.0  # at this place
 
 
 @dataclass(frozen=True)
@@ -385,7 +386,8 @@ class StoreModel:
         worker = self.workers.get(holder.partition("/")[0])
         if worker is None or worker.place != place:
             return set()
-        return self._fence([job for job in self.jobs.values() if job.worker == holder])
+        own = [job for job in self.jobs.values() if job.worker == holder]
+        return self._fence([job for job in own if (job.claimed_at or 0.0) >= worker.started_at])
 
     def release_expired(self) -> set[str]:
         now = self.clock.now
@@ -420,6 +422,8 @@ class StoreModel:
         known = self.workers.get(worker.name)
         if known and known.place != worker.place and known.seen_at >= self.clock.now - ALIVE_SECONDS:
             raise WorkerNameTaken(name=worker.name)
+        is_known_here = known is not None and known.place == worker.place
+        worker.started_at = known.started_at if known and is_known_here else self.clock.now
         self.workers[worker.name] = worker
 
     def leave(self, name: str, place: str) -> None:
@@ -459,7 +463,11 @@ class StoreModel:
 
     def _used(self, tenant: str, stage: str, since: float) -> float:
         ended = sum(r.seconds for r in self.runs if (r.tenant, r.stage) == (tenant, stage) and r.ended_at >= since)
-        return ended + sum(self.clock.now - (job.claimed_at or 0.0) for job in self._running(tenant, stage))
+        return ended + sum(self._held_seconds(job) for job in self._running(tenant, stage))
+
+    def _held_seconds(self, job: ModelJob) -> float:
+        """Of its present run."""
+        return min(self.clock.now, job.lease_expires_at or 0.0) - (job.claimed_at or 0.0)
 
     def _is_due(self, job: ModelJob, older_than: float) -> bool:
         is_old = job.bell_rung_at is None or job.bell_rung_at < self.clock.now - older_than
@@ -474,7 +482,7 @@ class StoreModel:
         return {job.id for job in found}
 
     def _charge(self, job: ModelJob) -> None:
-        seconds = self.clock.now - (job.claimed_at or 0.0)
+        seconds = self._held_seconds(job)
         self.runs.append(ModelRun(job.tenant, job.stage, self.clock.now, seconds))
         if job.stage == "train":
             job.gpu_seconds += seconds
@@ -486,10 +494,10 @@ class StoreModel:
         now, saved, delay = self.clock.now, job.checkpoint, 0.0
         if job.cancel_requested:
             return job.end("cancelled", now)
+        progressed = saved is not None and saved["epoch"] == failed_epoch and saved["step"] > 0
+        job.runs_without_progress = 0 if progressed else job.runs_without_progress + (reason in FREE)
         if reason in FREE or reason == "paused":
-            progressed = saved is not None and saved["epoch"] == failed_epoch and saved["step"] > 0
             job.attempt -= 1
-            job.runs_without_progress = 0 if progressed else job.runs_without_progress + (reason in FREE)
             again = job.runs_without_progress < POISON_RUNS
         elif reason in CHARGED:
             again = job.attempt < job.max_attempts

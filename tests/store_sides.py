@@ -46,6 +46,7 @@ class BothSides:
         self.database, self.clock, self.model = database, clock, StoreModel(clock, asdict(QUOTAS))
         self.jobs, self.files, self.workers = Jobs(database, QUOTAS), Files(database, QUOTAS), Workers(database)
         self.leases, self.tenants = Leases(database, _LEASE, QUOTAS), Tenants(database, QUOTAS)
+        self.places: dict[str, str | None] = {}  # where the worker lived that claimed a job last
 
     def call(self, real: Callable[[], Answer], predict: Callable[[], Any]) -> tuple[Answer, Any] | None:
         """Make the same call of both and return both answers; where the model refuses it, so must the store."""
@@ -81,7 +82,7 @@ class BothSides:
         def predict() -> tuple[str, bool]:
             known = {"idempotency_key": key, "request_sha256": sha, "created_at": self.clock.now}
             known |= {name: spec[name] for name in ("gpu_class", "max_attempts")}
-            known |= {"priority": PRIORITIES[spec["priority"]], "not_before": self.clock.now}
+            known |= {"priority": PRIORITIES[spec["priority"]], "not_before": self.clock.now, "plan": new.plan}
             return self.model.submit(ModelJob(id=job_id, tenant=tenant, sent_before=sent_before, **known), first_at)
 
         answer = self.call(lambda: self.jobs.submit(new), predict)
@@ -132,6 +133,8 @@ class BothSides:
         claimed = self.leases.claim(holder, stage=stage, gpu_classes=takes)
         expected = self.model.claim(holder, stage.value, takes, claimed and claimed.id)
         assert (claimed and (claimed.id, claimed.epoch)) == (expected and (expected.id, expected.epoch))
+        if expected is not None:
+            self.places[expected.id] = self.model.workers[name].place if name in self.model.workers else None
         return expected
 
     def prepare_all(self) -> None:

@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from typer.core import TyperGroup
 
 from graft_client import tables
@@ -29,6 +27,7 @@ from graft_client.errors import AnswerUnreadable, GraftAPIError, GraftClientErro
 from graft_client.progress import watch as show_progress
 from graft_client.reports import report_view
 from graft_client.spec_files import read_spec
+from graft_client.terminal import console, escape, harmless
 
 PLUGINS = "graft.commands"  # entry points that add commands: `up`, `keys`, `backup` and others come from graft-local
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_CANCELLED, EXIT_SERVICE_ERROR = 1, 2, 3, 4
@@ -84,7 +83,11 @@ SpecPath = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change one setting: --set training.max_steps=100 (repeatable)."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change one setting: --set training.max_steps=100, --set 'lora.target_modules=[q_proj]' (repeatable).",
+    ),
 ]
 Data = Annotated[
     str | None,
@@ -106,7 +109,8 @@ def submit(
     with _client() as client:
         if data is not None:
             body["dataset"] = {"file": _file_id(client, data)}
-        job = client.submit(body, idempotency_key=key)
+        with _asking_for_data(body):
+            job = client.submit(body, idempotency_key=key)
         if not watch:
             _answer(job, tables.job_table(job), as_json=as_json)
             return
@@ -194,9 +198,13 @@ def logs(
     as_json: AsJson = False,
 ) -> None:
     """Print the log of a job's last run, also while it runs."""
+    said = ""
     with _client() as client:
-        for piece in client.follow_logs(job) if follow else (client.logs(job),):
-            print(json.dumps({"job": job, "log": piece}) if as_json else piece, end="\n" if as_json else "", flush=True)
+        for said in client.follow_logs(job) if follow else (client.logs(job),):
+            text = json.dumps({"job": job, "log": said}) + "\n" if as_json else harmless(said)
+            print(text, end="", flush=True)
+    if not said and not as_json:
+        _notice(f"The log of {job} is empty: graft get {job} shows how it stands, GET /jobs/{job}/events its history.")
 
 
 @webhooks_app.command("show")
@@ -267,12 +275,13 @@ def merge(
 
 @app.command()
 def estimate(spec: SpecPath, data: Data = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Show where a job would go, what would fill the card and how long it would take, without posting it."""
+    """Show where a job would go, what would fill the card and, if its speed is known, how long it would take."""
     body = read_spec(spec, overrides or [])
     with _client() as client:
         if data is not None:
             body["dataset"] = {"file": _file_id(client, data)}
-        found = client.estimate(body)
+        with _asking_for_data(body):
+            found = client.estimate(body)
         if found.get("fits") is False and not as_json:
             raise GraftAPIError.from_refusal(found)
         _answer(found, tables.estimate_view(found), as_json=as_json)
@@ -360,7 +369,7 @@ def report(
         if as_json:
             _answer(found, None, as_json=True)
         else:
-            Console().print(report_view(found["report"]))
+            console().print(report_view(found["report"]))
 
 
 def main() -> None:
@@ -368,24 +377,51 @@ def main() -> None:
     try:
         app()
     except GraftAPIError as error:
-        tables.print_error(Console(stderr=True), error)
+        tables.print_error(console(stderr=True), error)
         sys.exit(EXIT_USER_ERROR if error.is_users else EXIT_SERVICE_ERROR)
     except (AnswerUnreadable, ServiceUnreachable) as error:
         _die(str(error), EXIT_SERVICE_ERROR)
     except GraftClientError as error:
         _die(str(error))
+    except OSError as error:
+        _die(f"{error.filename2 or error.filename or 'A file or folder'} cannot be used: {error.strerror or error}.")
+    except UnicodeEncodeError as error:
+        _die(f"What was asked for is no text, by the character {error.object[error.start : error.end]!r} in it.")
 
 
 def _file_id(client: GraftClient, data: str) -> str:
-    """The id of the data: as it was typed, or of the file that was uploaded for it."""
+    """The id of the data: as it was typed, or of the same bytes where they are, now or from an earlier command."""
     path = Path(data)
     if not path.is_file():
         if data.startswith("file-"):
             return data
         _die(f"There is no file {data}.")
+    if (known := _uploaded(client, path)) is not None:
+        _notice(f"{data} was uploaded before: {known['id']}")
+        return str(known["id"])
     file_id: str = client.upload(path)["id"]
     _notice(f"{data} is uploaded: {file_id}")
     return file_id
+
+
+@contextmanager
+def _asking_for_data(spec: dict[str, Any]) -> Iterator[None]:
+    """The service says that a dataset is required; how one is given here, it cannot know."""
+    try:
+        yield
+    except GraftAPIError as error:
+        if error.param == "dataset" and "dataset" not in spec:
+            error.message += " Give --data ROWS.jsonl, or name one in the spec."
+        raise
+
+
+def _uploaded(client: GraftClient, path: Path) -> dict[str, Any] | None:
+    try:
+        return client.uploaded(path)
+    except GraftAPIError as error:
+        if error.status != 403:
+            raise
+        return None  # a key may be for writing files, and not for reading them
 
 
 @contextmanager
@@ -402,8 +438,8 @@ def _follow(client: GraftClient, job_id: str, *, as_json: bool) -> NoReturn:
             job = update.job
             print(json.dumps(job), flush=True)
     else:
-        job = show_progress(updates, Console())
-        tables.print_whole(Console(), tables.job_table(job))
+        job = show_progress(updates, console())
+        tables.print_whole(console(), tables.job_table(job))
         if job["status"] == "succeeded":
             _notice(f"Next: graft download {job_id}")
     sys.exit(EXIT_OF_STATUS[job["status"]])
@@ -413,13 +449,13 @@ def _answer(document: Any, shown: Any, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(document, indent=2))
     else:
-        tables.print_whole(Console(), escape(shown) if isinstance(shown, str) else shown)
+        tables.print_whole(console(), escape(shown) if isinstance(shown, str) else shown)
 
 
 def _notice(text: str) -> None:
-    Console(stderr=True).print(escape(text), soft_wrap=True)
+    console(stderr=True).print(escape(text), soft_wrap=True)
 
 
 def _die(message: str, code: int = EXIT_USER_ERROR) -> NoReturn:
-    Console(stderr=True).print(f"[red]error[/red] {escape(message)}", soft_wrap=True, highlight=False)
+    console(stderr=True).print(f"[red]error[/red] {escape(message)}", soft_wrap=True, highlight=False)
     sys.exit(code)

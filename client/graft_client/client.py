@@ -7,9 +7,10 @@ import json
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 from urllib.parse import quote
 
 import httpx
@@ -22,6 +23,7 @@ from graft_client.transport import Transport, decoded
 DEFAULT_URL = "http://127.0.0.1:8000"
 UPLOAD_TIMEOUT_SECONDS = 600.0  # the service reads and checks every row before it answers
 CHUNK_BYTES = 1024 * 1024  # read from a file at once
+MOST_FILES_LOOKED_AT = 1000  # for one that is there already: ten pages, and no more waiting than an upload's
 REPORT_POLL_SECONDS = 1.0
 WATCH_PATIENCE_SECONDS = 60.0  # a watcher outlives a restart of the service
 
@@ -263,6 +265,13 @@ class GraftClient:
         """Go through the uploaded files, newest first."""
         yield from self._pages("/files", {"limit": page_size})
 
+    def uploaded(self, path: str | Path) -> Document | None:
+        """Return the description of these very bytes where they were uploaded before; only the newest are looked at."""
+        with Path(path).open("rb") as content:
+            proof = _proof_of(content)
+        newest = islice(self.files(page_size=100), MOST_FILES_LOOKED_AT)
+        return next((file for file in newest if proof.items() <= file.items()), None)
+
     def delete_file(self, file_id: str) -> None:
         """Remove a file; GraftAPIError `file_in_use` while a job has not prepared its data from it."""
         self._transport.json("DELETE", f"/files/{_part(file_id)}")
@@ -274,12 +283,8 @@ class GraftClient:
         limited by whatever stands before it.
         """
         path = Path(path)
-        digest, size = hashlib.sha256(), 0
         with path.open("rb") as content:
-            while chunk := content.read(CHUNK_BYTES):
-                digest.update(chunk)
-                size += len(chunk)
-            announced = {"filename": path.name, "bytes": size, "sha256": digest.hexdigest()}
+            announced = {"filename": path.name, **_proof_of(content)}
             upload = self._transport.json("POST", "/files/uploads", json=announced)
             content.seek(0)
             self._transport.put(upload["url"], iter(lambda: content.read(CHUNK_BYTES), b""), upload["headers"])
@@ -389,14 +394,23 @@ class GraftClient:
 
 
 def _sendable(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The spec as a plain dict; raises NotJson for numbers that JSON does not have."""
+    """The spec as a plain dict; raises NotJson for what cannot be written in JSON."""
     try:
-        json.dumps(dict(spec), allow_nan=False)
-    except ValueError as error:
+        json.dumps(dict(spec), allow_nan=False, ensure_ascii=False).encode()
+    except (ValueError, TypeError, RecursionError) as error:
         raise NotJson(
-            "The spec holds NaN or Infinity, which are not JSON: give a number, or leave the key out."
+            f"The spec cannot be written in JSON ({error}), which has no NaN or Infinity, and no bytes."
         ) from error
     return dict(spec)
+
+
+def _proof_of(content: BinaryIO) -> Document:
+    """What tells these bytes from any others, as the service names it."""
+    digest, size = hashlib.sha256(), 0
+    while chunk := content.read(CHUNK_BYTES):
+        digest.update(chunk)
+        size += len(chunk)
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def _part(text: str) -> str:

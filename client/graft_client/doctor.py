@@ -13,7 +13,7 @@ import httpx
 import typer
 
 from graft_client.client import DEFAULT_URL
-from graft_client.errors import KeyNotSendable, ServiceUnreachable
+from graft_client.errors import KeyNotSendable, NetworkSettingsWrong, ServiceUnreachable, without_userinfo
 from graft_client.findings import Check, Finding, UnknownCheck, examine, fault, good, note, show, skipped
 from graft_client.transport import Transport
 
@@ -30,6 +30,12 @@ _PROBES = {
     "metrics": ("GET", "/metrics"),
 }
 _NEEDED = ("jobs:read", "jobs:write", "files:read", "files:write")  # to bring data, train and take home
+_UNREAD = "none is needed, and the one that is set is not looked at"
+_OTHER_STAGES = {
+    "prepare": "jobs stay in validating_files, and no GPU gets one",
+    "merge": "merged models that are asked for wait",
+}
+_MORE_WORKERS = "graft up, or deploy/README.md"
 
 Only = Annotated[list[str] | None, typer.Argument(metavar="[CHECK]…", help="Make these checks alone.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")]
@@ -54,23 +60,39 @@ def conclude(checks: list[Check], only: list[str] | None, *, as_json: bool) -> N
 def look(environment: Mapping[str, str]) -> Iterator[Finding]:
     """Everything that a URL and a key let one see."""
     url, key = environment.get("GRAFT_URL") or DEFAULT_URL, environment.get("GRAFT_API_KEY") or None
+    address = without_userinfo(url)
     try:
         transport = Transport(url, api_key=key, timeout=TIMEOUT_SECONDS, patience_seconds=0.0)
         answer = transport.ask("GET", "/healthz")
         if not _is_graft(answer):
-            yield fault("service", f"what answers at {url} is not Graft", "export GRAFT_URL=https://… (its address)")
+            yield fault(
+                "service", f"what answers at {address} is not Graft", "export GRAFT_URL=https://… (its address)"
+            )
             return
-        yield good("service", f"answers at {url}")
+        yield good("service", f"answers at {address}")
         yield judge_skew("clock of the service", skew_of(answer))
         yield from _readiness(transport)
         yield _version(transport)
-        yield _key(transport, is_given=key is not None)
-        yield _workers(transport)
+        is_unread = key is not None and _is_open(url)
+        yield good("key", _UNREAD) if is_unread else _key(transport, is_given=key is not None)
+        yield from _workers(transport)
         transport.close()
     except KeyNotSendable as error:
         yield fault("key", str(error), "export GRAFT_API_KEY=graft_…")
+    except NetworkSettingsWrong as error:
+        yield fault("service", error.reason, error.remedy)
     except ServiceUnreachable as error:
-        yield fault("service", f"no answer from {url} ({error.reason})", "graft up, or export GRAFT_URL=https://…")
+        yield _no_answer(address, error)
+
+
+def _no_answer(address: str, error: ServiceUnreachable) -> Finding:
+    """Only where nothing listens is a service to be started."""
+    if error.is_late:
+        found = f"something listens at {address} and did not answer within {TIMEOUT_SECONDS:.0f} s"
+        return fault("service", f"{found}: if it is Graft, it is busy", "graft doctor service, a minute later")
+    way = "export GRAFT_URL=https://… (its address)"
+    remedy = f"graft up, with the --state-dir that it had; or {way}" if error.is_refused else way
+    return fault("service", f"no answer from {address} ({error.reason})", remedy)
 
 
 def _is_graft(answer: httpx.Response) -> bool:
@@ -116,6 +138,15 @@ def _version(transport: Transport) -> Finding:
     return note("version", f"this client is {ours}, the service {theirs}", "git pull && make setup, on the older side")
 
 
+def _is_open(url: str) -> bool:
+    """Whether a request without a key is answered: a service that has no keys takes any, and looks at none."""
+    nobody = Transport(url, api_key=None, timeout=TIMEOUT_SECONDS, patience_seconds=0.0)
+    try:
+        return nobody.ask(*_PROBES["jobs:read"]).is_success
+    finally:
+        nobody.close()
+
+
 def _key(transport: Transport, *, is_given: bool) -> Finding:
     """Whether the key is in force, and which scopes it has; no route tells, so each is tried."""
     statuses = {scope: transport.ask(method, path).status_code for scope, (method, path) in _PROBES.items()}
@@ -136,10 +167,17 @@ def _key(transport: Transport, *, is_given: bool) -> Finding:
     return good("key", said)
 
 
-def _workers(transport: Transport) -> Finding:
+def _workers(transport: Transport) -> Iterator[Finding]:
     answer = transport.ask("GET", "/capacity")
     if not answer.is_success:
-        return skipped("workers", f"the service does not tell ({answer.status_code})")
-    if classes := [row["name"] for row in answer.json()["data"] if row["live_workers"]]:
-        return good("workers", f"alive for {', '.join(classes)}")
-    return note("workers", "none that trains is alive: jobs are accepted, and wait", "graft up, or deploy/README.md")
+        yield skipped("workers", f"the service does not tell ({answer.status_code})")
+        return
+    fleet = answer.json()
+    alive = {stage for worker in fleet["workers"] for stage in worker["stages"]}
+    if classes := [row["name"] for row in fleet["data"] if row["live_workers"]]:
+        yield good("workers", f"alive for {', '.join(classes)}")
+    else:
+        yield note("workers", "none that trains is alive: jobs are accepted, and wait", _MORE_WORKERS)
+    for stage, without_any in _OTHER_STAGES.items():
+        if stage not in alive:
+            yield note("workers", f"none that {stage}s is alive: {without_any}", _MORE_WORKERS)

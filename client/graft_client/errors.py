@@ -5,7 +5,8 @@ GraftClientError
 ├── ServiceUnreachable     nothing answered
 ├── AnswerUnreadable       something answered that is not the service
 ├── KeyNotSendable         the API key holds what no header may
-├── NotJson                the spec holds NaN or Infinity
+├── NetworkSettingsWrong   the environment names a proxy or certificates that cannot be used
+├── NotJson                the spec holds what JSON has no word for
 ├── SpecUnreadable         the spec's file cannot be read, or is neither JSON nor YAML
 ├── DownloadCorrupt        bytes arrived that are not the ones that the manifest promises
 ├── TargetNotEmpty         a download would write over something
@@ -14,6 +15,7 @@ GraftClientError
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import httpx
@@ -71,7 +73,24 @@ class ServiceUnreachable(GraftClientError):
 
     def __init__(self, base_url: str, reason: str) -> None:
         self.reason = reason
-        super().__init__(f"No answer from {base_url} ({reason}). Is the service running? Start it with `make run`.")
+        address = without_userinfo(base_url)
+        super().__init__(
+            f"No answer from {address} ({reason}). Is the service running? "
+            "Start it with `graft up`, and with the --state-dir that it had."
+        )
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the machine answered that nothing listens there."""
+        cause = self.__cause__
+        while cause is not None and not isinstance(cause, ConnectionRefusedError):
+            cause = cause.__cause__ or cause.__context__  # httpcore cuts the chain of causes
+        return cause is not None
+
+    @property
+    def is_late(self) -> bool:
+        """Whether something listens there, and did not answer in time."""
+        return isinstance(self.__cause__, httpx.ReadTimeout)
 
 
 class AnswerUnreadable(GraftClientError):
@@ -87,6 +106,15 @@ class AnswerUnreadable(GraftClientError):
 
 class KeyNotSendable(GraftClientError):
     """The API key is not printable ASCII; the message never shows it."""
+
+
+class NetworkSettingsWrong(GraftClientError):
+    """What the environment says of the network cannot be used; nothing was sent."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        self.reason = f"what the environment says of the network cannot be used ({reason})"
+        self.remedy = remedy
+        super().__init__(f"W{self.reason[1:]}: {remedy}.")
 
 
 class NotJson(GraftClientError):
@@ -107,6 +135,11 @@ class TargetNotEmpty(GraftClientError):
 
 class WaitedTooLong(GraftClientError):
     """The job did not end within the time that the caller gave."""
+
+
+def without_userinfo(address: str) -> str:
+    """An address to be shown: without the user and the password that may stand before its host."""
+    return re.sub(r"^(\w+://)?\S*@", r"\1", address)
 
 
 def _error_object(response: httpx.Response) -> dict[str, Any]:

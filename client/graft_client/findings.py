@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
+
+from graft_client.terminal import console, escape
 
 
 class Verdict(StrEnum):
@@ -73,7 +73,16 @@ def examine(checks: Sequence[Check], only: Iterable[str]) -> list[Finding]:
     if unknown := wanted - {check.name for check in checks}:
         known = ", ".join(check.name for check in checks)
         raise UnknownCheck(f"There is no check '{min(unknown)}'. There are: {known}.")
-    return [finding for check in checks if not wanted or check.name in wanted for finding in check.look()]
+    return [finding for check in checks if not wanted or check.name in wanted for finding in _made(check)]
+
+
+def _made(check: Check) -> Iterator[Finding]:
+    """What a check finds; one that cannot end is a fault, and the others are made all the same."""
+    try:
+        yield from check.look()
+    except Exception as error:  # noqa: BLE001 (what no check foresaw is what a doctor is asked about)
+        found = f"the check could not end: {type(error).__name__}: {error}"
+        yield fault(check.name, found, f"mend what it names, then graft doctor {check.name}")
 
 
 def show(findings: Sequence[Finding], *, as_json: bool) -> int:
@@ -82,7 +91,7 @@ def show(findings: Sequence[Finding], *, as_json: bool) -> int:
         rows = [{"subject": f.subject, "verdict": f.verdict, "found": f.found, "remedy": f.remedy} for f in findings]
         print(json.dumps(rows, indent=2))
     else:
-        Console().print(_table(findings))
+        console().print(_table(findings))
     return 1 if any(finding.verdict is Verdict.BAD for finding in findings) else 0
 
 
@@ -93,7 +102,7 @@ def _table(findings: Iterable[Finding]) -> Table:
     table = Table("", "", Column(overflow="fold"), box=None, pad_edge=False, show_header=False)
     for finding in findings:
         colour = _COLOURS[finding.verdict]
-        table.add_row(f"[{colour}]{finding.verdict}[/{colour}]", finding.subject, escape(finding.found))
+        table.add_row(f"[{colour}]{finding.verdict}[/{colour}]", escape(finding.subject), escape(finding.found))
         if finding.remedy is not None:
             table.add_row("", "", f"[bold]→[/bold] {escape(finding.remedy)}")
     return table

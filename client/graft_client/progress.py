@@ -9,11 +9,11 @@ from statistics import fmean
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
 from graft_client.client import Update
 from graft_client.tables import duration, status_words
+from graft_client.terminal import escape, harmless
 
 _BAR_EVENTS = frozenset({"progress", "heartbeat", "metrics"})  # the bar shows these; as lines they would flood
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -64,10 +64,10 @@ class Bar:
         progress = update.job.get("progress") or {}
         self._progress.update(
             self._task,
-            description=status_words(update.job),
+            description=harmless(status_words(update.job)),
             completed=progress.get("step") or 0,
             total=progress.get("total_steps"),
-            facts=measures(update.job),
+            facts=harmless(measures(update.job)),
             curve=sparkline([self._losses[step] for step in sorted(self._losses)], self._sparks),
         )
 
@@ -97,7 +97,7 @@ class Lines:
             self._console.print(line, soft_wrap=True)
         line = plain_line(update.job)
         if line != self._last:
-            self._console.print(line, soft_wrap=True, highlight=False)
+            self._console.print(escape(line), soft_wrap=True, highlight=False)
             self._last = line
 
 
@@ -141,10 +141,10 @@ def measures(job: dict[str, Any]) -> str:
 def _progress(console: Console) -> Progress:
     return Progress(
         SpinnerColumn(),
-        TextColumn("[bold]{task.description}"),
+        TextColumn("{task.description}", style="bold", markup=False),
         *([BarColumn()] if console.width >= WIDE else []),
         MofNCompleteColumn(),
-        TextColumn("[cyan]{task.fields[curve]}"),
-        TextColumn("{task.fields[facts]}"),
+        TextColumn("{task.fields[curve]}", style="cyan", markup=False),
+        TextColumn("{task.fields[facts]}", markup=False),
         console=console,
     )

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from graft_client.terminal import escape, harmless
+
 BAR_WIDTH = 40
 LEARNT, CUT = ("⟦", "⟧"), ("‹", "›")  # so that the mask can be read without colours, too
-_HARMLESS = {code: "�" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 def report_view(report: dict[str, Any]) -> RenderableType:
@@ -64,7 +64,8 @@ def _histogram(histogram: dict[str, Any]) -> Table:
     table.add_column(justify="right")
     most = max(counts)
     for low, high, count in zip(edges, edges[1:], counts, strict=False):
-        table.add_row(f"[dim]{low:,}–{high - 1:,}[/dim]", "█" * round(BAR_WIDTH * count / most), f"{count:,}")
+        lengths = f"{low:,}" if high - 1 == low else f"{low:,}–{high - 1:,}"
+        table.add_row(f"[dim]{lengths}[/dim]", "█" * round(BAR_WIDTH * count / most), f"{count:,}")
     return table
 
 
@@ -86,7 +87,7 @@ def masked(spans: list[dict[str, Any]]) -> Text:
     """A row's text with its mask; what could steer a terminal is shown as a sign."""
     text = Text()
     for span in spans:
-        shown = span["text"].translate(_HARMLESS)
+        shown = harmless(span["text"])
         if span["trained"]:
             text.append(f"{LEARNT[0]}{shown}{LEARNT[1]}", style="black on green")
         elif span["cut"]:

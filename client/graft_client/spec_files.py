@@ -25,11 +25,14 @@ def read_spec(source: str, overrides: list[str]) -> dict[str, Any]:
         raise SpecUnreadable(f"Cannot read {source}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise SpecUnreadable(f"{source} is not UTF-8 (byte {error.start}): save it as UTF-8.") from error
-    spec = _parsed(source, text)
-    if not isinstance(spec, dict):
-        raise SpecUnreadable(f"{source} must hold one object, the job's spec.")
-    for override in overrides:
-        _apply(spec, override)
+    try:
+        spec = _parsed(source, text)
+        if not isinstance(spec, dict):
+            raise SpecUnreadable(f"{source} must hold one object, the job's spec.")
+        for override in overrides:
+            _apply(spec, override)
+    except RecursionError as error:
+        raise SpecUnreadable(f"{source} is nested too deeply for a job's spec.") from error
     return spec
 
 
@@ -41,7 +44,7 @@ def _parsed(source: str, text: str) -> Any:
             raise SpecUnreadable(f"{source} is not JSON: {error}.") from error
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, LookupError) as error:  # the last two: a tag that its value does not fit
         raise SpecUnreadable(f"{source} is neither JSON nor YAML: {' '.join(str(error).split())}.") from error
 
 
@@ -57,7 +60,7 @@ def _apply(spec: dict[str, Any], override: str) -> None:
     try:
         spec[last] = _json(text)
     except ValueError:
-        spec[last] = text
+        spec[last] = _parsed(f"--set {override}", text) if text.startswith(("[", "{")) else text
 
 
 def _json(text: str) -> Any:
@@ -79,6 +82,11 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own way to say it
         first: [(tag, form) for tag, form in forms if not tag.endswith((":timestamp", ":bool", ":float", ":int"))]
         for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    yaml_constructors = {  # noqa: RUF012 - likewise
+        tag: construct
+        for tag, construct in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or not tag.endswith((":binary", ":timestamp", ":set", ":omap", ":pairs"))
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

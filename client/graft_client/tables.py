@@ -9,10 +9,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 
 from graft_client.errors import GraftAPIError
+from graft_client.terminal import escape
 
 GIB = 1024**3
 
@@ -87,10 +87,10 @@ def jobs_table(jobs: Iterable[dict[str, Any]]) -> Table:
         total = progress.get("total_steps")
         colour = _STATUS_COLOURS.get(job["status"], "default")
         table.add_row(
-            job["id"],
-            f"[{colour}]{job['status']}[/{colour}]",
+            escape(job["id"]),
+            f"[{colour}]{escape(job['status'])}[/{colour}]",
             escape(str(job.get("base_model") or "–")),
-            job.get("gpu_class") or "–",
+            escape(job.get("gpu_class") or "–"),
             f"{progress.get('step', 0)}/{total}" if total else "–",
             f"{loss:.3f}" if loss is not None else "–",
             moment(job.get("created_at")),
@@ -104,13 +104,13 @@ def checkpoints_table(checkpoints: Iterable[dict[str, Any]]) -> Table:
     for checkpoint in checkpoints:
         metrics = checkpoint["metrics"]
         table.add_row(
-            checkpoint["id"],
+            escape(checkpoint["id"]),
             str(checkpoint["step"]),
             gib(checkpoint["size"]),
             _text(metrics.get("train_loss")),
             _text(metrics.get("eval_loss")),
             moment(checkpoint["created_at"]),
-            "the job goes on from it" if checkpoint["is_stored"] else "",
+            "kept" if checkpoint["is_stored"] else "",
         )
     return table
 
@@ -125,6 +125,8 @@ def estimate_view(estimate: dict[str, Any]) -> RenderableType:
         bytes_table(memory.get("components") or {}),
         *_speed_lines(estimate.get("speed")),
     ]
+    if memory.get("host_bytes"):
+        parts.append(f"beside the GPU's, it may need {gib(memory['host_bytes'])} of the machine's memory")
     if estimate.get("live_workers") == 0:
         parts.append(
             f"note: no live worker of class {escape(str(estimate.get('gpu_class')))}; a job would wait for one"
@@ -135,6 +137,7 @@ def estimate_view(estimate: dict[str, Any]) -> RenderableType:
 
 def _speed_lines(speed: dict[str, Any] | None) -> Iterable[str]:
     if speed is None:
+        yield "time: not forecast for this class; graft watch shows it after the first steps"
         return
     found = speed["tokens_per_second"]
     guess = "" if speed["calibrated"] else ", by the card's data sheet"
@@ -161,26 +164,29 @@ def duration(seconds: float) -> str:
     return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
 
 
-def bytes_table(needed: dict[str, int], available: dict[str, int] | None = None) -> Table:
-    """Bytes by component, the largest first."""
+def bytes_table(needed: dict[str, int], available: dict[str, int] | None = None, *, margin: int = 0) -> Table:
+    """Bytes by component, the largest first, and what a forecast that may be off adds to them."""
     table = Table("component", box=None, pad_edge=False)
     table.add_column("memory", justify="right")
     for name, size in sorted(needed.items(), key=lambda item: -item[1]):
-        table.add_row(name.replace("_", " "), gib(size))
+        table.add_row(escape(name.replace("_", " ")), gib(size))
+    if margin > 0:
+        table.add_row("margin of the forecast", gib(margin))
     for name, size in (available or {}).items():
-        table.add_row(f"[dim]on the card: {name.replace('_', ' ')}[/dim]", f"[dim]{gib(size)}[/dim]")
+        table.add_row(f"[dim]on the card: {escape(name.replace('_', ' '))}[/dim]", f"[dim]{gib(size)}[/dim]")
     return table
 
 
 def print_error(console: Console, error: GraftAPIError) -> None:
     """Say what is wrong with its numbers; a refusal for memory comes with the table and the changes that would fit."""
     where = f" (at '{error.param}')" if error.param and error.param not in error.message else ""
-    console.print(f"[red]error[/red] {error.code}: {escape(error.message)}{escape(where)}", soft_wrap=True)
+    console.print(f"[red]error[/red] {escape(error.code)}: {escape(error.message)}{escape(where)}", soft_wrap=True)
     facts = dict(error.facts)
     needed, available = facts.pop("needed", None), facts.pop("available", None)
     changes, fits_here = facts.pop("changes", None) or (), facts.pop("fits_here", None) or ()
     if isinstance(needed, dict):
-        print_whole(console, bytes_table(needed, available if isinstance(available, dict) else None))
+        margin = (facts.get("needed_bytes") or 0) - sum(needed.values())
+        print_whole(console, bytes_table(needed, available if isinstance(available, dict) else None, margin=margin))
     if changes:
         console.print("Any one of these changes would fit:")
         print_whole(console, _changes_table(changes))
@@ -191,7 +197,7 @@ def print_error(console: Console, error: GraftAPIError) -> None:
         if value in (None, "", [], {}) or (isinstance(value, str) and value in error.message):
             continue
         shown = gib(value) if name.endswith("_bytes") and isinstance(value, int) else _text(value)
-        console.print(f"  [dim]{name}:[/dim] {escape(shown)}", soft_wrap=True)
+        console.print(f"  [dim]{escape(name)}:[/dim] {escape(shown)}", soft_wrap=True)
     if error.status >= 500 and error.request_id:
         console.print(f"  [dim]request:[/dim] {escape(error.request_id)}")
 
@@ -206,7 +212,7 @@ def _changes_table(changes: Iterable[dict[str, Any]]) -> Table:
             escape(_text(change.get("from"))),
             f"[green]{escape(_text(change.get('to')))}[/green]",
             gib(change.get("needed_bytes")),
-            _text(change.get("gpu_class") or "–"),
+            escape(_text(change.get("gpu_class") or "–")),
         )
     return table
 
@@ -216,7 +222,7 @@ def rows_table(rows: Iterable[dict[str, Any]]) -> Table:
     rows = list(rows)
     flat = [{k: v for k, v in row.items() if not isinstance(v, list | dict) and k != "object"} for row in rows]
     columns = list(dict.fromkeys(key for row in flat for key in row))
-    table = _whole_words(*[column.removesuffix("_bytes").replace("_", " ") for column in columns])
+    table = _whole_words(*[escape(column.removesuffix("_bytes").replace("_", " ")) for column in columns])
     for row in flat:
         table.add_row(*(escape(_cell(key, row.get(key))) for key in columns))
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +11,13 @@ from typing import Any
 
 import httpx
 
-from graft_client.errors import AnswerUnreadable, GraftAPIError, KeyNotSendable, ServiceUnreachable
+from graft_client.errors import (
+    AnswerUnreadable,
+    GraftAPIError,
+    KeyNotSendable,
+    NetworkSettingsWrong,
+    ServiceUnreachable,
+)
 
 BUSY_STATUSES = frozenset({429, 502, 503, 504})
 MAYBE_DONE_STATUSES = frozenset({502, 504})  # a proxy's, that got no answer: the service may have done it all the same
@@ -22,6 +29,8 @@ _PAST_PROXIES: dict[str, httpx.BaseTransport | None] = {
     "all://localhost": None,
     "all://[::1]": None,
 }
+_LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+_NETWORK_SETTINGS = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")  # httpx reads them
 
 
 class Transport:
@@ -36,6 +45,7 @@ class Transport:
     Raises:
         KeyNotSendable: The key is not printable ASCII, once what is blank around it is gone.
         ServiceUnreachable: `base_url` is no address.
+        NetworkSettingsWrong: The environment names a proxy or certificates that cannot be used.
     """
 
     def __init__(
@@ -51,14 +61,13 @@ class Transport:
     ) -> None:
         self.base_url = base_url.rstrip("/")
         try:
-            httpx.URL(self.base_url)
+            host = httpx.URL(self.base_url).host
         except httpx.InvalidURL as error:
-            raise ServiceUnreachable(self.base_url, f"this is no address: {error}") from error
+            what = f": {error}" if "@" not in self.base_url else ""  # it quotes what it takes for a port
+            raise ServiceUnreachable(self.base_url, f"this is no address{what}") from error
         self.patience_seconds = patience_seconds
         self._headers = _authorization((api_key or "").strip())
-        self._http = httpx.Client(
-            timeout=httpx.Timeout(timeout, connect=min(timeout, 5.0)), transport=transport, mounts=_PAST_PROXIES
-        )
+        self._http = _http(host, httpx.Timeout(timeout, connect=min(timeout, 5.0)), transport)
         self.sleep = sleep
         self.clock = clock
 
@@ -142,6 +151,19 @@ class Transport:
     def _build(self, method: str, path: str, options: dict[str, Any]) -> httpx.Request:
         headers = {"headers": self._headers | options.get("headers", {})}
         return self._http.build_request(method, self.base_url + path, **(options | headers))
+
+
+def _http(host: str, timeout: httpx.Timeout, transport: httpx.BaseTransport | None) -> httpx.Client:
+    """A client by the environment's proxies and certificates; those that cannot be used do not matter on loopback."""
+    try:
+        return httpx.Client(timeout=timeout, transport=transport, mounts=_PAST_PROXIES)
+    except (ImportError, ValueError, OSError, httpx.InvalidURL) as error:
+        if host in _LOOPBACK:
+            return httpx.Client(timeout=timeout, transport=transport, trust_env=False)
+        names = [name for name in _NETWORK_SETTINGS if name in os.environ or name.lower() in os.environ]
+        # An address that cannot be read is quoted with the password in it.
+        said = "this is no address" if isinstance(error, httpx.InvalidURL) else str(error)
+        raise NetworkSettingsWrong(said, f"mend or unset {', '.join(names)}") from error
 
 
 def decoded(response: httpx.Response) -> Any:

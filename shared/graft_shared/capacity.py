@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 from graft_shared.catalogue import Catalogue, ModelShape
 from graft_shared.errors import GraftError, InvalidParameter, VramCapacityExceeded
 from graft_shared.memory import GIB, HALF, MemoryEstimate, TrainingPlan
-from graft_shared.planner import cheaper_plan, fastest_plan, leanest_plan
+from graft_shared.planner import cheaper_plan, fastest_plan, leanest_plan, plan_for_smaller_host
 from graft_shared.specs import JobSpec
 from graft_shared.speed import Rates
 
@@ -38,6 +38,10 @@ class GpuClass:
         """Whether this class is meant for bases of that size at all."""
         return self.max_parameters is None or shape.parameters <= self.max_parameters
 
+    def held_of_host(self, needed: MemoryEstimate) -> int:
+        """Bytes of the machine's own memory that a run holds here: on a CPU there is no other."""
+        return needed.expected_bytes if self.is_cpu else needed.host_held_bytes
+
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
@@ -51,8 +55,8 @@ class Placement:
 
     @property
     def summary(self) -> str:
-        """What becomes of a job that ran out of memory and is placed here, as a sentence."""
-        return f"The GPU ran out of memory; the job goes on on {self.gpu_class.name}, {self.plan.summary}."
+        """What becomes of a job that had too little memory and is placed here, as a sentence."""
+        return f"There was too little memory; the job goes on on {self.gpu_class.name}, {self.plan.summary}."
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,12 @@ class CapacityTable:
         served = [gpu for gpu in self.classes if not gpu.is_cpu and gpu.memory_bytes <= total_bytes / CLASS_TOLERANCE]
         return max(served, key=lambda gpu: gpu.memory_bytes, default=None)
 
-    def place(self, shape: ModelShape, spec: JobSpec, catalogue: Catalogue) -> Placement:
+    def place(
+        self, shape: ModelShape, spec: JobSpec, catalogue: Catalogue, registered: Iterable[ModelShape] = ()
+    ) -> Placement:
         """Return the cheapest GPU class on which some plan fits the spec `within_positions` of its base.
+
+        A refusal names bases that fit; the `registered` ones, which are read only then, come before the catalogue's.
 
         Raises:
             InvalidParameter: An unknown class, targets that the base lacks, or a length beyond its positions.
@@ -96,7 +104,7 @@ class CapacityTable:
             chosen = fastest_plan(shape, fitted, gpu.usable_bytes, gpu.cards) if gpu.takes(shape) else None
             if chosen is not None:
                 return self._placement(gpu, *chosen, shape, fitted)
-        raise self._refusal(shape, spec, catalogue)
+        raise self._refusal(shape, spec, catalogue, registered)
 
     def after_out_of_memory(
         self, shape: ModelShape, spec: JobSpec, gpu_class: str, plan: TrainingPlan
@@ -117,6 +125,17 @@ class CapacityTable:
                 return self._placement(gpu, *chosen, shape, spec)
         return None
 
+    def after_host_out_of_memory(
+        self, shape: ModelShape, spec: JobSpec, gpu_class: str, plan: TrainingPlan, free_bytes: int | None
+    ) -> Placement | None:
+        """How a job goes on whose plan needs more of the host than there is; None where no plan would need less."""
+        here = self.get(gpu_class)
+        if here is None:
+            return None
+        find = cheaper_plan if here.is_cpu else plan_for_smaller_host
+        found = find(shape, spec, plan, free_bytes)
+        return self._placement(here, *found, shape, spec) if found is not None else None
+
     def largest_base(self, gpu: GpuClass, catalogue: Catalogue, spec: JobSpec) -> ModelShape | None:
         """The largest listed base that this class trains with these settings."""
         here = CapacityTable((gpu,))
@@ -129,7 +148,7 @@ class CapacityTable:
         return Placement(
             gpu_class=gpu,
             plan=plan,
-            estimate=needed,
+            estimate=replace(needed, host={}) if gpu.is_cpu else needed,
             target_modules=shape.resolve_targets(spec.lora.target_modules),
             warnings=_warnings(shape, spec),
         )
@@ -162,49 +181,45 @@ class CapacityTable:
         least = leanest_plan(shape, spec)[1].high_bytes
         return any(gpu.takes(shape) and least <= gpu.usable_bytes for gpu in self._allowed(spec))
 
-    def _refusal(self, shape: ModelShape, spec: JobSpec, catalogue: Catalogue) -> VramCapacityExceeded:
+    def _refusal(
+        self, shape: ModelShape, spec: JobSpec, catalogue: Catalogue, registered: Iterable[ModelShape]
+    ) -> VramCapacityExceeded:
         largest = max(self._allowed(spec), key=lambda gpu: gpu.usable_bytes)
         _, needed = leanest_plan(shape, within_positions(shape, spec))
         everywhere = sorted({*self.classes, *self.known}, key=lambda gpu: gpu.usable_bytes)
         required = next((gpu for gpu in everywhere if CapacityTable((gpu,))._fits(shape, _any_class(spec))), None)
-        changes = list(self._changes(shape, spec, catalogue))
-        bases = _largest_first(catalogue)
-        fitting = (base.base_model for base in bases if self._fits(base, spec))
+        own = {base.base_model: base for base in _largest_first(registered)}
+        listed = [base for base in _largest_first(catalogue) if base.base_model not in own]
+        changes = list(self._changes(shape, spec, list(own.values()), listed))
+        fitting = (base.base_model for base in (*own.values(), *listed) if self._fits(base, spec))
         fits_here = list(islice(fitting, FITS_HERE))
         which = "the largest GPU class here" if spec.gpu.gpu_class == "auto" else "the class you asked for"
-        limit = f"{which}, {largest.name}, has {_gib(largest.usable_bytes)}"
-        if not largest.takes(shape):
-            limit = (
-                f"{which}, {largest.name}, takes bases of up to {(largest.max_parameters or 0) / 1e9:.1f}B parameters"
-            )
-        message = (
-            f"{shape.base_model} ({shape.parameters / 1e9:.1f}B) with these settings needs {_gib(needed.high_bytes)}; "
-            f"{limit}. "
-            + (
-                f"It would fit with {_sentence(changes)}."
-                if changes
-                else "No single change of its settings makes it fit."
-            )
+        asked = f"{shape.base_model} ({shape.parameters / 1e9:.1f}B)"
+        reason = (
+            f"{asked} with these settings needs {_gib(needed.high_bytes)}; "
+            f"{which}, {largest.name}, has {_gib(largest.usable_bytes)}."
+            if largest.takes(shape)
+            else f"{asked} has too many parameters; "
+            f"{which}, {largest.name}, takes bases of up to {(largest.max_parameters or 0) / 1e9:.1f}B."
+        )
+        advice = (
+            f"It would fit with {_sentence(changes)}." if changes else "No single change of its settings makes it fit."
         )
         return VramCapacityExceeded(
-            message,
-            param="base_model",
-            needed_bytes=needed.high_bytes,
-            needed=needed.components,
-            available_bytes=largest.usable_bytes,
-            available={
-                "card": largest.memory_bytes,
-                "reserved": largest.memory_bytes - largest.usable_bytes,
-                "usable": largest.usable_bytes,
-            },
+            f"{reason} {advice}",
+            param=changes[0]["param"] if changes else "base_model",
+            **(_memory_facts(largest, needed) if largest.takes(shape) else {}),
             largest_class=largest.name,
             required_class=required.name if required else None,
             fits_here=fits_here,
             changes=changes,
         )
 
-    def _changes(self, shape: ModelShape, spec: JobSpec, catalogue: Catalogue) -> Iterator[dict[str, Any]]:
-        """Single changes after which the job is accepted, each tried by placing it; the gentlest first."""
+    def _changes(self, shape: ModelShape, spec: JobSpec, *bases: list[ModelShape]) -> Iterator[dict[str, Any]]:
+        """Single changes after which the job is accepted, each tried by placing it; the gentlest first.
+
+        Of each list of `bases`, the largest first, one may be offered instead of the job's.
+        """
         length = within_positions(shape, spec).training.max_length
         lengths = range(LENGTH_STEP * ((length - 1) // LENGTH_STEP), 0, -LENGTH_STEP)
         yield from self._first("training.max_length", length, lengths, shape, spec)
@@ -223,7 +238,8 @@ class CapacityTable:
             yield from self._first("lora.target_modules", "all-linear", ["auto"], shape, spec)
         if spec.gpu.gpu_class != "auto":
             yield from self._first("gpu.class", spec.gpu.gpu_class, [gpu.name for gpu in self.classes], shape, spec)
-        yield from self._smaller_bases(shape, spec, catalogue)
+        for listed in bases:
+            yield from self._smaller_base(shape, spec, listed)
 
     def _first(
         self, param: str, now: Any, values: Iterable[Any], shape: ModelShape, spec: JobSpec
@@ -234,9 +250,9 @@ class CapacityTable:
                 yield self._change(param, now, value, shape, changed)
                 return
 
-    def _smaller_bases(self, shape: ModelShape, spec: JobSpec, catalogue: Catalogue) -> Iterator[dict[str, Any]]:
+    def _smaller_base(self, shape: ModelShape, spec: JobSpec, listed: list[ModelShape]) -> Iterator[dict[str, Any]]:
         """The largest listed base that fits with the same settings, of the same architecture if there is one."""
-        smaller = [base for base in _largest_first(catalogue) if base.parameters < shape.parameters]
+        smaller = [base for base in listed if base.parameters < shape.parameters]
         smaller.sort(key=lambda base: base.model_type != shape.model_type)
         for base in smaller:
             changed = with_change(spec, "base_model", base.base_model)
@@ -285,8 +301,22 @@ def _any_class(spec: JobSpec) -> JobSpec:
     return with_change(spec, "gpu.class", "auto")
 
 
-def _largest_first(catalogue: Catalogue) -> list[ModelShape]:
-    return sorted(catalogue, key=lambda shape: shape.parameters, reverse=True)
+def _memory_facts(gpu: GpuClass, needed: MemoryEstimate) -> dict[str, Any]:
+    """The numbers of a refusal that memory decides."""
+    return {
+        "needed_bytes": needed.high_bytes,
+        "needed": needed.components,
+        "available_bytes": gpu.usable_bytes,
+        "available": {
+            "card": gpu.memory_bytes,
+            "reserved": gpu.memory_bytes - gpu.usable_bytes,
+            "usable": gpu.usable_bytes,
+        },
+    }
+
+
+def _largest_first(bases: Iterable[ModelShape]) -> list[ModelShape]:
+    return sorted(bases, key=lambda shape: shape.parameters, reverse=True)
 
 
 def _class_from(name: str, facts: Mapping[str, Any], rank: int) -> GpuClass:

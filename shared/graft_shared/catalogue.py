@@ -5,7 +5,6 @@ Sources: the config classes of `transformers` (key names, defaults) and the publ
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -203,10 +202,6 @@ class Catalogue:
 
     def __iter__(self) -> Iterator[ModelShape]:
         return iter(self.shapes.values())
-
-    def suggest(self, base_model: str) -> list[str]:
-        """The listed ids that look most like this one."""
-        return difflib.get_close_matches(base_model, self.shapes, n=3, cutoff=0.5)
 
 
 def _read(config: Mapping[str, Any], family: Family, **names: str) -> ModelShape:

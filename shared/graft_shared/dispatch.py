@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import ssl
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from celery import Celery
 from kombu.exceptions import OperationalError
@@ -43,6 +45,11 @@ def queue_for(stage: Stage, gpu_class: str) -> str:
     return gpu_class if stage is Stage.TRAIN else stage.value
 
 
+def broker_tls(broker_url: str) -> dict[str, Any] | None:
+    """What TLS asks of the broker where its URL does not say: kombu would tell the password to whoever answers."""
+    return {"ssl_cert_reqs": ssl.CERT_REQUIRED} if urlsplit(broker_url).scheme == "rediss" else None
+
+
 class CeleryDoorbell:
     """Rings through Celery's broker."""
 
@@ -51,6 +58,7 @@ class CeleryDoorbell:
         self._app.conf.update(
             task_serializer="json",
             task_ignore_result=True,
+            broker_use_ssl=broker_tls(broker_url),
             broker_transport_options={**BROKER_TRANSPORT_OPTIONS, **_RING_ONCE},
             broker_connection_timeout=5,
         )

@@ -238,7 +238,7 @@ def after_failure(
 
     Args:
         attempt: Charged runs so far, this one included (`claim` counts it in advance).
-        runs_without_progress: Uncharged runs in a row before this one that brought no new checkpoint.
+        runs_without_progress: Lost or drained runs before this one, since the last that brought a new checkpoint.
         made_progress: This run brought one.
         cancel_requested: The user has asked to cancel; then no failure brings the job back.
         replanned: The job has another plan now; these are few, so that such runs need not be counted.
@@ -246,15 +246,15 @@ def after_failure(
     if cancel_requested:
         return Aftermath(state=JobState.CANCELLED, attempt=attempt, runs_without_progress=runs_without_progress)
     retry = REMEDIES[reason].retry
-    if retry is Retry.REPLANNED and replanned:
-        return Aftermath(state=JobState.QUEUED, attempt=attempt - 1, runs_without_progress=runs_without_progress)
+    counted = 1 if retry is Retry.FREE else 0
+    fruitless = 0 if made_progress else runs_without_progress + counted
+    if replanned:
+        return Aftermath(state=JobState.QUEUED, attempt=attempt - 1, runs_without_progress=fruitless)
     if retry in (Retry.NEVER, Retry.REPLANNED):
-        return Aftermath(state=JobState.FAILED, attempt=attempt, runs_without_progress=runs_without_progress)
+        return Aftermath(state=JobState.FAILED, attempt=attempt, runs_without_progress=fruitless)
     if retry is Retry.CHARGED:
         state = JobState.QUEUED if attempt < max_attempts else JobState.FAILED
-        return Aftermath(state=state, attempt=attempt, runs_without_progress=runs_without_progress)
-    counted = 0 if retry is Retry.UNCOUNTED else 1
-    fruitless = 0 if made_progress else runs_without_progress + counted
+        return Aftermath(state=state, attempt=attempt, runs_without_progress=fruitless)
     state = JobState.QUEUED if fruitless < MAX_RUNS_WITHOUT_PROGRESS else JobState.FAILED
     return Aftermath(state=state, attempt=attempt - 1, runs_without_progress=fruitless)
 
@@ -333,9 +333,10 @@ class Job:
 
     def gpu_seconds_until(self, moment: datetime) -> float:
         """How long its training has held a GPU, the present run included; `moment` is of the database's clock."""
-        if not self.is_training or self.claimed_at is None:
+        if not self.is_training or self.claimed_at is None or self.lease_expires_at is None:
             return self.gpu_seconds
-        return self.gpu_seconds + max(0.0, (moment - self.claimed_at).total_seconds())
+        until = min(moment, self.lease_expires_at)
+        return self.gpu_seconds + max(0.0, (until - self.claimed_at).total_seconds())
 
 
 def status_of(state: JobState, stage: Stage, *, cancel_requested: bool, pause_requested: bool) -> JobStatus:

@@ -7,7 +7,7 @@ to runs on an H100 and an H200 (tests/bench/golden.py; docs/memory.md shows how 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from functools import lru_cache
 from typing import Any
@@ -31,6 +31,8 @@ OPTIMIZER_BYTES = {
     Optim.PAGED_ADAMW_32BIT: 8.0,
     Optim.ADAMW_TORCH: 8.0,
 }
+PAGED = (Optim.PAGED_ADAMW_8BIT, Optim.PAGED_ADAMW_32BIT)
+SHARD_BYTES = 50 * 10**9  # of 4-bit weights on their way to the disk, at most: what transformers puts into one file
 # Layers that are fed the same tensor: their adapters share the columns by which it is widened.
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 MOST_SHARED_RANK = 256  # of all that share
@@ -106,9 +108,20 @@ class TrainingPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """Bytes on the device at the worst moment, by component."""
+    """Bytes on the device at the worst moment, by component; and of the host beside a GPU, beyond the process's own."""
 
     components: dict[str, int]
+    host: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def host_bytes(self) -> int:
+        """What the run may need of the host."""
+        return sum(self.host.values())
+
+    @property
+    def host_held_bytes(self) -> int:
+        """What of it stays while it trains; nothing is loaded where an earlier run has kept the 4-bit weights."""
+        return self.host_bytes - self.host.get("loading", 0)
 
     @property
     def expected_bytes(self) -> int:
@@ -132,6 +145,8 @@ class MemoryEstimate:
             "low_bytes": self.low_bytes,
             "expected_bytes": self.expected_bytes,
             "high_bytes": self.high_bytes,
+            "host_components": self.host,
+            "host_bytes": self.host_bytes,
         }
 
 
@@ -151,7 +166,7 @@ def estimate(
     # Data that do not fill their microbatches may run as graphs after all, whose memory nothing else shares.
     less = replace(plan, microbatch_tokens=largest_graph)
     as_graphs = _estimate(shape, spec.lora, spec.quantization, less, evaluated)
-    return max(most, as_graphs, key=lambda found: found.expected_bytes)
+    return replace(max(most, as_graphs, key=lambda found: found.expected_bytes), host=most.host)
 
 
 @lru_cache(maxsize=ESTIMATES_REMEMBERED)
@@ -196,7 +211,36 @@ def _estimate(
     slack = ALLOCATOR_BYTES + int(ALLOCATOR_SHARE * body + PUT_BY_SHARE * held["gradients"])
     if not quantization.load_in_4bit:
         slack += int(RELAID_SHARE * weights)
-    return MemoryEstimate(components={**components, "context_and_allocator": CONTEXT_BYTES + slack})
+    kept_on_disk = min(SHARD_BYTES, weights + rest) if quantization.load_in_4bit else 0
+    host = host_bytes(shape, plan, optimizer=held["optimizer"], loading=kept_on_disk)
+    return MemoryEstimate(components={**components, "context_and_allocator": CONTEXT_BYTES + slack}, host=host)
+
+
+def host_bytes(shape: ModelShape, plan: TrainingPlan, *, optimizer: int, loading: int) -> dict[str, int]:
+    """What a run on a GPU holds of the host at its worst moment, by component.
+
+    Args:
+        optimizer: Bytes of its state; paged, it moves to the host when the GPU is full.
+        loading: Bytes that are held until the base is loaded, when nothing else is yet.
+    """
+    held = {
+        "parked_inputs": parked_bytes(shape, plan),
+        "embeddings": pinned_bytes(embeddings_on_host(shape, plan)),
+        "paged_optimizer": optimizer if plan.optim in PAGED else 0,
+    }
+    return {**held, "loading": max(0, loading - sum(held.values()))}
+
+
+def parked_bytes(shape: ModelShape, plan: TrainingPlan) -> int:
+    """Bytes of layer inputs that a plan parks in pinned memory, one buffer for each layer."""
+    if plan.recompute is not Recompute.OFFLOAD:
+        return 0
+    return shape.num_hidden_layers * pinned_bytes(HALF * size_for(plan.microbatch_tokens) * shape.hidden_size)
+
+
+def pinned_bytes(wanted: int) -> int:
+    """What torch takes of the host for so many pinned bytes: the next power of two."""
+    return 1 << (wanted - 1).bit_length() if wanted else 0
 
 
 def runs_as_graphs(microbatch_tokens: int, weights_per_layer: int) -> bool:
@@ -353,4 +397,4 @@ def _layers_kept(shape: ModelShape, plan: TrainingPlan) -> tuple[float, float]:
         case Recompute.FULL:
             return 0, layers
         case Recompute.OFFLOAD:
-            return 0, min(2, layers)  # the one at work and the one on its way
+            return 0, min(4, layers)  # the one at work, the one on its way, and what a layer gives with its gradient

@@ -24,7 +24,10 @@ PASS_SECONDS = Histogram(
     "graft_reconciler_pass_duration_seconds", "How long a pass took.", ["kind"], registry=RECONCILER
 )
 LAST_PASS = Gauge(
-    "graft_reconciler_last_pass_timestamp_seconds", "When a pass was last done.", ["kind"], registry=RECONCILER
+    "graft_reconciler_last_pass_timestamp_seconds",
+    "When a pass was last done; before the first one, when the process began.",
+    ["kind"],
+    registry=RECONCILER,
 )
 EXPIRED_LEASES = Counter(
     "graft_reconciler_expired_leases", "Leases taken back from workers that were not heard of.", registry=RECONCILER
@@ -43,6 +46,12 @@ for _outcome in ("taken", "not_taken", "refused"):  # from 0 on, or the first on
     WEBHOOK_TRIES.labels(_outcome)
 
 logger = logging.getLogger(__name__)
+
+
+def await_first_passes() -> None:
+    """Have passes missed from now on: a process that has done none yet would tell nothing, and an alert end with it."""
+    for kind in ("reconcile", "sweep"):
+        LAST_PASS.labels(kind).set_to_current_time()
 
 
 @contextmanager

@@ -15,7 +15,15 @@ AS_FAST = 0.97  # forecasts know no smaller difference: of plans that are as fas
 
 CHEAPER = 0.95  # a plan is worth trying after another ran out of memory if it needs no more than this share of it
 
-__all__ = ["Recompute", "TrainingPlan", "cheaper_plan", "fastest_plan", "leanest_plan", "plans"]
+__all__ = [
+    "Recompute",
+    "TrainingPlan",
+    "cheaper_plan",
+    "fastest_plan",
+    "leanest_plan",
+    "plan_for_smaller_host",
+    "plans",
+]
 
 
 def plans(shape: ModelShape, spec: JobSpec) -> tuple[TrainingPlan, ...]:
@@ -71,12 +79,40 @@ def _speed(shape: ModelShape, spec: JobSpec, plan: TrainingPlan, cards: tuple[Ra
     return tokens_per_second(shape, spec, plan, cards, mean_length=length, calibrated=False).expected
 
 
-def cheaper_plan(shape: ModelShape, spec: JobSpec, plan: TrainingPlan) -> tuple[TrainingPlan, MemoryEstimate] | None:
-    """Return the fastest plan that needs noticeably less than this one, which ran out of memory; or None."""
+def cheaper_plan(
+    shape: ModelShape, spec: JobSpec, plan: TrainingPlan, free_bytes: int | None = None
+) -> tuple[TrainingPlan, MemoryEstimate] | None:
+    """Return the fastest plan that needs noticeably less than this one, which ran out of memory; or None.
+
+    Args:
+        free_bytes: What there is, if that is known.
+    """
     enough = CHEAPER * estimate(shape, spec, plan).expected_bytes
+    if free_bytes is not None:
+        enough = min(enough, free_bytes)
     for other in plans(shape, spec):
         needed = estimate(shape, spec, other)
         if needed.expected_bytes <= enough:
+            return other, needed
+    return None
+
+
+def plan_for_smaller_host(
+    shape: ModelShape, spec: JobSpec, plan: TrainingPlan, free_bytes: int | None
+) -> tuple[TrainingPlan, MemoryEstimate] | None:
+    """Return the fastest plan that needs noticeably less of the host than this one, and no more of the GPU; or None.
+
+    With a plan that needs more of the GPU a job could go to and fro between two that both run out of memory.
+
+    Args:
+        free_bytes: What the host has, if that is known.
+    """
+    now = estimate(shape, spec, plan)
+    held = now.host_held_bytes
+    enough = min(int(CHEAPER * held), held - 1, held if free_bytes is None else free_bytes)
+    for other in plans(shape, spec):
+        needed = estimate(shape, spec, other)
+        if needed.host_held_bytes <= enough and needed.expected_bytes <= now.expected_bytes:
             return other, needed
     return None
 

@@ -18,7 +18,14 @@ from graft_shared.buckets import open_bucket
 from graft_shared.dispatch import CeleryDoorbell, Doorbell, queue_for
 from graft_shared.errors import StoreUnavailable
 from graft_shared.logs import configure_logging, log_event
-from graft_shared.metrics import EXPIRED_LEASES, LOST_BELLS, RECONCILER, counted_pass, serve_metrics
+from graft_shared.metrics import (
+    EXPIRED_LEASES,
+    LOST_BELLS,
+    RECONCILER,
+    await_first_passes,
+    counted_pass,
+    serve_metrics,
+)
 from graft_shared.settings import SharedSettings
 from graft_shared.store import Files, Leases, Outbox, Sweeps, Workers, open_database
 from graft_shared.sweeper import Sweeper
@@ -58,7 +65,8 @@ class Reconciler:
         """Reconcile until `stop`; a database that is away is waited for.
 
         Args:
-            passed: A file to touch after each pass, so that a health check can see when the last one was.
+            passed: A file to touch after each pass, so that a health check can see when the last one was; its
+                neighbour with `.tried` behind the name is touched after those that were postponed, too.
         """
         while not stop.wait(every.total_seconds()):
             try:
@@ -68,6 +76,8 @@ class Reconciler:
                     passed.touch()
             except StoreUnavailable as error:
                 log_event(logger, "reconcile_postponed", level=logging.WARNING, reason=error.message)
+            if passed is not None:
+                passed.with_name(f"{passed.name}.tried").touch()
 
 
 def run_beside(stop: threading.Event, *loops: Callable[[], None]) -> None:
@@ -87,6 +97,7 @@ def main() -> None:
     """Run with the configured neighbours until SIGTERM or SIGINT."""
     settings = SharedSettings()
     configure_logging(settings.log_format)
+    await_first_passes()
     serve_metrics(settings, RECONCILER)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

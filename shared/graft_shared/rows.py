@@ -36,6 +36,8 @@ class RowKind(StrEnum):
     SHAREGPT = "sharegpt"
 
 
+CHAT_KINDS = (RowKind.MESSAGES, RowKind.SHAREGPT)  # written in the base's chat template, or in a plain one
+
 # The keys that make a row of each kind; the first kind whose keys are all there is the row's.
 _KEYS: dict[RowKind, tuple[str, ...]] = {
     RowKind.MESSAGES: ("messages",),

@@ -97,7 +97,9 @@ class SharedSettings(BaseSettings):
     """How often a reconciler removes from the bucket a slice of what no row needs."""
     sweep_grace_seconds: float = Field(default=3600.0, gt=0)
     """How long after a job's end the last look for what it left is; at least two leases."""
-    reconciler_passed_path: Path | None = None  # touched after each pass of the reconciler, for a health check
+    reconciler_passed_path: Path | None = (
+        None  # touched after each pass of the reconciler, and `….tried` even if postponed
+    )
 
     @property
     def database(self) -> str:

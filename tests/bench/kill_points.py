@@ -1,6 +1,6 @@
 """Kill -9 a trainer again and again, let it go on from its last checkpoint, and compare the adapter byte for byte.
 
-    python tests/bench/kill_points.py --dims tiny --kills 50 --steps 210 --save-steps 4 --out result.json
+    python tests/bench/kill_points.py --dims tiny --kills 50 --steps 320 --save-steps 4 --out result.json
 
 Each life is killed at a moment drawn from a seed: while it loads, or some steps behind its checkpoint, up to two
 intervals of checkpoints later, anywhere in a step or in the writing of a checkpoint. On one machine, with one set of

@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -18,10 +17,11 @@ from typing import Any
 from graft_shared.store import open_database
 from tests.chaos.clients import Clients
 from tests.chaos.faults import Faults
-from tests.chaos.judge import figures, gather, judge, judge_webhooks, undelivered, unfinished
+from tests.chaos.judge import figures, gather, judge, judge_webhooks, told_as_the_jobs_own, undelivered, unfinished
 from tests.chaos.receiver import Receiver
 from tests.chaos.service import service_in_trouble
 from tests.invariants import Budget, budgets_hold
+from tests.scratch import scratch_folder
 from tests.waiting import wait_until
 
 
@@ -46,7 +46,7 @@ SAY_EVERY = 100
 def main() -> None:
     """Run, judge, report."""
     arguments = _arguments()
-    folder = Path(tempfile.mkdtemp(prefix="graft-chaos-"))
+    folder = scratch_folder("graft-chaos-")
     out = arguments.pop("out")
     report = run(folder, Wanted(**arguments))
     print(json.dumps(report, indent=2))
@@ -104,6 +104,7 @@ def run(folder: Path, wanted: Wanted) -> dict[str, Any]:
         evidence = gather(service, clients.submitted, faults.hits)
     verdict = judge(evidence)
     tenants = {job_id: job.tenant for job_id, job in evidence.jobs.items()}
+    verdict.note("no fault is told as the job's own", told_as_the_jobs_own(evidence.events))
     verdict.note("budgets hold", budgets_hold(dict.fromkeys(TENANTS, budget), evidence.events, tenants))
     verdict.note("every job's end is told at least once", judge_webhooks(evidence, receiver.taken))
     verdict.note("nothing is sent unsigned", ["a signature was wrong"] * receiver.forged)

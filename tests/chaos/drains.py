@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import subprocess
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -97,8 +96,8 @@ class Drains:
             wait_until(lambda: not family.living(), seconds=WATCHED_SECONDS, what="its end", every=LOOK_SECONDS)
         drain.gone_seconds = boottime() - drain.sent_at
         drain.processes = len(family.births)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            drain.exit_code = leader.wait(timeout=1)
+        with contextlib.suppress(TimeoutError):
+            drain.exit_code = leader.wait(1)
 
 
 @dataclass

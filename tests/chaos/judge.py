@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,14 +16,14 @@ from sqlalchemy import func, select, update
 from graft_shared.artifacts import MANIFEST_NAME, AdapterManifest
 from graft_shared.buckets import Bucket
 from graft_shared.buckets.directory import DirectoryBucket
-from graft_shared.jobs import MAX_RUNS_WITHOUT_PROGRESS, TERMINAL_STATES, Job, JobState
+from graft_shared.jobs import MAX_RUNS_WITHOUT_PROGRESS, REMEDIES, TERMINAL_STATES, Job, JobState, Retry
 from graft_shared.store import Database, open_database
 from graft_shared.store.engine import now
 from graft_shared.store.outbox import PAUSES
 from graft_shared.store.rows import job_from
 from graft_shared.store.tables import job_events, jobs, webhooks
 from tests.chaos.clients import SAVE_STEPS, STEP_SECONDS, Submitted
-from tests.chaos.faults import ENDS_THE_RUN, Hit
+from tests.chaos.faults import ENDS_THE_RUN, FROZEN_LEASES, Hit
 from tests.chaos.receiver import Taken
 from tests.chaos.service import ServiceInTrouble
 from tests.fakes.child import weights_after
@@ -35,9 +36,14 @@ from tests.invariants import (
     lost_by_interruption,
     nobody_steps_after_a_newer_epoch,
     runs_begin_behind_their_checkpoint,
+    runs_of,
     webhooks_are_delivered_or_exhausted,
 )
 from tests.witness import steps_made
+
+# Steps, at one interruption: those until the next checkpoint is saved, those that are saved and not yet committed, and
+# what is made in the seconds that a commit may take on a machine that has too much to do.
+MAY_LOSE = 2 * SAVE_STEPS + int(4.0 / STEP_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,9 @@ class Evidence:
     submitted: Sequence[Submitted]
     hits: Sequence[Hit]
     bucket: Bucket
-    may_lose: int  # steps, at most, at one interruption
+    lease_seconds: float
+    one_lock: bool  # a process that is frozen in a transaction keeps all others from writing
+    away: bool = False  # nobody could commit for a while, whatever was hit
     messages: Sequence[Message] = ()
 
     @cached_property
@@ -74,9 +82,18 @@ class Verdict:
 
 
 def gather(
-    service: ServiceInTrouble, submitted: Sequence[Submitted], hits: Sequence[Hit], bucket: Bucket | None = None
+    service: ServiceInTrouble,
+    submitted: Sequence[Submitted],
+    hits: Sequence[Hit],
+    bucket: Bucket | None = None,
+    *,
+    away: bool = False,
 ) -> Evidence:
-    """Read the store, the bucket (the service's folder, if no other is given) and the testimonies, past the service."""
+    """Read the store, the bucket (the service's folder, if no other is given) and the testimonies, past the service.
+
+    Args:
+        away: Store or bucket were not to be had for a while, so that nobody could commit.
+    """
     database = open_database(service.database_url)
     steps: dict[str, list[Step]] = defaultdict(list)
     for step in steps_made(service.state_dir):
@@ -89,8 +106,9 @@ def gather(
             submitted=submitted,
             hits=hits,
             bucket=bucket or DirectoryBucket(service.state_dir / "bucket"),
-            # A trainer whose supervisor stands still goes on until its deadline, and none of it is committed.
-            may_lose=2 * SAVE_STEPS + int(service.lease_seconds / STEP_SECONDS),
+            lease_seconds=service.lease_seconds,
+            one_lock=service.postgres is None,
+            away=away,
             messages=_messages(database),
         )
     finally:
@@ -128,10 +146,22 @@ def judge(evidence: Evidence) -> Verdict:
         if job.state is JobState.SUCCEEDED:
             verdict.note("succeeded means that the adapter is there, and the right one", _adapter(evidence, job))
             closes = accounting_closes(steps, evidence.by_id[job_id].steps) if job_id in evidence.by_id else True
-            too_many = [f"{job_id}: {lost}" for lost in lost_by_interruption(steps) if lost > evidence.may_lose]
+            too_many = _too_many_lost(evidence, job_id, steps)
             verdict.note("an interruption costs a checkpoint interval, and a lease where nobody could commit", too_many)
+            verdict.note("long runs are saved", _never_saved(job_id, steps, events))
             verdict.note("the steps add up", [] if closes else [f"{job_id}: {len(steps)} steps"])
     return verdict
+
+
+def told_as_the_jobs_own(events: Mapping[str, Sequence[Event]]) -> list[str]:
+    """The runs that chaos ended and that were charged to the job, or said to have ended by what lies in it."""
+    free = {reason.value for reason, remedy in REMEDIES.items() if remedy.retry in (Retry.FREE, Retry.UNCOUNTED)}
+    return [
+        f"{job_id}: {event['data']['reason']} in epoch {event['epoch']}"
+        for job_id, history in events.items()
+        for event in history
+        if event["type"] == "requeued" and event["data"]["reason"] not in free
+    ]
 
 
 def judge_webhooks(evidence: Evidence, taken: Sequence[Taken]) -> list[str]:
@@ -193,6 +223,38 @@ def _steps_after_cancel(evidence: Evidence, job_id: str, steps: Sequence[Step]) 
     return [f"{job_id}: step {step.number}" for step in steps if told is not None and step.at > told]
 
 
+def _too_many_lost(evidence: Evidence, job_id: str, steps: Sequence[Step]) -> list[str]:
+    """Interruptions that cost more than what was under way, or more than a lease where nobody could commit."""
+    found = []
+    for before, after in itertools.pairwise(runs_of(steps)):
+        lost = [step for step in before if step.number >= after[0].number]
+        if len(lost) > MAY_LOSE and not (
+            len(lost) <= MAY_LOSE + evidence.lease_seconds / STEP_SECONDS
+            and (evidence.away or _nobody_could_commit(evidence, job_id, lost))
+        ):
+            found.append(f"{job_id}: {len(lost)} steps of epoch {before[0].epoch}")
+    return found
+
+
+def _nobody_could_commit(evidence: Evidence, job_id: str, lost: Sequence[Step]) -> bool:
+    """Whether, while these steps were made, the job's supervisor stood still, or the database did.
+
+    A trainer whose supervisor stands still goes on until its deadline.
+    """
+    began, ended = lost[0].at - FROZEN_LEASES * evidence.lease_seconds, lost[-1].at
+    during = [hit for hit in evidence.hits if began <= hit.at <= ended]
+    return any(
+        hit.fault == "stop_postgres"
+        or (hit.fault in ("freeze_supervisor", "freeze_worker") and (evidence.one_lock or hit.job_id == job_id))
+        for hit in during
+    )
+
+
+def _never_saved(job_id: str, steps: Sequence[Step], events: Sequence[Event]) -> list[str]:
+    saved = any(event["type"] == "checkpoint" for event in events)
+    return [f"{job_id}: {len(steps)} steps"] if len(steps) > MAY_LOSE and not saved else []
+
+
 def _unlawful_failure(job: Job, events: Sequence[Event]) -> list[str]:
     """A job may fail here only as poison: lost or drained, so many times in a row, without a checkpoint between."""
     if job.state is not JobState.FAILED:
@@ -212,7 +274,10 @@ def _adapter(evidence: Evidence, job: Job) -> Iterator[str]:
     content = evidence.bucket.open(prefix + MANIFEST_NAME).read()
     if hashlib.sha256(content).hexdigest() != job.adapter["manifest"]["sha256"]:
         yield f"{job.id}: the manifest is not the one that the row names"
-    for file in AdapterManifest.model_validate_json(content).files:
+    files = AdapterManifest.model_validate_json(content).files
+    if "adapter_model.safetensors" not in {file.name for file in files}:
+        yield f"{job.id}: there are no weights among {[file.name for file in files]}"
+    for file in files:
         stored = evidence.bucket.open(prefix + file.name).read()
         if (len(stored), hashlib.sha256(stored).hexdigest()) != (file.size, file.sha256):
             yield f"{job.id}: {file.name} is not what the manifest says"

@@ -9,7 +9,6 @@ import platform
 import shlex
 import shutil
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -17,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos import cancels, drains
-from tests.chaos.judge import figures, gather, judge
+from tests.chaos.judge import figures, gather, judge, told_as_the_jobs_own
 from tests.chaos.service import service_in_trouble
 from tests.outages.wanted import UNSCALED_LEASE_SECONDS, come_to_rest
+from tests.scratch import scratch_folder
 from tests.witness import listening
 
 REST_SECONDS = 300.0  # for the last jobs; nothing here waits for a lease to run out
@@ -40,7 +40,7 @@ class Wanted:
 def main() -> None:
     """Run, judge, report; exit code 1 if a promise broke."""
     arguments = _arguments()
-    folder = Path(tempfile.mkdtemp(prefix="graft-races-"))
+    folder = scratch_folder("graft-races-")
     out = arguments.pop("out")
     report = run(folder, Wanted(**arguments))
     print(json.dumps(report, indent=2))
@@ -70,6 +70,7 @@ def run(folder: Path, wanted: Wanted) -> dict[str, Any]:
         evidence = gather(service, submitted, [hit for drain in drained.drains for hit in drain.hits])
     broken = {
         **judge(evidence).violations,
+        "no fault is told as the job's own": told_as_the_jobs_own(evidence.events),
         **cancels.broken_promises(cancelled.races, evidence),
         **drains.broken_promises(drained.drains, evidence),
     }

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx
 
+from tests.chaos.nursery import Member, Nursery
 from tests.chaos.scale import scaled_environment
 from tests.factories import make_tiny_base
 from tests.fleet import OnThisMachine
@@ -50,13 +51,17 @@ class ServiceInTrouble(OnThisMachine):
     environment: dict[str, str] = field(default_factory=dict)
     tenants: tuple[str, ...] = ()
     keys: dict[str, str] = field(default_factory=dict)
-    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    running: dict[str, Member] = field(default_factory=dict)
     restarts: int = 0
+    _nursery: Nursery = field(init=False)
     _commands: dict[str, list[str]] = field(default_factory=dict)
     _not_before: dict[str, float] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
     _end: threading.Event = field(default_factory=threading.Event)
     _keeper: threading.Thread | None = None
+
+    def __post_init__(self) -> None:
+        self._nursery = Nursery(self.state_dir)
 
     @property
     def url(self) -> str:  # type: ignore[override]
@@ -93,6 +98,7 @@ class ServiceInTrouble(OnThisMachine):
             **{f"prepare-{number}": ["graft_worker"] for number in range(self.preparers)},
             **{name: ["graft_worker"] for name in self.training_workers},
         }
+        self._nursery.open(self._environment())
         self._keeper = threading.Thread(target=self._keep, name="keeper", daemon=True)
         self._keeper.start()
         wait_until(self._ready, seconds=120, what=f"the service; its logs are under {self.state_dir}")
@@ -112,11 +118,10 @@ class ServiceInTrouble(OnThisMachine):
         for process in self.running.values():
             process.send_signal(signal.SIGTERM)
         for process in self.running.values():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=30)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            with contextlib.suppress(TimeoutError):
+                process.wait(30)
+            process.kill_group()
+        self._nursery.close()
 
     def trainers_of(self, worker: str) -> list[Trainer]:
         """What trains under this worker now."""
@@ -126,17 +131,17 @@ class ServiceInTrouble(OnThisMachine):
         """End a process and all that it forked at once, if it runs; it comes back, if wanted after a while."""
         with self._lock:
             process = self.running.get(name)
-            if process is None or process.poll() is not None:
+            if process is None or process.has_ended():
                 return False
             self._not_before[name] = time.monotonic() + max(away_seconds, PAUSE_SECONDS)
-            os.killpg(process.pid, signal.SIGKILL)
+            process.kill_group()
             return True
 
     def terminate(self, name: str) -> bool:
         """Ask a process to leave, if it runs, as an operator would."""
         with self._lock:
             process = self.running.get(name)
-            if process is None or process.poll() is not None:
+            if process is None or process.has_ended():
                 return False
             process.send_signal(signal.SIGTERM)
             return True
@@ -150,7 +155,7 @@ class ServiceInTrouble(OnThisMachine):
     def _start_if_ended(self, name: str) -> None:
         process = self.running.get(name)
         if process is not None:
-            if process.poll() is None:
+            if not process.has_ended():
                 return
             self._not_before.setdefault(name, time.monotonic() + PAUSE_SECONDS)
             del self.running[name]
@@ -159,17 +164,11 @@ class ServiceInTrouble(OnThisMachine):
             self._not_before.pop(name, None)
             self.running[name] = self._spawn(name)
 
-    def _spawn(self, name: str) -> subprocess.Popen[bytes]:
+    def _spawn(self, name: str) -> Member:
         kind = name.rpartition("-")[0]
         more = {"GRAFT_WORKER_NAME": name, "GRAFT_WORKER_DEVICE": "cpu", "GRAFT_WORKER_STAGE": kind}
-        with (self.state_dir / f"{name}.log").open("ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "tests.chaos.member", *self._commands[name]],
-                stdout=log,
-                stderr=log,
-                env=self._environment() | (more if kind in ("train", "prepare") else {}),
-                start_new_session=True,
-            )
+        environment = self._environment() | (more if kind in ("train", "prepare") else {})
+        return self._nursery.bear(self._commands[name], environment, self.state_dir / f"{name}.log")
 
     def _environment(self) -> dict[str, str]:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("GRAFT_")}

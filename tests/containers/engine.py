@@ -12,8 +12,8 @@ from pathlib import Path
 
 from tests.waiting import wait_until
 
-PROGRAMS = ("dockerd", "debootstrap", "iptables")
-PACKAGES = ("docker.io", "debootstrap", "iptables")
+PROGRAMS = ("dockerd", "debootstrap", "iptables", "aws")
+PACKAGES = ("docker.io", "debootstrap", "iptables", "awscli")
 STOP_SECONDS = 90.0
 
 
@@ -89,7 +89,7 @@ class DockerEngine:
 
 
 def install_missing() -> None:
-    """Install Debian's Docker and debootstrap where they are not there yet."""
+    """Install what is not there yet from Debian: Docker and debootstrap, and the `aws` of the operators' guide."""
     if all(map(shutil.which, PROGRAMS)):
         return
     quietly = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}

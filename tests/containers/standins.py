@@ -30,6 +30,8 @@ STAND_INS = {
     "postgres:18-bookworm": "postgres",
     "redis:8-bookworm": "redis",
     "versity/versitygw:v1.8.0": "versitygw",
+    "prom/prometheus:v3.5.0": "prometheus",
+    "grafana/grafana:12.1.1": "grafana",
 }
 
 _DEBOOTSTRAP = ("--variant=minbase", "--include=ca-certificates,python3,python3-venv,python3-pip", "bookworm")

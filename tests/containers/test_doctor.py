@@ -14,7 +14,7 @@ GRAFT = str(Path(sys.executable).parent / "graft")
 def test_a_disk_that_is_full_or_read_only_and_too_few_open_files(tmp_path: Path) -> None:
     """In a mount namespace of its own: the disk is a tmpfs that ends with it."""
     script = f"""
-        mount -t tmpfs -o size=1m none {tmp_path}
+        mount -t tmpfs -o size=1m none {tmp_path} && mkdir {tmp_path}/bucket
         {GRAFT} doctor disk bucket --json
         head -c 2m /dev/zero > {tmp_path}/zeros 2> /dev/null
         {GRAFT} doctor bucket --json

@@ -42,7 +42,11 @@ def test_what_the_documentation_writes_works(url: str) -> None:
     said: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL):
         exec(block.replace("https://graft.example.com", url).replace("KEY", KEY), said)
-    job = said["submit"]("rows.jsonl", "order-1", base_model=LLAMA)
+    file_id = said["upload"]("rows.jsonl")
+    job, again = (said["submit"](file_id, "order-1", base_model=LLAMA, metadata={"order": "1"}) for _ in range(2))
+    assert again["id"] == job["id"]
+    assert [one["id"] for one in said["jobs"](**{"metadata[order]": "1"})] == [job["id"]]
+    assert len(list(said["jobs"](status="validating_files"))) == 2
     assert said["graft"].get(f"/v1/fine_tuning/jobs/{said['job'].id}").json()["status"] == "validating_files"
     said["graft"].post(f"/jobs/{job['id']}/cancel").raise_for_status()
     assert [event["type"] for event in said["events"](job["id"])] == ["submitted", "cancelled"]

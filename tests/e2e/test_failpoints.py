@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[2]
 # A trainer that never looks at its deadline, under a supervisor that is frozen; and a point that nobody comes by.
 SABOTAGED = """
 import sys
+from graft_worker.training import guard
 from tests.failpoints import __main__ as matrix
 from tests.failpoints.points import Actor, Moment, Point, Scenario
-from tests.fakes import child
 
-child.read_deadline = lambda _: float("inf")
+guard.read_deadline = lambda _: float("inf")
 matrix.POINTS = (
     Point(
         name="deaf_trainer",

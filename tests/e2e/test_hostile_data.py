@@ -66,7 +66,7 @@ def _send_without_end(http: httpx.Client, case: Case) -> httpx.Response:
     """A client that sends chunks for as long as nobody answers, as no library does."""
     head = "".join(f"{name}: {value}\r\n" for name, value in {**case.headers, "transfer-encoding": "chunked"}.items())
     with socket.create_connection((http.base_url.host, http.base_url.port), timeout=PATIENCE_SECONDS) as connection:
-        connection.sendall(f"{case.method} {case.path} HTTP/1.1\r\nhost: x\r\n{head}\r\n".encode())
+        connection.sendall(f"{case.method} {case.path} HTTP/1.1\r\nhost: localhost\r\n{head}\r\n".encode())
         with contextlib.suppress(ConnectionResetError, BrokenPipeError):  # the answer was given, and the door shut
             for piece in case.content():
                 if select.select([connection], [], [], 0)[0]:

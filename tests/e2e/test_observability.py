@@ -14,11 +14,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.factories import make_tiny_base
 from tests.fleet import JSONL, Fleet, a_job
-from tests.panels import metrics_asked_for
+from tests.panels import ON_A_GPU, metrics_asked_for
 from tests.waiting import free_ports_in_a_row, wait_until
 
-# Of GPUs alone: tests/unit/test_metrics.py has them from a driver's stand-in, tests/gpu/ from a card.
-ON_A_GPU = ("graft_gpu_", "graft_memory_forecast_")
 API, RECONCILER, PREPARE, MERGE, CPU = range(5)  # in the order in which `graft up` gives them their ports
 
 

@@ -166,7 +166,7 @@ def test_a_job_runs_from_its_file_to_its_model(client: openai.OpenAI, service: M
         "type": "supervised",
         "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 6, "learning_rate_multiplier": "auto"}},
     }
-    job = create(client, tmp_path, suffix="bot", seed=7, validation_file=validation_file, method=method)
+    job = create(client, tmp_path, seconds=0.2, suffix="bot", seed=7, validation_file=validation_file, method=method)
     assert (job.object, job.model, job.seed, job.organization_id) == ("fine_tuning.job", "graft/tiny", 7, "red")
     assert job.status in ("validating_files", "queued", "running")
     assert (job.fine_tuned_model, job.trained_tokens, job.result_files) == (None, None, [])

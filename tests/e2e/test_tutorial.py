@@ -22,7 +22,6 @@ BY_HAND = ("make demo", "source ", "graft up")  # what the fixture has done: the
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     state = tmp_path_factory.mktemp("newcomer") / ".graft" / "demo"
     make_tiny_base(state / "models" / "graft" / "demo-llama")
-    make_tiny_base(state / "models" / "graft" / "tiny")
     running = Fleet(state, {"GRAFT_LOOK_SECONDS": "2"}).start()
     yield running
     running.stop()
@@ -43,7 +42,8 @@ def test_every_command_of_the_tutorial_works_as_it_is_written(fleet: Fleet) -> N
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "Did you mean 'learning_rate'?" in ran.stderr
     assert ran.stdout.count("refused, with exit code 2") == 2
-    assert re.search(r"training\.max_length +32768 +22016", ran.stderr), "the advice that the tutorial follows"
+    assert re.search(r"training\.max_length +32768 +20480", ran.stderr), "the advice that the tutorial follows"
+    assert re.search(r"adapter saved, reloaded and proven after step 200, loss \d", ran.stdout), "the log's last line"
     assert "Fits GPU class 16gb" in ran.stdout
     assert ran.stdout.splitlines()[-1].startswith("What does the owl say?")
 

@@ -10,7 +10,6 @@ import os
 import shlex
 import shutil
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -26,11 +25,11 @@ from tests.failpoints.points import POINTS, Fault
 from tests.failpoints.report import Report, table
 from tests.failpoints.scale import scale_constants
 from tests.failpoints.trial import try_case
+from tests.scratch import scratch_folder
 
 TRIALS_AT_ONCE = 6  # most of a trial is waiting
 FEWEST_AT_ONCE = 1  # on a busy machine, and to begin with
 SAVED_EVERY = 50  # trials
-IN_MEMORY = Path("/dev/shm")  # what is killed here is processes, not machines: no disk has to keep anything
 
 
 def main() -> None:
@@ -46,7 +45,7 @@ def main() -> None:
     command = shlex.join(["python", "-m", "tests.failpoints", *sys.argv[1:]])
     points = list(dict.fromkeys(case.point.name for case in cases))
     report = Report(command=command, database=asked.db, at_once=asked.at_once, points=points)
-    folder = Path(tempfile.mkdtemp(prefix="graft-failpoints-", dir=IN_MEMORY if IN_MEMORY.is_dir() else None))
+    folder = scratch_folder("graft-failpoints-")
     began = time.monotonic()
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     with databases(asked.db, folder) as made:

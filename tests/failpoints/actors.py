@@ -130,7 +130,7 @@ def run_api(site: Site, request: dict[str, Any], answer: Path, *, arms: Arms | N
         catalogue=catalogue(),
         capacity=capacity_table(),
     )
-    answered = TestClient(app, raise_server_exceptions=False).request(**request)
+    answered = TestClient(app, "http://localhost", raise_server_exceptions=False).request(**request)
     partial = answer.with_suffix(".partial")
     partial.write_text(json.dumps({"status": answered.status_code, "body": answered.json()}))
     partial.rename(answer)

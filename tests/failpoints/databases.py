@@ -141,7 +141,7 @@ _TARGET: dict[str, str] = {}
 def _engine_of(server: URL) -> Database:
     database = open_database(server.render_as_string(hide_password=False))
 
-    @event.listens_for(database.engine, "do_connect")
+    @event.listens_for(database.engine, "do_connect", insert=True)  # before who connects
     def redirect(_dialect: Any, _record: Any, arguments: list[Any], named: dict[str, Any]) -> None:
         if server.get_backend_name() == "sqlite":
             arguments[0] = _TARGET["database"]

@@ -9,17 +9,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any, NoReturn
+from typing import IO
 
 from graft_worker.parent import die_with_parent
 from graft_worker.supervisor import child as supervised
 from tests.fakes import child as toy
-
-_HIGHEST_FD = 65_536
+from tests.forked import end_after, stand_alone
 
 
 def fork(act: Callable[[], object], log: Path) -> int:
@@ -31,10 +29,10 @@ def fork(act: Callable[[], object], log: Path) -> int:
     pid = os.fork()
     if pid == 0:
         lines = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        _stand_alone(stdin=os.devnull, stdout=lines, stderr=lines)
+        stand_alone(stdin=os.devnull, stdout=lines, stderr=lines)
         os.environ["GRAFT_PARENT_PID"] = str(parent)
         die_with_parent()
-        _end_after(act)
+        end_after(act)
     return pid
 
 
@@ -61,12 +59,12 @@ class ForkedChild:
         self.pid = os.fork()
         if self.pid == 0:
             os.setsid()
-            _stand_alone(stdin=os.devnull, stdout=write_end, stderr=stderr.fileno())
+            stand_alone(stdin=os.devnull, stdout=write_end, stderr=stderr.fileno())
             os.chdir(cwd)
             os.environ.clear()
             os.environ.update(env)
             sys.argv = [toy.__file__, command[-1]]
-            _end_after(toy.main)
+            end_after(toy.main)
         os.close(write_end)
         self.stdout = os.fdopen(read_end, "rb")
         self.returncode: int | None = None
@@ -85,29 +83,3 @@ class ForkedChild:
         if self.returncode is None:
             self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return self.returncode
-
-
-def _stand_alone(*, stdin: str, stdout: int, stderr: int) -> None:
-    """Take these as 0, 1 and 2, and close all else."""
-    with Path(stdin).open("rb") as nothing:
-        os.dup2(nothing.fileno(), 0)
-    os.dup2(stdout, 1)
-    os.dup2(stderr, 2)
-    os.closerange(3, _HIGHEST_FD)
-    sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _end_after(act: Callable[[], Any]) -> NoReturn:
-    code = 1
-    try:
-        act()
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
-    except BaseException:  # noqa: BLE001 (a forked process may not go on where its parent was)
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)

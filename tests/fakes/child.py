@@ -2,8 +2,8 @@
 
 What it does is asked for in the job's metadata: `behaviour`, `steps` to train, `step_seconds` that each takes, and
 after how many a checkpoint is saved (`save_steps`). A real trainer's promises are kept: it dies with its supervisor,
-resumes from its checkpoint, leaves with 75 when told to stop or when the lease's deadline has passed, and its adapter
-is the same however often it was interrupted. Its steps stand in `steps.log` of the folder named by `witness` (see
+resumes from its checkpoint, asks the trainer's own guard before every step whether it may make it, and its adapter is
+the same however often it was interrupted. Its steps stand in `steps.log` of the folder named by `witness` (see
 `tests.witness`).
 """
 
@@ -16,11 +16,13 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any, TextIO
 
 from graft_shared.clock import boottime
 from graft_shared.jobs import FailureReason, Phase
+from graft_worker.disk import FULL_DISK_MESSAGE, is_of_full_disk
 from graft_worker.parent import die_with_parent
 from graft_worker.protocol import (
     CheckpointEvent,
@@ -32,12 +34,13 @@ from graft_worker.protocol import (
     ProgressEvent,
     TrainedEvent,
     WarningEvent,
-    read_deadline,
     read_request,
     wait_for_workdir,
 )
+from graft_worker.training.guard import Guard, LeaseOver, ToldToStop
 
 STEP_SECONDS = "0.02"
+LONGEST_SLEEP_SECONDS = 0.1  # a signal wakes nobody who sleeps
 
 
 def weights_after(steps: int) -> str:
@@ -58,9 +61,15 @@ def main() -> None:
     if workdir is None:
         return
     request = read_request(workdir)
-    print(json.dumps(_surroundings()))
     behaviour = request["spec"]["metadata"].get("behaviour", "")
-    code = _prepare(workdir, writer, behaviour) if "tokenizer_path" in request else _train(workdir, request, writer)
+    try:
+        print(json.dumps(_surroundings()))
+        code = _prepare(workdir, writer, behaviour) if "tokenizer_path" in request else _train(workdir, request, writer)
+    except OSError as error:
+        if not is_of_full_disk(error):
+            raise
+        writer.emit(FailureEvent(reason=FailureReason.DISK_FULL, message=FULL_DISK_MESSAGE))
+        code = ExitCode.CRASHED
     sys.exit(code)
 
 
@@ -90,12 +99,11 @@ def _prepare(workdir: Path, writer: EventWriter, behaviour: str) -> int:
 
 
 def _train(workdir: Path, request: dict[str, Any], writer: EventWriter) -> int:
-    told_to_stop = threading.Event()
+    guard = Guard()
+    guard.watch_lease(workdir, request["lease_seconds"])
     behaviour = request["spec"]["metadata"].get("behaviour", "")
     if behaviour == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    else:
-        signal.signal(signal.SIGTERM, lambda *_: told_to_stop.set())
     assert Path(request["train_file"]).read_bytes() == b"tokens"
     asked = request["spec"]["metadata"]
     steps, save_steps = int(asked.get("steps", "5")), int(asked.get("save_steps", "2"))
@@ -103,11 +111,18 @@ def _train(workdir: Path, request: dict[str, Any], writer: EventWriter) -> int:
     first, weights = _resumed(request["checkpoint_path"])
     writer.emit(WarningEvent(code="fake", message="This is no real trainer."))
     writer.emit(PhaseEvent(phase=Phase.TRAINING))
+    guard.measure_from_here()
     for step in range(first + 1, steps + 1):
-        if told_to_stop.wait(seconds) or boottime() > read_deadline(workdir):
+        _work(seconds, guard)
+        asked_at = boottime()
+        try:
+            guard.check()
+        except LeaseOver:
+            return ExitCode.STOPPED
+        except ToldToStop:
             return _leave(workdir, writer, step - 1, weights)
         weights = _trained(weights, step)
-        _testify(Path(asked["witness"]), request, step)
+        _testify(Path(asked["witness"]), request, step, asked_at)
         _misbehave(behaviour, step, request["epoch"], writer)
         writer.emit(_progress(step, steps))
         if step % save_steps == 0:
@@ -121,6 +136,12 @@ def _train(workdir: Path, request: dict[str, Any], writer: EventWriter) -> int:
     }
     writer.emit(TrainedEvent(versions={"python": "3"}, **facts))
     return ExitCode.DONE
+
+
+def _work(seconds: float, guard: Guard) -> None:
+    until = time.monotonic() + seconds
+    while not guard.is_told_to_stop and (left := until - time.monotonic()) > 0:
+        time.sleep(min(left, LONGEST_SLEEP_SECONDS))
 
 
 def _misbehave(behaviour: str, step: int, epoch: int, writer: EventWriter) -> None:
@@ -154,9 +175,10 @@ def _trained(weights: str, step: int) -> str:
     return hashlib.sha256(f"{weights} {step}".encode()).hexdigest()
 
 
-def _testify(folder: Path, request: dict[str, Any], step: int) -> None:
+def _testify(folder: Path, request: dict[str, Any], step: int, asked_at: float) -> None:
+    """A step is dated by when the guard was asked for it: whoever is frozen behind the answer still ends that one."""
     with (folder / "steps.log").open("a") as log:
-        log.write(f"{request['job_id']} {request['epoch']} {step} {boottime():.6f}\n")
+        log.write(f"{request['job_id']} {request['epoch']} {step} {asked_at:.6f}\n")
 
 
 def _leave(workdir: Path, writer: EventWriter, step: int, weights: str) -> int:

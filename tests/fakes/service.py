@@ -25,6 +25,7 @@ class FakeService:
         self.answers: dict[str, list[Answer]] = {}
         self.jobs: list[dict[str, Any]] = []
         self.events: list[dict[str, Any]] = []
+        self.uploads: list[dict[str, Any]] = []
         self.by_key: dict[str, dict[str, Any]] = {}
         self.files = dict(ADAPTER)  # what the store holds
         self.link_generation = itertools.count(1)
@@ -52,6 +53,7 @@ class FakeService:
             return self._accept(request)
         routes: dict[str, Callable[[], Any]] = {
             "/jobs": lambda: _page(self.jobs, request),
+            "/files": lambda: _page(self.uploads, request),
             "/jobs/ftjob-1": lambda: self.jobs[0],
             "/jobs/ftjob-1/events": lambda: _page(self.events, request),
             "/jobs/ftjob-1/adapter": self.manifest,

@@ -47,7 +47,7 @@ class Case:
         if self.raw:
             return self.raw
         body = self.body.replace(b"FILE", file_id.encode())
-        lines = {"host": "graft", "connection": "close", "content-length": str(len(body)), **self.headers}
+        lines = {"host": "localhost", "connection": "close", "content-length": str(len(body)), **self.headers}
         head = "".join(f"{name}: {value}\r\n" for name, value in lines.items() if value is not None)
         return f"{self.method} {self.path} HTTP/1.1\r\n{head}\r\n".encode("utf-8", "surrogateescape") + body
 
@@ -103,7 +103,7 @@ def encoded(how: str, body: bytes) -> Case:
 
 def twice(header: bytes) -> Case:
     return wire(
-        b"GET /jobs/ftjob-a/events HTTP/1.1\r\nhost: graft\r\n%s: 1\r\n%s: 2\r\n\r\n" % (header, header),
+        b"GET /jobs/ftjob-a/events HTTP/1.1\r\nhost: localhost\r\n%s: 1\r\n%s: 2\r\n\r\n" % (header, header),
         code="repeated_header",
     )
 
@@ -117,7 +117,7 @@ def _in_spec(place: bytes) -> bytes:
 
 
 def _posted(length: bytes, body: bytes) -> bytes:
-    head = b"POST /jobs HTTP/1.1\r\nhost: graft\r\nconnection: close\r\ncontent-type: application/json\r\n"
+    head = b"POST /jobs HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\n"
     return head + length + b"\r\n" + body
 
 
@@ -476,15 +476,17 @@ HEADERS = {
         headers=JSON | {"x-stainless-retry-count": "1", "x-stainless-read-timeout": "nan"},
         body=b'{"model": "a/b", "training_file": "FILE"}',
     ),
+    "a name of elsewhere for this machine": get("/jobs", 403, "foreign_caller", host="rebound.example"),
+    "a page of elsewhere": Case(status=403, code="foreign_caller", headers=JSON | {"origin": "https://a.example"}),
     "a header of forty kilobytes": get("/jobs", 431, "headers_too_large", x="a" * 40_000),
     "a thousand headers": get("/jobs", 431, "headers_too_large", **{f"x-{n}": "a" * 40 for n in range(1_000)}),
-    "a header of a megabyte": wire(b"GET /jobs HTTP/1.1\r\nhost: graft\r\nx: " + b"a" * 1_000_000 + b"\r\n\r\n"),
+    "a header of a megabyte": wire(b"GET /jobs HTTP/1.1\r\nhost: localhost\r\nx: " + b"a" * 1_000_000 + b"\r\n\r\n"),
     "a path of twenty kilobytes": get("/jobs/" + "a" * 20_000, 414, "address_too_long"),
     "a query of twenty kilobytes": get("/jobs?base_model=" + "a" * 20_000, 414, "address_too_long"),
     "a hundred thousand headers": wire(
-        b"GET /jobs HTTP/1.1\r\nhost: graft\r\n" + b"".join(b"x-%d: a\r\n" % n for n in range(100_000)) + b"\r\n"
+        b"GET /jobs HTTP/1.1\r\nhost: localhost\r\n" + b"".join(b"x-%d: a\r\n" % n for n in range(100_000)) + b"\r\n"
     ),
-    "a path of a megabyte": wire(b"GET /" + b"a" * 1_000_000 + b" HTTP/1.1\r\nhost: graft\r\n\r\n"),
+    "a path of a megabyte": wire(b"GET /" + b"a" * 1_000_000 + b" HTTP/1.1\r\nhost: localhost\r\n\r\n"),
 }
 
 # A range is for the server to heed or not, and this one does not: whatever it says, the whole file comes.
@@ -546,8 +548,8 @@ METHODS = {
 # What a proxy and this server might read differently, so that one request hides another.
 WIRE = {
     "a length and chunks, and a request behind them": wire(
-        b"POST /jobs HTTP/1.1\r\nhost: graft\r\ncontent-type: application/json\r\ncontent-length: 4\r\n"
-        b"transfer-encoding: chunked\r\n\r\n0\r\n\r\nGET /healthz HTTP/1.1\r\nhost: graft\r\n\r\n",
+        b"POST /jobs HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 4\r\n"
+        b"transfer-encoding: chunked\r\n\r\n0\r\n\r\nGET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n",
         code="ambiguous_length",
     ),
     "two lengths": wire(_posted(b"content-length: 2\r\ncontent-length: 20\r\n", b"{}")),
@@ -566,9 +568,10 @@ WIRE = {
     "a line feed alone in a chunk's extension": wire(
         _posted(b"transfer-encoding: chunked\r\n", b"2;a\nb\r\n{}\r\n0\r\n\r\n")
     ),
-    "a blank before the colon": wire(b"GET /jobs HTTP/1.1\r\nhost : graft\r\n\r\n"),
+    "a blank before the colon": wire(b"GET /jobs HTTP/1.1\r\nhost : localhost\r\n\r\n"),
     "a header in two lines": wire(
-        b"POST /jobs HTTP/1.1\r\nhost: graft\r\nconnection: close\r\ntransfer-encoding:\r\n chunked\r\n\r\n0\r\n\r\n",
+        b"POST /jobs HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
+        b"transfer-encoding:\r\n chunked\r\n\r\n0\r\n\r\n",
         status=415,
         code="unsupported_media_type",
     ),
@@ -576,10 +579,10 @@ WIRE = {
     "a header without a colon": wire(b"GET /jobs HTTP/1.1\r\nhost\r\n\r\n"),
     "no host": wire(b"GET /jobs HTTP/1.1\r\n\r\n"),
     "two hosts": wire(b"GET /jobs HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n"),
-    "a version of two digits": wire(b"GET /jobs HTTP/1.11\r\nhost: graft\r\n\r\n"),
+    "a version of two digits": wire(b"GET /jobs HTTP/1.11\r\nhost: localhost\r\n\r\n"),
     "no version": wire(b"GET /jobs\r\n\r\n"),
-    "a line break alone in the first line": wire(b"GET /jobs\nx HTTP/1.1\r\nhost: graft\r\n\r\n"),
-    "a carriage return alone": wire(b"GET /jobs HTTP/1.1\r\nhost: graft\rx: y\r\n\r\n"),
+    "a line break alone in the first line": wire(b"GET /jobs\nx HTTP/1.1\r\nhost: localhost\r\n\r\n"),
+    "a carriage return alone": wire(b"GET /jobs HTTP/1.1\r\nhost: localhost\rx: y\r\n\r\n"),
     "TLS": wire(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(32)),
     "bytes of nothing": wire(bytes(range(128, 256)) + b"\r\n\r\n"),
 }

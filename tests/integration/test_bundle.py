@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from safetensors import safe_open
 
 from graft_worker.protocol import ExitCode
+from graft_worker.training.publish import write_card
 from tests.factories import make_prepared_split, make_tiny_base
 from tests.training_runs import a_request, run_trainer
 
@@ -78,20 +80,38 @@ def test_every_tensor_has_a_name_that_vllm_can_place(bundle: Path) -> None:
 
 def test_the_cards_command_lets_vllm_serve_it(bundle: Path) -> None:
     words = shlex.split(snippet(bundle, "sh"))
-    assert words[:3] == ["vllm", "serve", "graft/tiny"]
+    assert words[:3] == ["vllm", "serve", "path/to/graft/tiny"]
     most = int(words[words.index("--max-lora-rank") + 1])
     assert most in VLLM_RANKS and most >= 12
-    assert words[words.index("--lora-modules") + 1] == "ftjob-test=ftjob-test"
+    assert words[words.index("--lora-modules") + 1] == "ftjob-test=."
     assert "--enable-lora" in words
 
 
-def test_the_cards_lines_load_it_with_peft(bundle: Path, base: Path, tmp_path: Path) -> None:
-    (tmp_path / "ftjob-test").symlink_to(bundle)
-    (tmp_path / "graft").mkdir()
-    (tmp_path / "graft" / "tiny").symlink_to(base)
-    lines = snippet(bundle, "python") + 'print(type(model).__name__, len(tokenizer("hello")["input_ids"]) > 0)\n'
-    done = subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["PeftModelForCausalLM", "True"], done.stderr
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_the_cards_lines_load_it_with_peft_and_ask_it_as_it_was_taught_whatever_its_folder_is_called(
+    bundle: Path, base: Path, tmp_path: Path, is_chat: bool
+) -> None:
+    folder = shutil.copytree(bundle, tmp_path / "of our own")
+    if is_chat:
+        (folder / "chat_template.jinja").write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+        write_card(a_request(base, base, is_chat=True), folder, {}, {})
+    assert ("apply_chat_template(" in snippet(folder, "python")) == is_chat
+    (folder / "path" / "to" / "graft").mkdir(parents=True)
+    (folder / "path" / "to" / "graft" / "tiny").symlink_to(base)
+    lines = snippet(bundle, "python") + "print(type(model).__name__, len(answer[0]) > len(asked['input_ids'][0]))\n"
+    done = subprocess.run([sys.executable, "-c", lines], cwd=folder, capture_output=True, text=True, check=False)
+    *generated, loaded = done.stdout.splitlines()
+    assert loaded == "PeftModelForCausalLM True", done.stderr
+    assert "".join(generated).startswith("Hello"), done.stdout
+
+
+def test_a_base_of_the_hub_is_loaded_by_its_name_and_revision(tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    write_card(a_request(tmp_path, tmp_path, base_revision=commit), tmp_path, {}, {})
+    assert f'from_pretrained("graft/tiny", revision="{commit}"' in snippet(tmp_path, "python")
+    assert f"vllm serve graft/tiny --revision {commit} " in snippet(tmp_path, "sh")
+    card = (tmp_path / "README.md").read_text()
+    assert "registered" not in card
 
 
 def test_a_name_of_several_lines_stays_a_heading(bundle: Path) -> None:

@@ -18,17 +18,20 @@ import pytest
 import redis
 from alembic import command
 from alembic.config import Config
+from pydantic import SecretStr
 
 import graft_shared.store.migrate
 from graft_api.keys.__main__ import main as keys_command
 from graft_client.doctor import judge_skew, look
-from graft_client.findings import Finding, Verdict
+from graft_client.findings import Check, Finding, Verdict, examine, good
+from graft_local import devices
 from graft_local.doctor import libraries, machine, neighbours
 from graft_shared.settings import SharedSettings
 from graft_shared.store import open_database
 from graft_shared.store.migrate import migrate
 from tests.api_process import ApiProcess
 from tests.servers import SWIFT_KEY, SWIFT_USER, RedisServer, SwiftServer
+from tests.tls import tls_before
 from tests.waiting import free_port
 
 GRAFT = str(Path(sys.executable).parent / "graft")
@@ -116,9 +119,30 @@ def test_a_bucket_whose_keys_are_wrong_or_whose_store_is_away(swift: SwiftServer
         assert "'doctor' at" in found and "GRAFT_S3_SECRET_ACCESS_KEY" in remedy
 
 
+def test_a_store_by_tls_is_asked_for_its_time_by_the_ca_that_its_objects_are_stored_by(
+    swift: SwiftServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tls_before(swift.port, tmp_path) as front:
+        settings = SharedSettings(
+            s3_bucket="doctor",
+            s3_endpoint_url=f"https://127.0.0.1:{front.port}",
+            s3_access_key_id=SWIFT_USER,
+            s3_secret_access_key=SecretStr(SWIFT_KEY),
+        )
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(front.certificate))
+        assert [finding.verdict for finding in neighbours.bucket(settings)] == [Verdict.GOOD] * 2
+        monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1")
+        stored, clock = neighbours.bucket(settings)
+    assert (stored.verdict, clock.verdict) == (Verdict.GOOD, Verdict.NOTE)
+    assert "socksio" in clock.found and "curl" in (clock.remedy or "")
+    found, _ = the_fault(neighbours.hub(SharedSettings(state_dir=tmp_path), {}))
+    assert "socksio" in found
+
+
 def test_a_bucket_that_takes_no_bytes_and_too_few_open_files(tmp_path: Path) -> None:
     """A limit on what a process may write stands in for a full disk, which takes root: `tests/containers` has one."""
     script = f"ulimit -f 1; ulimit -n 200; {GRAFT} doctor bucket limits --json"
+    (tmp_path / "bucket").mkdir()
     environment = {**os.environ, "GRAFT_STATE_DIR": str(tmp_path)}
     ran = subprocess.run(["sh", "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 1, ran.stderr
@@ -141,6 +165,11 @@ def test_a_hub_that_is_not_reached_matters_less_where_a_base_is_at_hand(tmp_path
     settings, environment = SharedSettings(state_dir=tmp_path), {"HF_ENDPOINT": f"http://127.0.0.1:{free_port()}"}
     found, remedy = the_fault(neighbours.hub(settings, environment))
     assert "is not reached" in found and "HTTPS_PROXY" in remedy
+    lock = tmp_path / "cache" / "models--their--base.lock"
+    lock.parent.mkdir()
+    lock.touch()
+    found, _ = the_fault(neighbours.hub(settings, {"HF_HUB_OFFLINE": "1"}))
+    assert "no base is at hand" in found, "a lock is none"
     (tmp_path / "models" / "mine" / "base").mkdir(parents=True)
     (tmp_path / "models" / "mine" / "base" / "config.json").touch()
     (finding,) = neighbours.hub(settings, environment)
@@ -180,6 +209,40 @@ def test_a_driver_that_is_wanted_and_missing_or_broken(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     found, remedy = the_fault(libraries.gpus(probe, wanted))
     assert "version mismatch" in found and "modprobe nvidia" in remedy
+    broken.write_text("#!/bin/sh\nexec sleep 60\n")
+    monkeypatch.setattr(devices, "SMI_SECONDS", 0.2)
+    found, _ = the_fault(libraries.gpus(probe, wanted))
+    assert "nvidia-smi fails: it does not answer within 0.2 s" in found
+    assert not faults(machine.limits(wanted)), "which asks for cards, too"
+
+
+def test_a_card_whose_memory_is_not_told_and_tables_that_cannot_be_read(
+    cards: dict[str, str], probe: libraries.Probe, tmp_path: Path
+) -> None:
+    missing = tmp_path / "none.yaml"
+    unknown, _ = libraries.gpus(probe, {**cards, "GRAFT_CAPACITY_PATH": str(missing)})
+    assert unknown.verdict is Verdict.SKIPPED and "22.5 GiB" in unknown.found and "doctor tables" in unknown.found
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.write_text(smi.read_text().replace("echo 23034", "echo '[N/A]'"))
+    untold, _ = libraries.gpus(probe, cards)
+    assert untold.verdict is Verdict.BAD and "[N/A]" in untold.found and "CUDA_VISIBLE_DEVICES" in (untold.remedy or "")
+    assert not faults(libraries.tables(None, None))
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("models: 3\n")
+    capacity, catalogue = faults(libraries.tables(missing, wrong))
+    assert str(missing) in capacity.found and "GRAFT_CAPACITY_PATH" in (capacity.remedy or "")
+    assert "TypeError" in catalogue.found and "GRAFT_CATALOGUE_PATH" in (catalogue.remedy or "")
+
+
+def test_a_check_that_cannot_end_is_a_fault_of_its_own_and_stops_no_other() -> None:
+    def ends_early() -> Iterator[Finding]:
+        yield good("disk", "there")
+        raise ZeroDivisionError("division by zero")
+
+    checks = [Check(name="disk", look=ends_early), Check(name="port", look=lambda: [good("port", "free")])]
+    there, early, free = examine(checks, ())
+    assert (there.found, free.found) == ("there", "free")
+    assert (early.subject, early.verdict) == ("disk", Verdict.BAD) and "ZeroDivisionError" in early.found
 
 
 def test_a_wrong_version_of_bitsandbytes(
@@ -205,12 +268,30 @@ def test_training_libraries_that_do_not_load_or_quantise_wrongly(
     assert wrong.verdict is Verdict.BAD and "on cuda:0" in wrong.found
 
 
-def test_a_port_that_another_program_has() -> None:
+def test_training_libraries_that_take_too_long_are_no_fault(
+    cards: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(libraries, "PROBE_SECONDS", 0.01)
+    slow = libraries.Probe()
+    *_, quantisation = libraries.versions(slow)
+    *_, cuda = libraries.gpus(slow, cards)
+    for finding in (quantisation, cuda):
+        assert (finding.verdict, finding.remedy) == (Verdict.NOTE, None)
+        assert "not known" in finding.found and "too busy; try again" in finding.found
+
+
+def test_a_port_that_another_program_has_or_one_that_does_not_answer_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    with served(_NotGraft) as url:
+        port = int(url.rpartition(":")[2])
+        found, remedy = the_fault(machine.port("127.0.0.1", port))
+    assert str(port) in found and "ss -ltnp" in remedy and "graft up --port" in remedy
+    monkeypatch.setattr(machine, "ANSWER_SECONDS", 0.2)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        found, remedy = the_fault(machine.port("127.0.0.1", port := taken.getsockname()[1]))
-    assert str(port) in found and "ss -ltnp" in remedy
+        (late,) = machine.port("127.0.0.1", taken.getsockname()[1])
+    assert late.verdict is Verdict.NOTE and "if it is Graft, it is busy" in late.found
+    assert "graft up" not in (late.remedy or "")
 
 
 def test_an_interpreter_too_old_and_little_memory() -> None:
@@ -242,6 +323,8 @@ def test_a_key_that_is_wrong_revoked_or_too_narrow(
         return {**url, "GRAFT_API_KEY": capsys.readouterr().out.strip()}
 
     assert [finding.found for finding in look(url) if finding.subject == "key"] == ["none is needed"]
+    (unread,) = (finding for finding in look({**url, "GRAFT_API_KEY": "nonsense"}) if finding.subject == "key")
+    assert unread.found == "none is needed, and the one that is set is not looked at"
     usual, narrow = made(), made("jobs:read")
     assert not faults(look(usual)) and not faults(neighbours.key(settings, usual))
     (noted,) = (finding for finding in look(narrow) if finding.subject == "key")
@@ -264,12 +347,13 @@ class _Late(BaseHTTPRequestHandler):
     """Graft's health check with a clock that stands an hour behind; anything else is not there."""
 
     body = b'{"status":"ok"}'
+    fleet = b'{"data": [], "workers": []}'
 
     def do_GET(self) -> None:
         self.send_response(200)
         self.end_headers()
         answers = {"/readyz": b'{"checks": {}}', "/openapi.json": b'{"info": {"version": "0.0.9"}}'}
-        self.wfile.write(answers.get(self.path, b'{"data": []}' if self.path == "/capacity" else self.body))
+        self.wfile.write(answers.get(self.path, self.fleet if self.path == "/capacity" else self.body))
 
     def do_POST(self) -> None:
         self.do_GET()
@@ -284,6 +368,16 @@ class _Late(BaseHTTPRequestHandler):
         pass
 
 
+class _Unprepared(_Late):
+    fleet = (
+        b'{"data": [{"name": "24gb", "live_workers": 1}], "workers": [{"stages": ["train"]}, {"stages": ["merge"]}]}'
+    )
+
+
+class _NotGraft(_Late):
+    body = b"<html>It works!</html>"
+
+
 @contextmanager
 def served(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     server = HTTPServer(("127.0.0.1", 0), handler)
@@ -294,16 +388,17 @@ def served(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
 
 
 def test_a_clock_that_differs_another_version_no_worker_and_what_is_not_graft() -> None:
-    class NotGraft(_Late):
-        body = b"<html>It works!</html>"
-
     with served(_Late) as url:
         findings = {finding.subject: finding for finding in look({"GRAFT_URL": url})}
     skewed = findings["clock of the service"]
     assert skewed.verdict is Verdict.BAD and "behind" in skewed.found and "set-ntp" in (skewed.remedy or "")
     assert [findings[name].verdict for name in ("version", "workers")] == [Verdict.NOTE] * 2
     assert judge_skew("clock", 59.0).verdict is Verdict.GOOD
-    with served(NotGraft) as url:
+    with served(_Unprepared) as url:
+        trains, prepares = (finding for finding in look({"GRAFT_URL": url}) if finding.subject == "workers")
+    assert (trains.verdict, prepares.verdict) == (Verdict.GOOD, Verdict.NOTE)
+    assert "none that prepares is alive: jobs stay in validating_files" in prepares.found
+    with served(_NotGraft) as url:
         found, remedy = the_fault(look({"GRAFT_URL": url}))
     assert "is not Graft" in found and "GRAFT_URL" in remedy
 
@@ -324,5 +419,12 @@ def test_a_user_is_told_of_the_way_to_the_service_and_an_operator_of_more(tmp_pa
     assert operators.returncode == 0 and "nothing was started in this state folder yet" in " ".join(
         operators.stdout.split()
     )
+    assert not (tmp_path / ".graft").exists()
+    with served(_Late) as url:
+        other = run("database", "bucket", "hub", "--port", url.rpartition(":")[2], "--json", url=url)
+    rows = json.loads(other.stdout)
+    assert other.returncode == 0
+    assert [(row["subject"], row["verdict"]) for row in rows][1:] == [("bucket", "skipped"), ("hub", "skipped")]
+    assert rows[0]["verdict"] == "note" and "has another state folder than" in rows[0]["found"]
     unknown = run("nonsense", url="http://127.0.0.1:1")
     assert unknown.returncode == 2 and "There is no check 'nonsense'. There are: python, libraries" in unknown.stderr

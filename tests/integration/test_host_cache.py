@@ -19,6 +19,7 @@ from graft_worker.supervisor.cache import HostCache
 from graft_worker.supervisor.hashes import known_hashes, remember_hashes
 from tests.factories import EMPTY_WEIGHTS
 from tests.fakes.forked import forked_process
+from tests.waiting import free_port
 
 SCANDIR = os.scandir
 COMMIT = "c0ffee" * 6 + "c0ff"
@@ -43,6 +44,11 @@ def bucket(tmp_path: Path) -> CountingBucket:
 
 def cache_of(tmp_path: Path, max_bytes: int = 10**9) -> HostCache:
     return HostCache(folder=tmp_path / "cache", max_bytes=max_bytes)
+
+
+@pytest.fixture
+def hub_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{free_port()}")
 
 
 def hub_repository(cache: HostCache, base_model: str, *, used_at: float, content: bytes = WEIGHTS) -> Path:
@@ -229,6 +235,7 @@ def test_a_base_is_given_back_though_a_process_forked_meanwhile_lives_on(tmp_pat
     assert not snapshot.exists()
 
 
+@pytest.mark.usefixtures("hub_is_away")
 def test_weights_that_are_not_the_hubs_are_refused_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = cache_of(tmp_path)
     snapshot = hub_repository(cache, "org/base", used_at=1, content=WEIGHTS + b"!")
@@ -243,6 +250,7 @@ def test_weights_that_are_not_the_hubs_are_refused_and_removed(tmp_path: Path, m
         assert base.revision == COMMIT
 
 
+@pytest.mark.usefixtures("hub_is_away")
 def test_training_takes_the_weights_of_the_commit_whose_tokenizer_prepared_the_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,8 +23,10 @@ IMPORT = """
 import json, sys
 from pathlib import Path
 from graft_shared.errors import GraftError
+from graft_worker.hub import bound_requests
 from graft_worker.importing import import_hub_dataset
 
+bound_requests()
 for hub, split, revision in json.loads(sys.argv[1]):
     out = Path("rows.jsonl")
     out.unlink(missing_ok=True)

@@ -83,7 +83,9 @@ def up(tmp_path: Path) -> Iterator[Up]:
 
 
 def test_up_starts_the_service_tells_when_it_is_ready_and_leaves_no_process(up: Up) -> None:
-    assert f"ready at http://127.0.0.1:{up.port} (workers: prepare, merge, cpu, gpu-0, gpu-1)" in up.log
+    assert (
+        f"ready at http://127.0.0.1:{up.port}; workers that are starting: prepare, merge, cpu, gpu-0, gpu-1" in up.log
+    )
     wait_until(lambda: up.log.count("works on") == 5, seconds=60, what="five workers")
     for line in (
         "works on cuda:0 as gpu-0 True",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -55,11 +56,12 @@ def a_request(base: Path, adapter: Path) -> MergeRequest:
     )
 
 
-def run_merging(workdir: Path, request: MergeRequest) -> tuple[int, list[Event]]:
-    workdir.mkdir()
+def run_merging(workdir: Path, request: MergeRequest, *, log: str = os.devnull) -> tuple[int, list[Event]]:
+    workdir.mkdir(exist_ok=True)
     (workdir / REQUEST_NAME).write_text(request.model_dump_json())
     command = [sys.executable, "-m", "graft_worker.merging", str(workdir)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    with Path(log).open("wb") as errors:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, check=False)
     return done.returncode, [parse_event(line) for line in done.stdout.decode().splitlines()]
 
 
@@ -114,6 +116,18 @@ def test_a_merged_model_that_says_something_else_is_no_result(tmp_path: Path, mo
     monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self, **_: self.unload(), raising=False)
     with pytest.raises(merging.NotMerged, match="away from those of base and adapter"):
         merging.merge(a_request(base, adapter), tmp_path / "merged")
+
+
+def test_a_disk_that_is_full_is_told_as_such(tmp_path: Path) -> None:
+    base = make_tiny_base(tmp_path / "base")
+    merged = tmp_path / "work" / "merged"
+    merged.mkdir(parents=True)
+    (merged / "README.md").symlink_to("/dev/full")
+    request = a_request(base, make_adapter(base, tmp_path / "adapter"))
+    code, events = run_merging(tmp_path / "work", request, log="/dev/full")
+    assert code == ExitCode.CRASHED
+    failure = events[-1]
+    assert isinstance(failure, FailureEvent) and failure.reason is FailureReason.DISK_FULL
 
 
 def test_weights_that_are_no_numbers_are_not_merged(tmp_path: Path) -> None:

@@ -77,6 +77,8 @@ def run_preparing(
     rows: list[dict[str, Any]],
     *,
     held_out: list[dict[str, Any]] | None = None,
+    begins_with: str = "",
+    log: Path | None = None,
     **spec: Any,
 ) -> Prepared:
     folder.mkdir()
@@ -97,11 +99,13 @@ def run_preparing(
     blocked = folder / "blocked"
     blocked.mkdir()
     (blocked / "torch.py").write_text("raise ImportError('preparing needs no torch')\n")
+    (blocked / "sitecustomize.py").write_text(begins_with)
     environment = {**os.environ, "PYTHONPATH": str(blocked), "USE_TORCH": "0"}
-    done = subprocess.run(
-        [sys.executable, "-m", "graft_worker.preparing", str(folder)], capture_output=True, env=environment, check=False
-    )
-    assert done.stdout, done.stderr.decode()
+    log = log or folder / "trainer.log"
+    with log.open("wb") as errors:
+        command = [sys.executable, "-m", "graft_worker.preparing", str(folder)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, env=environment, check=False)
+    assert done.stdout, log
     return Prepared(done.returncode, [parse_event(line) for line in done.stdout.decode().splitlines()], folder)
 
 
@@ -339,6 +343,24 @@ def test_what_the_user_must_change_is_said_and_not_tried_again(
     (failure,) = ended.of(FailureEvent)
     assert (ended.code, failure.reason) == (ExitCode.USER_ERROR, reason)
     assert says in failure.message
+
+
+NO_ROOM_FOR_A_REPORT = """
+from pathlib import Path
+mkdir = Path.mkdir
+def and_fill_up(folder, *arguments, **options):
+    mkdir(folder, *arguments, **options)
+    if folder.name == "prepared":
+        (folder / "report.json").symlink_to("/dev/full")
+Path.mkdir = and_fill_up
+"""
+
+
+def test_a_disk_that_is_full_is_told_as_such(tokenizer_path: Path, tmp_path: Path) -> None:
+    full: dict[str, Any] = {"begins_with": NO_ROOM_FOR_A_REPORT, "log": Path("/dev/full")}
+    ended = run_preparing(tmp_path / "run", tokenizer_path, [{"text": "cat"}], **full)
+    (failure,) = ended.of(FailureEvent)
+    assert (ended.code, failure.reason) == (ExitCode.CRASHED, FailureReason.DISK_FULL)
 
 
 PAIRS = [{"prompt": f"What does the {name} say?", "completion": f" {name}"} for name in ("cat", "dog", "hen", "cow")]

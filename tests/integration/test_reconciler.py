@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 
+import httpx
 import pytest
 from sqlalchemy import select, update
 
@@ -24,7 +27,7 @@ from graft_shared.store.tables import jobs as jobs_table
 from graft_shared.store.tables import workers as workers_table
 from tests.fakes.doorbell import FakeDoorbell
 from tests.store_factories import a_beat, a_new_job
-from tests.waiting import wait_until
+from tests.waiting import free_port, wait_until
 
 
 def reconciler(database: Database, bell: FakeDoorbell) -> Reconciler:
@@ -168,10 +171,15 @@ def test_a_reconciler_sweeps_the_bucket_that_it_is_told_of_and_leaves_when_it_is
     with database.writing() as connection:
         connection.execute(update(jobs_table).values(sweep_at=now()))
     settings = {"STATE_DIR": str(tmp_path / "state"), "DATABASE_URL": sqlite_url, "SWEEP_SECONDS": "0.1"}
+    settings |= {"RECONCILE_SECONDS": "3600", "METRICS_PORT": str(free_port())}
+    began = time.time()
     environment = os.environ | {f"GRAFT_{name}": value for name, value in settings.items()}
     with subprocess.Popen([sys.executable, "-m", "graft_shared.reconciler"], env=environment) as process:
         try:
             wait_until(lambda: list(bucket.list("")) == [], what="the sweep")
+            shown = httpx.get(f"http://127.0.0.1:{settings['METRICS_PORT']}/metrics").text
+            last = re.findall(r'last_pass_timestamp_seconds{kind="reconcile"} (\S+)', shown)
+            assert [float(moment) > began for moment in last] == [True], "none was done: it is missed since the start"
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=20) == 0
         finally:

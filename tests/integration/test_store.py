@@ -9,7 +9,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import update
+from sqlalchemy import Connection, event, text, update
+from sqlalchemy.exc import OperationalError
 
 from graft_shared.errors import (
     FileNotFound,
@@ -18,6 +19,7 @@ from graft_shared.errors import (
     JobFinished,
     JobNotFound,
     LeaseLost,
+    StoreUnavailable,
     WorkerNameTaken,
 )
 from graft_shared.jobs import (
@@ -32,7 +34,7 @@ from graft_shared.jobs import (
     Stage,
     StoredObject,
 )
-from graft_shared.store import Database, Files, JobQuery, Jobs, Leases, Totals, Workers
+from graft_shared.store import Database, Files, JobQuery, Jobs, Leases, Quotas, Tenants, Totals, Workers, open_database
 from graft_shared.store.engine import journal_mode, now
 from graft_shared.store.migrate import migrate
 from graft_shared.store.tables import jobs as jobs_table
@@ -77,15 +79,16 @@ def checkpoint(job: Job, step: int) -> Checkpoint:
     return Checkpoint(step=step, epoch=job.epoch, object=StoredObject(key=f"c{step}", size=1, sha256="0" * 64))
 
 
-def expire(database: Database, job: Job) -> None:
+def expire(database: Database, job: Job, *, ago: float = 1.0) -> None:
     """Let a lease run out without waiting for it."""
     with database.writing() as connection:
-        connection.execute(update(jobs_table).where(jobs_table.c.id == job.id).values(lease_expires_at=now() - 1))
+        connection.execute(update(jobs_table).where(jobs_table.c.id == job.id).values(lease_expires_at=now() - ago))
 
 
 def let_run(database: Database, job: Job, seconds: float) -> None:
-    """Let a claim be so long ago without waiting for it."""
+    """Let a claim, and its worker's start, be so long ago without waiting for it."""
     with database.writing() as connection:
+        connection.execute(update(workers_table).values(started_at=workers_table.c.started_at - seconds))
         earlier = {"claimed_at": jobs_table.c.claimed_at - seconds, "not_before": 0.0}
         connection.execute(update(jobs_table).where(jobs_table.c.id == job.id).values(**earlier))
 
@@ -207,6 +210,7 @@ def test_a_worker_that_comes_back_late_can_change_nothing(database: Database, jo
         lambda: leases.orders(late.id, late.epoch),
         lambda: leases.record_phase(late.id, late.epoch, Phase.TRAINING),
         lambda: leases.record_warning(late.id, late.epoch, "w", "w"),
+        lambda: leases.record_note(late.id, late.epoch, "n"),
         lambda: leases.record_progress(late.id, late.epoch, progress={}, metrics={}, steps=[]),
         lambda: leases.commit_checkpoint(late.id, late.epoch, checkpoint(late, 9)),
         lambda: leases.settle_success(late.id, late.epoch, adapter={}, metrics={}, memory={}),
@@ -236,18 +240,20 @@ def test_many_reconcilers_release_an_expired_lease_once(database: Database, jobs
 
 
 def test_a_restarted_worker_releases_its_own_old_leases_at_once(database: Database, jobs: Jobs, leases: Leases) -> None:
-    job = running(jobs, leases)
     for name in ("trainer", "someone-else"):
         Workers(database).beat(**a_beat(name))
+    job = running(jobs, leases)
+    Workers(database).beat(**a_beat("trainer"))
     assert leases.release_of("someone-else", "here") == []
     assert [released.id for released in leases.release_of("trainer", "here")] == [job.id]
 
 
-def test_a_worker_elsewhere_releases_nothing_while_one_of_its_name_is_heard_of(
+def test_a_worker_elsewhere_releases_nothing_that_one_of_its_name_may_still_train(
     database: Database, jobs: Jobs, leases: Leases
 ) -> None:
-    job, workers = running(jobs, leases), Workers(database)
+    workers = Workers(database)
     workers.beat(**a_beat("trainer"))
+    job = running(jobs, leases)
     with pytest.raises(WorkerNameTaken):
         workers.beat(**a_beat("trainer", place="elsewhere"))
     assert leases.release_of("trainer", "elsewhere") == []
@@ -255,9 +261,14 @@ def test_a_worker_elsewhere_releases_nothing_while_one_of_its_name_is_heard_of(
         connection.execute(update(workers_table).values(seen_at=now() - ALIVE_FOR.total_seconds() - 1))
     workers.beat(**a_beat("trainer", place="elsewhere"))
     assert leases.release_of("trainer", "here") == []
-    assert [released.id for released in leases.release_of("trainer", "elsewhere")] == [job.id]
+    assert leases.release_of("trainer", "elsewhere") == [], "it was cut off, and its lease has not run out"
     with pytest.raises(WorkerNameTaken):
         workers.beat(**a_beat("trainer"))
+    expire(database, job)
+    assert [released.id for released in leases.release_expired()] == [job.id]
+    again = leases.claim("trainer", **TRAIN)
+    assert again is not None
+    assert [released.id for released in leases.release_of("trainer", "elsewhere")] == [job.id]
 
 
 def test_a_crash_is_charged_and_ends_the_job_at_max_attempts(database: Database, jobs: Jobs, leases: Leases) -> None:
@@ -289,6 +300,7 @@ def test_attempts_that_fail_at_once_outlast_a_neighbour_that_is_away_for_four_mi
         again = leases.settle_failure(job.id, job.epoch, Failure(reason=reason, message="away"))
         until = jobs.waits_until(again)
         assert until is not None
+        assert jobs.last_failure(again) is reason
         waited += (until - before).total_seconds()
         with database.writing() as connection:
             connection.execute(update(jobs_table).values(not_before=0.0))
@@ -329,6 +341,21 @@ def test_lost_workers_cost_no_attempt_while_checkpoints_advance_and_poison_ends(
     assert ended.state is JobState.FAILED
     assert ended.checkpoint is not None
     assert ended.checkpoint.step == 3 * MAX_RUNS_WITHOUT_PROGRESS - 1
+
+
+def test_lost_workers_are_counted_from_the_last_run_that_saved_something_however_it_ended(
+    database: Database, jobs: Jobs, leases: Leases
+) -> None:
+    prepared(jobs, leases)
+    for end in [*[LOST] * (MAX_RUNS_WITHOUT_PROGRESS - 1), CRASH, LOST]:
+        job = leases.claim("w", **TRAIN)
+        assert job is not None
+        if end is CRASH:
+            leases.commit_checkpoint(job.id, job.epoch, checkpoint(job, 500))
+        ended = leases.settle_failure(job.id, job.epoch, end)
+        with database.writing() as connection:
+            connection.execute(update(jobs_table).values(not_before=0.0))
+    assert (ended.state, ended.runs_without_progress) == (JobState.QUEUED, 1)
 
 
 def test_a_checkpoint_never_falls_behind_the_committed_one(jobs: Jobs, leases: Leases) -> None:
@@ -601,6 +628,21 @@ def test_a_late_worker_adds_no_time(database: Database, jobs: Jobs, leases: Leas
     assert jobs.get("default", late.id).gpu_seconds == seconds(1000)
 
 
+def test_a_lost_worker_is_counted_to_its_leases_end_however_late_that_is_noticed(
+    database: Database, jobs: Jobs, leases: Leases
+) -> None:
+    def counted() -> tuple[float, float]:
+        by_job = jobs.get("default", job.id).gpu_seconds_until(database.now())
+        return by_job, Tenants(database, Quotas()).get("default").gpu_hours * 3600
+
+    job, away = running(jobs, leases), 8 * 3600.0
+    let_run(database, job, away + 600)
+    expire(database, job, ago=away)
+    assert counted() == (seconds(600), seconds(600)), "before anybody has noticed"
+    _expires(leases, job)
+    assert counted() == (seconds(600), seconds(600))
+
+
 def test_of_finish_and_cancel_the_first_commit_wins(jobs: Jobs, leases: Leases) -> None:
     job = running(jobs, leases)
     jobs.cancel("default", job.id)
@@ -699,6 +741,14 @@ def test_a_warning_is_told_once(jobs: Jobs, leases: Leases) -> None:
     assert event_types(jobs, job).count("warning") == 1
 
 
+def test_a_note_stands_in_the_history_and_is_no_warning(jobs: Jobs, leases: Leases) -> None:
+    job = running(jobs, leases)
+    leases.record_note(job.id, job.epoch, "It runs unpaged.")
+    events, _ = jobs.events("default", job.id, after=0, limit=100)
+    assert (events[-1].type, events[-1].message, events[-1].level) == ("note", "It runs unpaged.", "info")
+    assert jobs.get("default", job.id).warnings == []
+
+
 def test_files_belong_to_their_tenant_and_are_paged(database: Database) -> None:
     files = Files(database)
     for number in range(5):
@@ -740,6 +790,29 @@ def test_a_worker_is_alive_while_it_beats(database: Database) -> None:
 )
 def test_wal_is_used_only_where_sqlite_keeps_its_word(version: tuple[int, int, int], mode: str) -> None:
     assert journal_mode(version) == mode
+
+
+def test_a_commit_that_fails_keeps_nothing_and_locks_nobody_out(empty_database: Database) -> None:
+    url = empty_database.engine.url.render_as_string(hide_password=False)
+    with empty_database.writing() as connection:
+        connection.execute(text("create table scratch (id integer primary key)"))
+
+    def away(_connection: Connection) -> None:
+        raise OperationalError("commit", {}, Exception("away"))
+
+    event.listen(empty_database.engine, "commit", away)
+    with pytest.raises(StoreUnavailable, match="away") as caught, empty_database.writing() as connection:
+        connection.execute(text("insert into scratch values (1)"))
+    assert caught.value.facts["in_commit"]
+    event.remove(empty_database.engine, "commit", away)
+    other = open_database(url)
+    for database in (other, empty_database):
+        with database.writing() as connection:
+            patience = "pragma busy_timeout = 1000" if url.startswith("sqlite") else "set local lock_timeout = '1s'"
+            connection.execute(text(patience))
+            connection.execute(text("delete from scratch"))
+            connection.execute(text("insert into scratch values (1)"))
+    other.close()
 
 
 def test_the_newest_events_of_many_jobs_are_one_look(database: Database) -> None:

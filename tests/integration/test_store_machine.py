@@ -32,7 +32,7 @@ from tests.fakes.clock import FakeClock
 from tests.invariants import TERMINAL_TYPES
 from tests.replay import events_replay_to
 from tests.store_factories import a_beat
-from tests.store_model import CHARGED, ENDED, LEASE_SECONDS, PRIORITIES, ModelWorker
+from tests.store_model import ALIVE_SECONDS, CHARGED, ENDED, LEASE_SECONDS, PRIORITIES, ModelWorker
 from tests.store_sides import CLASSES, FLEET, MANY_JOBS, TENANTS, BothSides, Events, Rows, compared, step_of
 
 tenants = st.sampled_from(TENANTS)
@@ -423,6 +423,7 @@ class StoreMachine(RuleBasedStateMachine):
             lambda: self.leases.renew(*run),
             lambda: self.leases.orders(*run),
             lambda: self.leases.record_phase(*run, words.Phase.TRAINING),
+            lambda: self.leases.record_note(*run, "It is so."),
             lambda: self.leases.record_progress(*run, progress={"late": 1}, metrics={"late": 1}, steps=[{"step": 1}]),
             lambda: self.leases.record_warning(*run, "late", "It is late."),
             lambda: self.leases.commit_checkpoint(*run, saved),
@@ -448,16 +449,26 @@ class StoreMachine(RuleBasedStateMachine):
     def a_worker_leaves(self, name: str, place: str) -> None:
         self.both.call(lambda: self.workers.leave(name, place), lambda: self.model.leave(name, place))
 
-    @rule(name=names, lived=places, lives=places)
-    def a_worker_begins_its_next_life(self, name: str, lived: str, lives: str) -> None:
+    @rule(name=names, lived=places, silent=st.sampled_from([1.0, ALIVE_SECONDS + 1]), lives=places)
+    def a_worker_begins_its_next_life(self, name: str, lived: str, silent: float, lives: str) -> None:
+        """At once, and once the one before was not heard of for a while."""
         self.a_worker_beats(name, lived)
         self.both.claim(name)
+        for seconds in (0.0, silent):
+            self.clock.now += seconds
+            self.a_worker_beats(name, lives)
+            self._takes_its_leases_off(name, lives)
+
+    def _takes_its_leases_off(self, name: str, lives: str) -> None:
+        last = {job.id: job.lease_expires_at for job in self.model.jobs.values() if job.lease_expires_at}
         holder = self.both.holder(name)
         answer = self.both.call(
             lambda: self.leases.release_of(holder, lives), lambda: self.model.release_of(holder, lives)
         )
         assert answer is not None
         assert {job.id for job in answer[0]} == answer[1]
+        for job_id in answer[1]:
+            assert last[job_id] < self.clock.now or self.both.places[job_id] == lives, "who has a lease may train"
 
     @rule()
     def expired_leases_are_given_back(self) -> None:
@@ -548,7 +559,7 @@ def _settings(examples: int) -> settings:
     return settings(**USUAL, max_examples=examples, stateful_step_count=25, derandomize=True, phases=phases)
 
 
-@pytest.mark.timeout(0 if PROFILE == "deep" else 300)
+@pytest.mark.timeout(0 if PROFILE == "deep" else 600)
 def test_the_store_does_what_its_model_says_on_sqlite() -> None:
     clock = FakeClock()
     database = clock.open_sqlite()
@@ -556,7 +567,7 @@ def test_the_store_does_what_its_model_says_on_sqlite() -> None:
     database.close()
 
 
-@pytest.mark.timeout(0 if PROFILE == "deep" else 300)
+@pytest.mark.timeout(0 if PROFILE == "deep" else 600)
 def test_the_store_does_what_its_model_says_on_postgres(postgres_url: str) -> None:
     clock = FakeClock()
     database = clock.open_postgres(postgres_url)

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -25,10 +26,12 @@ from sqlalchemy import update
 from graft_shared.artifacts import MANIFEST_NAME, AdapterManifest
 from graft_shared.buckets import Bucket
 from graft_shared.buckets.directory import DirectoryBucket
+from graft_shared.catalogue import ModelShape
+from graft_shared.clock import boottime
 from graft_shared.defaults import load_capacity, load_catalogue
 from graft_shared.errors import BucketUnavailable, StoreUnavailable
 from graft_shared.jobs import Job, JobState, JobStatus, Phase, Stage, StoredObject
-from graft_shared.memory import TrainingPlan, estimate
+from graft_shared.memory import Recompute, TrainingPlan, estimate
 from graft_shared.planner import plans
 from graft_shared.specs import JobSpec
 from graft_shared.store import Files, Jobs, Leases, Reports, Sweeps, Workers, open_database
@@ -52,7 +55,7 @@ from tests.fakes.child import weights_after
 from tests.fakes.doorbell import FakeDoorbell
 from tests.fakes.forked import forked_process
 from tests.store_factories import a_beat, a_new_job
-from tests.waiting import wait_until
+from tests.waiting import free_port, wait_until
 from tests.witness import steps_made
 
 SHAPE_FACTS = (
@@ -246,14 +249,20 @@ def test_a_crash_is_charged_and_tried_again(make_worker: Callable[..., Worker]) 
     assert (worker.get(job).state, worker.get(job).attempt) == (JobState.SUCCEEDED, 2)
 
 
-def test_a_plan_that_runs_out_of_memory_is_followed_by_a_cheaper_one_at_no_charge(
-    make_worker: Callable[..., Worker], tmp_path: Path
-) -> None:
+def let_the_base_be_a_1b(folder: Path) -> ModelShape:
+    """Write another shape into the registered base's config, whose plans differ; returns it."""
     shape = load_catalogue().get("meta-llama/Llama-3.2-1B")
     assert shape is not None
     config = {"model_type": "llama", **{name: getattr(shape, name) for name in SHAPE_FACTS}}
+    (folder / "models" / "graft" / "tiny" / "config.json").write_text(json.dumps(config))
+    return shape
+
+
+def test_a_plan_that_runs_out_of_memory_is_followed_by_a_cheaper_one_at_no_charge(
+    make_worker: Callable[..., Worker], tmp_path: Path
+) -> None:
     worker = make_worker()
-    (tmp_path / "models" / "graft" / "tiny" / "config.json").write_text(json.dumps(config))
+    shape = let_the_base_be_a_1b(tmp_path)
     new = a_new_job(metadata={"witness": str(tmp_path), "behaviour": "out of memory", "steps": "6"})
     spec = JobSpec.model_validate(new.spec)
     first = plans(shape, spec)[0]
@@ -271,6 +280,44 @@ def test_a_plan_that_runs_out_of_memory_is_followed_by_a_cheaper_one_at_no_charg
     assert predicted[2] < predicted[1] < predicted[0]
     assert ended.placement["estimate"]["expected_bytes"] == predicted[2]
     assert [warning["code"] for warning in ended.warnings].count("replanned") == 2
+
+
+@pytest.mark.parametrize("content", [True, False])
+@pytest.mark.parametrize(
+    ("gpu_class", "recompute", "of_the_machine"),
+    [("24gb", Recompute.OFFLOAD, "host_held_bytes"), ("cpu", Recompute.NONE, "expected_bytes")],
+)
+def test_a_plan_that_the_machine_cannot_hold_makes_way_for_one_that_it_can_if_there_is_one(
+    make_worker: Callable[..., Worker],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gpu_class: str,
+    recompute: Recompute,
+    of_the_machine: str,
+    content: bool,
+) -> None:
+    worker = make_worker()
+    shape = let_the_base_be_a_1b(tmp_path)
+    device = replace(worker.neighbours.device, takes_classes=(gpu_class,))
+    worker.neighbours = replace(worker.neighbours, device=device)
+    new = a_new_job(gpu_class=gpu_class, metadata={"witness": str(tmp_path), "steps": "3"})
+    spec = JobSpec.model_validate(new.spec)
+    first = next(plan for plan in plans(shape, spec) if plan.recompute is recompute)
+
+    def needed(plan: TrainingPlan) -> int:
+        size: int = getattr(estimate(shape, spec, plan), of_the_machine)
+        return size
+
+    free = needed(first) - 1 if content else 0
+    monkeypatch.setattr(training_run, "free_memory_bytes", lambda: free)
+    job = worker.jobs.submit(replace(new, plan=first.to_dict()))[0]
+    worker.work()
+    ended = worker.get(job)
+    assert (ended.state, ended.attempt, ended.epoch) == (JobState.SUCCEEDED, 1, 3 if content else 2)
+    assert (needed(TrainingPlan.from_dict(ended.plan)) <= free) is content
+    assert (ended.plan == first.to_dict()) is not content
+    requeued = [data for type, data in worker.events(job) if type == "requeued"]
+    assert [data["reason"] for data in requeued] == ["host_out_of_memory"] * content
 
 
 def test_without_a_cheaper_plan_and_a_larger_class_running_out_of_memory_is_the_end(
@@ -336,6 +383,27 @@ def test_a_drained_worker_saves_a_checkpoint_and_gives_the_job_back_uncharged(
     assert worker.doorbell.rung == [(job.id, "cpu")] * 2, "handed over, and given back"
 
 
+def test_behind_a_slow_bucket_the_newest_checkpoint_is_stored_and_those_before_it_make_way(
+    make_worker: Callable[..., Worker], tmp_path: Path
+) -> None:
+    bucket = SlowBucket(tmp_path / "bucket")
+    worker = make_worker(bucket, stop_grace_seconds=20.0)
+    job = worker.submit(steps="100000", save_steps="1")
+    working = worker.start()
+    wait_until(lambda: bucket.is_asked.is_set() and len(worker.steps()) > 10, what="more checkpoints than are stored")
+    worker.drain.set()
+    wait_until(lambda: no_child_is_left(worker), what="the end of the trainer")
+    bucket.may_go_on.set()
+    working.join(timeout=20)
+    steps = [step for _, step in worker.steps()]
+    told = worker.events(job)
+    stored = [data["step"] for type, data in told if type == "checkpoint"]
+    assert (len(stored), stored[-1]) == (2, steps[-1]), "the one that was on its way, and the last"
+    assert bucket.on_disk[-1] == 1
+    assert [data["step"] for type, data in told if type == "metrics"] == steps
+    assert [type for type, _ in told[-2:]] == ["checkpoint", "requeued"], "every measure stands before it"
+
+
 def test_a_paused_job_leaves_its_worker_with_a_checkpoint_and_goes_on_from_it_when_resumed(
     make_worker: Callable[..., Worker],
 ) -> None:
@@ -392,10 +460,10 @@ def test_a_pause_that_is_taken_back_too_late_costs_a_run_and_nothing_else(
 
 def test_a_trainer_whose_lease_was_given_away_is_killed_and_writes_nothing(make_worker: Callable[..., Worker]) -> None:
     worker = make_worker()
+    Workers(worker.database).beat(**a_beat("w", place="here"))
     job = worker.submit(steps="100000")
     working = worker.start()
     wait_until(lambda: worker.get(job).checkpoint is not None, what="a checkpoint")
-    Workers(worker.database).beat(**a_beat("w", place="here"))
     (released,) = worker.leases.release_of("w/train", "here")
     worker.drain.set()
     working.join(timeout=20)
@@ -438,6 +506,19 @@ def test_the_time_that_a_job_waits_does_not_count_for_its_limit(make_worker: Cal
     assert worker.get(job).state is JobState.SUCCEEDED
 
 
+def test_the_time_that_preparing_takes_does_not_count_for_a_jobs_limit(make_worker: Callable[..., Worker]) -> None:
+    worker = make_worker()
+    asked = {"witness": str(worker.folder), "behaviour": "prepares for long"}
+    job, _ = worker.jobs.submit(a_new_job(metadata=asked, max_duration_seconds=1))
+    working = worker.start()
+    wait_until(lambda: worker.get(job).phase is Phase.PREPARING, what="the preparation")
+    over = boottime() + 1.5
+    wait_until(lambda: boottime() > over, what="more time than it may train for")
+    assert worker.get(job).phase is Phase.PREPARING
+    worker.jobs.cancel("default", job.id)
+    working.join(20)
+
+
 class LeakyBucket(DirectoryBucket):
     """A bucket that gives back other bytes than it was given, for one name."""
 
@@ -448,15 +529,29 @@ class LeakyBucket(DirectoryBucket):
 
 
 class SpoilingBucket(DirectoryBucket):
-    """A bucket that spoils what it was given when its key ends so."""
-
-    ending = "checkpoints/step-2.tar"
+    """A bucket that spoils checkpoints."""
 
     def put_file(self, key: str, path: Path) -> StoredObject:
         stored = super().put_file(key, path)
-        if key.endswith(self.ending):
+        if "/checkpoints/" in key:
             super().put_bytes(key, b"spoilt")
         return stored
+
+
+class SlowBucket(DirectoryBucket):
+    """A bucket that takes no checkpoint before it is let, and counts those that lie on the worker's disk meanwhile."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.is_asked, self.may_go_on = threading.Event(), threading.Event()
+        self.on_disk: list[int] = []
+
+    def put_file(self, key: str, path: Path) -> StoredObject:
+        if "/checkpoints/" in key:
+            self.is_asked.set()
+            self.may_go_on.wait(60)
+            self.on_disk.append(len([folder for folder in path.parent.glob("step-*") if folder.is_dir()]))
+        return super().put_file(key, path)
 
 
 class AbsentBucket(DirectoryBucket):
@@ -570,13 +665,34 @@ def be_due(worker: Worker) -> None:
         connection.execute(update(jobs_table).values(not_before=0.0))
 
 
+def test_a_job_whose_hub_is_away_leaves_its_worker_to_others_for_minutes(
+    make_worker: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    worker = make_worker(upload_patience_seconds=60.0)
+    base, dataset = (
+        worker.jobs.submit(a_new_job(**of_the_hub))[0]
+        for of_the_hub in ({"base_model": "org/base"}, {"dataset": {"hub": "org/rows"}})
+    )
+    other = worker.submit()
+    began = boottime()
+    look_for_work(worker.preparing)
+    assert boottime() - began < 30, "each would hold it for a minute, were it patient with the hub"
+    assert worker.get(other).stage is Stage.TRAIN
+    for job in (base, dataset):
+        assert [data["reason"] for type, data in worker.events(job) if type == "requeued"] == ["base_model_unavailable"]
+        until = worker.jobs.waits_until(worker.get(job))
+        assert until is not None
+        assert timedelta(seconds=60) < until - worker.database.now() <= timedelta(seconds=90)
+
+
 def test_a_worker_takes_back_at_once_what_its_earlier_life_left_running(make_worker: Callable[..., Worker]) -> None:
     worker = make_worker()
+    Workers(worker.database).beat(**a_beat("w", place="here"))
     job = worker.submit()
     look_for_work(worker.preparing)
     left = worker.leases.claim("w/train", stage=Stage.TRAIN, gpu_classes=["cpu"])
     assert left is not None
-    Workers(worker.database).beat(**a_beat("w", place="here"))
     look_for_work(worker.neighbours)
     ended = worker.get(job)
     assert (ended.state, ended.attempt) == (JobState.SUCCEEDED, 1)
@@ -658,6 +774,23 @@ def test_a_child_gets_no_token_and_no_address_of_a_neighbour(
     assert environment["HOME"] == str(workdir)
 
 
+def test_a_childs_log_is_without_what_libraries_say_of_their_insides(make_worker: Callable[..., Worker]) -> None:
+    worker = make_worker()
+    workdir = worker.folder / "somewhere"
+    workdir.mkdir()
+    environment = child_environment(workdir, device=worker.neighbours.device, cache_dir=worker.settings.cache_dir)
+    said = (
+        "import warnings\n"
+        "warnings.warn('`is_gradient_checkpointing` is deprecated and will be removed in v6.', FutureWarning)\n"
+        "warnings.warn('Paged optimizers are not supported on CPU. Falling back.', UserWarning)\n"
+        "warnings.warn('The data has a hole.', UserWarning)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", said], env=environment, capture_output=True, text=True, check=True)
+    assert "The data has a hole." in done.stderr
+    assert "deprecated" not in done.stderr and "Paged" not in done.stderr
+    assert environment["HF_HUB_DISABLE_PROGRESS_BARS"] == environment["TQDM_DISABLE"] == "1"
+
+
 def test_a_registered_base_has_a_revision_by_its_content(make_worker: Callable[..., Worker]) -> None:
     worker = make_worker()
     bases = worker.neighbours.base_models
@@ -666,6 +799,21 @@ def test_a_registered_base_has_a_revision_by_its_content(make_worker: Callable[.
     (first.path / "model.safetensors").write_bytes(EMPTY_WEIGHTS + b"others")
     with bases.whole("graft/tiny", "main") as third:
         assert third.revision != first.revision
+
+
+@pytest.mark.parametrize(
+    ("report", "in_chat"),
+    [
+        ({"kind": "messages", "warnings": [{"code": "rows_duplicated"}]}, True),
+        ({"kind": "sharegpt", "warnings": []}, True),
+        ({"kind": "messages", "warnings": [{"code": "plain_chat_template"}]}, False),
+        ({"kind": "prompt_completion", "warnings": []}, False),
+    ],
+)
+def test_the_trainer_is_told_whether_the_rows_were_written_in_the_bases_chat_template(
+    report: dict[str, Any], in_chat: bool
+) -> None:
+    assert training_run.was_taught_in_chat(report) == in_chat
 
 
 def test_the_run_log_reaches_the_bucket(make_worker: Callable[..., Worker]) -> None:

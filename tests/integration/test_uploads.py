@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from sqlalchemy import update
 
 from graft_api.files import uploads as service
 from graft_shared.buckets import read_back
+from graft_shared.buckets.directory import DirectoryBucket
 from graft_shared.buckets.s3 import S3Bucket
 from graft_shared.store import UPLOAD_LIFE, Leases, Sweeps
 from graft_shared.store.tables import uploads
@@ -221,3 +223,22 @@ def test_another_tenants_upload_is_as_unknown_as_one_that_never_was(tmp_path: Pa
     assert theirs["code"] == unknown["code"] == "upload_not_found"
     assert api.http.post(route, headers=as_a).status_code == 201
     api.database.close()
+
+
+def test_a_full_disk_is_503_with_a_remedy_and_keeps_nothing(api: ApiService, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload = begin(api).json()
+    send(api, upload)
+    with monkeypatch.context() as full:
+        full.setattr(tempfile, "TemporaryFile", lambda **_: Path("/dev/full").open("w+b"))  # noqa: SIM115
+        answers = [
+            complete(api, upload),
+            *[api.http.post("/files", files={"file": ("rows.jsonl", rows)}) for rows in (ROWS, ROWS * 500)],
+        ]
+        if isinstance(api.bucket, DirectoryBucket):
+            answers.append(send(api, upload))
+    for answer in answers:
+        error = error_of(answer, 503)
+        assert error["code"] == "upload_disk_full" and "GRAFT_STATE_DIR" in error["message"]
+        assert answer.headers["retry-after"] == "5"
+    assert api.http.get("/files").json()["data"] == []
+    assert complete(api, upload).status_code == 201

@@ -63,7 +63,7 @@ class Reader:
     async def read(self, *, cut_after: int | None = None) -> bool:
         """Read until the stream ends, or for so many bytes; whether the job has ended."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        head = f"GET /jobs/{self.job_id}/events HTTP/1.0\r\nhost: x\r\naccept: text/event-stream\r\n"
+        head = f"GET /jobs/{self.job_id}/events HTTP/1.0\r\nhost: localhost\r\naccept: text/event-stream\r\n"
         head += f"last-event-id: {self.seen[-1]}\r\n" if self.seen else ""
         writer.write(f"{head}\r\n".encode())
         try:

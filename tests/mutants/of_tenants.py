@@ -71,8 +71,15 @@ SHARES = [
         _LEASES,
         "a-lost-run-has-used-nothing",
         "runs whose worker was lost do not count in a fair share",
-        "                _count_run(connection, row)\n                fenced",
-        "                fenced",
+        "            count_run(connection, job_id, epoch)\n            taken_off",
+        "            taken_off",
+    ),
+    _of(
+        _QUOTAS,
+        "a-lost-run-is-counted-until-it-is-noticed",
+        "a worker that was lost while reconcilers were away costs its tenant the hours until they came back",
+        "case((jobs.c.lease_expires_at < now(), jobs.c.lease_expires_at), else_=now())",
+        "now()",
     ),
     _of(
         _LINE,
@@ -295,6 +302,14 @@ KEYS = [
         "if scope not in caller.scopes:",
         "if not scope:",
         f"{_API_KEYS}::test_each_route_needs_the_scope_that_the_document_names",
+    ),
+    _of(
+        _AUTH,
+        "pages-of-elsewhere-are-let-in",
+        "any page that is open on a machine with a service without keys reads and starts its jobs",
+        "if not caller.has_key:",
+        "if not caller.tenant:",
+        f"{_API_KEYS}::test_without_keys_no_page_of_elsewhere_may_read_or_change_anything",
     ),
 ]
 

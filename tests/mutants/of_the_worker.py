@@ -146,8 +146,8 @@ GUARD = [
         _GUARD,
         "the-deadline-has-a-margin",
         "a thawed trainer goes on for a minute",
-        "boottime() > read_deadline(self._workdir) - self._earlier():",
-        "boottime() > read_deadline(self._workdir) + 60:",
+        "boottime() > deadline - self._earlier():",
+        "boottime() > deadline + 60:",
         "tests/unit/test_guard.py",
     ),
     _of(

@@ -12,7 +12,8 @@ from typing import Any
 from graft_shared.artifacts import sha256_of
 from graft_shared.buckets import Bucket
 from graft_shared.buckets.s3 import S3Bucket
-from graft_shared.jobs import Job, JobState, StoredObject
+from graft_shared.errors import ObjectNotFound
+from graft_shared.jobs import TERMINAL_STATES, Job, JobState, StoredObject
 from tests.chaos.clients import SAVE_STEPS
 from tests.chaos.judge import gather
 from tests.chaos.service import ServiceInTrouble
@@ -81,7 +82,7 @@ def _at(point: str, folder: Path, swift: SwiftServer, wanted: Wanted) -> Played:
         seconds = come_to_rest(service)
         service.stop()
         bucket = _bucket(swift.port)
-        evidence = gather(service, [job], [], bucket)
+        evidence = gather(service, [job], [], bucket, away=True)
     row = evidence.jobs[job_id]
     violations = verdict_of(evidence)
     violations["the write was reached"] = [] if reached else [f"nobody wrote to {WRITES[point]!r}"]
@@ -104,11 +105,16 @@ def _at(point: str, folder: Path, swift: SwiftServer, wanted: Wanted) -> Played:
 
 
 def missing_objects(job: Job, bucket: Bucket) -> Iterator[str]:
-    """What a job's row says of its data and its checkpoint, beside what the bucket holds."""
-    stored = [StoredObject(**job.prepared["train"])] if job.prepared else []
-    stored += [job.checkpoint.object] if job.checkpoint else []
-    for known in stored:
-        content = bucket.open(known.key).read()
+    """What a job's row says of its data and its checkpoint, beside what the bucket holds; data may go when it ended."""
+    prepared = [StoredObject(**job.prepared["train"])] if job.prepared else []
+    saved = [job.checkpoint.object] if job.checkpoint else []
+    for known in prepared + saved:
+        try:
+            content = bucket.open(known.key).read()
+        except ObjectNotFound:
+            if known in saved or job.state not in TERMINAL_STATES:
+                yield f"{known.key} is missing"
+            continue
         if (len(content), sha256_of(content)) != (known.size, known.sha256):
             yield f"{known.key} is not what the row says"
 

@@ -55,7 +55,7 @@ def api_killed(folder: Path, wanted: Wanted) -> Played:
                 kills += service.kill("api")
             submitters.join()
             service.stop()
-            evidence = gather(service, submitters.submitted, [])
+            evidence = gather(service, submitters.submitted, [], away=True)
     found = verdict_of(evidence)
     violations = {promise: found[promise] for promise in OF_ACCEPTANCE}
     if service.postgres is None:

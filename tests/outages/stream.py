@@ -44,7 +44,7 @@ def under_a_stream(
             clients.join()
             rest_seconds = come_to_rest(service)
             service.stop()
-            evidence = gather(service, clients.submitted, [])
+            evidence = gather(service, clients.submitted, [], away=postgres is not None)
     found = figures(evidence)
     told = {name: found[name] for name in ("jobs", "steps", "steps_lost_by_interruption")}
     return Played(

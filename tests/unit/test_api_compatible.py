@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx2
+import openai
 import pytest
-from sqlalchemy import update
+from sqlalchemy import event, update
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import OperationalError
 
 from graft_api.compatible.requests import native_body
+from graft_api.rates import Rates
 from graft_shared.errors import GraftError
 from graft_shared.jobs import Checkpoint, Failure, FailureReason, StoredObject
-from graft_shared.store import Order
+from graft_shared.store import Database, Order
 from graft_shared.store.tables import jobs
 from tests.api_service import LLAMA, ROWS, ApiService, error_of, make_service
 
@@ -322,10 +330,61 @@ def test_a_key_decides_where_there_is_one(api: ApiService) -> None:
     assert native.json()["id"] == keyed, "one job, whichever surface it is asked on"
 
 
+def test_where_a_quota_is_reached_a_later_sending_is_given_the_job_of_the_earlier_one_or_told_of_it(
+    tmp_path: Path, template: Path
+) -> None:
+    api = make_service(tmp_path, template, quota_queued_jobs=1)
+    file_id = api.upload().json()["id"]
+    slow = post(api, sent(0), training_file=file_id).json()["id"]
+    assert post(api, sent(1), training_file=file_id).json()["id"] == slow
+    other = {"seed": 7}  # of which nothing is known yet: the first sending may still be on its way
+    refused = post(api, sent(1), training_file=file_id, **other)
+    assert error_of(refused, 429)["code"] == "quota_exceeded"
+    assert refused.headers["retry-after"] == "30" and "x-should-retry" not in refused.headers
+    assert "may have made its job" in error_of(refused, 429)["message"]
+
+
 def age(api: ApiService, job_id: str, by: timedelta) -> None:
     with api.database.writing() as connection:
         earlier = update(jobs).where(jobs.c.id == job_id).values(created_at=jobs.c.created_at - by.total_seconds())
         connection.execute(earlier)
+
+
+def test_what_was_surely_not_kept_is_not_sent_again_by_its_client_and_what_may_be_kept_is(
+    api: ApiService, tmp_path: Path
+) -> None:
+    file_id = api.upload().json()["id"]
+    earlier = post(api, sent(0), training_file=file_id).json()["id"]
+    database, away = tmp_path / "graft.db", tmp_path / "away.db"
+    api.database.close()
+    database.rename(away)
+    database.mkdir()
+    lost = post(api, sent(0), training_file=file_id)
+    assert (lost.status_code, lost.headers["x-should-retry"]) == (503, "false"), "else it were given the earlier job"
+    for headers in (sent(1), {**sent(0), "idempotency-key": "k"}, {}):
+        assert "x-should-retry" not in post(api, headers, training_file=file_id).headers, headers
+    database.rmdir()
+    away.rename(database)
+    assert post(api, sent(0), training_file=file_id).json()["id"] != earlier, "called again it is a job of its own"
+    with no_word_of_commits(api.database):
+        unknown = post(api, sent(0), training_file=file_id)
+    assert unknown.status_code == 503 and "x-should-retry" not in unknown.headers
+    newest = api.http.get(JOBS).json()["data"][0]["id"]
+    assert post(api, sent(1), training_file=file_id).json()["id"] == newest
+    assert len(api.http.get(JOBS).json()["data"]) == 3
+
+
+@contextmanager
+def no_word_of_commits(database: Database) -> Iterator[None]:
+    """The database keeps what is written, and the connection breaks before it says so."""
+
+    def commit_and_break(connection: Connection) -> None:
+        connection.exec_driver_sql("COMMIT")
+        raise OperationalError("COMMIT", None, Exception("the connection broke"))
+
+    event.listen(database.engine, "commit", commit_and_break)
+    yield
+    event.remove(database.engine, "commit", commit_and_break)
 
 
 # Files.
@@ -425,12 +484,47 @@ def test_the_document_describes_the_requests_and_the_errors_of_the_surface(api: 
     assert json.dumps(document).count("#/$defs/") == 0
 
 
-def test_a_rate_limited_job_without_a_key_is_not_sent_again_by_its_client(tmp_path: Path, template: Path) -> None:
+def test_a_rate_limited_job_without_a_key_is_sent_again_by_its_client_only_where_it_may_be_made(
+    tmp_path: Path, template: Path
+) -> None:
     api = make_service(tmp_path, template, requests_per_minute=1)
     body = asked()
     api.http.post(JOBS, json=body)
     refused = api.http.post(JOBS, json=body, headers=sent(0))
     assert refused.status_code == 429 and refused.headers["retry-after"]
     assert refused.headers["x-should-retry"] == "false"
+    assert "sent before" not in error_of(refused, 429)["message"], "nothing was made: wait, and call again"
+    again = api.http.post(JOBS, json=body, headers=sent(1))
+    assert again.headers["retry-after"] and "x-should-retry" not in again.headers
+    assert error_of(again, 429)["message"].endswith(f"look for that with GET {JOBS} before you call anew.")
     keyed = api.http.post(JOBS, json=body, headers={"idempotency-key": "night-run-1"})
     assert keyed.status_code == 429 and "x-should-retry" not in keyed.headers
+
+
+def test_openais_client_is_given_the_job_whose_answer_was_lost_though_its_next_try_is_over_the_limit(
+    tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = make_service(tmp_path, template, requests_per_minute=2)
+    file_id, statuses, pauses = api.upload().json()["id"], list[int](), list[float]()
+
+    def exchange(request: httpx2.Request) -> httpx2.Response:
+        given = api.http.request(
+            request.method, request.url.path, content=request.read(), headers=dict(request.headers)
+        )
+        statuses.append(given.status_code)
+        if len(statuses) == 1:
+            raise httpx2.ReadTimeout("the answer was lost", request=request)
+        return httpx2.Response(given.status_code, headers=dict(given.headers), content=given.content)
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 2:
+            here = api.http.app.state.neighbours  # type: ignore[attr-defined]
+            api.http.app.state.neighbours = replace(here, rates=Rates(None))  # type: ignore[attr-defined]
+
+    monkeypatch.setattr("openai._base_client.time.sleep", pause)
+    over = httpx2.Client(transport=httpx2.MockTransport(exchange))
+    client = openai.OpenAI(base_url="http://localhost/v1", api_key="none", http_client=over)
+    job = client.fine_tuning.jobs.create(model=LLAMA, training_file=file_id)
+    assert (statuses, pauses[1] > 1) == ([200, 429, 200], True)
+    assert [each["id"] for each in api.http.get(JOBS).json()["data"]] == [job.id]

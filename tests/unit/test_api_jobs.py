@@ -216,6 +216,9 @@ def test_a_registered_folder_is_a_base_and_goes_before_the_catalogue(api: ApiSer
     register_base(folder, config)
     job = api.new_job(base_model="graft/tiny", training={"max_length": 128})
     assert job["gpu_class"] == "cpu"
+    unknown = error_of(api.post(api.spec(base_model="graft/tinny")), 422)
+    assert unknown["suggestions"][0] == "graft/tiny"
+    assert "Did you mean 'graft/tiny'? GET /models (graft models)" in unknown["message"]
     listed = api.http.get("/models").json()["data"]
     assert (listed[0]["id"], listed[0]["source"]) == ("graft/tiny", "registered")
     assert api.http.get("/models/graft/tiny").json()["max_length"] == 256
@@ -293,6 +296,7 @@ def test_an_estimate_decides_as_a_post_would_and_makes_no_job(api: ApiService) -
     assert estimate["memory"]["expected_bytes"] == job["memory"]["predicted_peak_bytes"]
     assert estimate["memory"] == job["memory"]["forecast"]
     assert sum(estimate["memory"]["components"].values()) == estimate["memory"]["expected_bytes"]
+    assert sum(estimate["memory"]["host_components"].values()) == estimate["memory"]["host_bytes"] > 0
     assert error_of(api.http.post("/jobs/estimate", json={**spec, "x": 1}), 400)["code"] == "unknown_parameter"
 
 
@@ -550,6 +554,10 @@ def test_a_queued_job_says_what_it_waits_for(api: ApiService) -> None:
     running = api.claim(first, Stage.TRAIN)
     api.leases.settle_failure(first, running.epoch, Failure(reason=FailureReason.CRASH, message="It crashed."))
     assert reason(first).startswith("The last run failed; the next one starts after ")
+    preparing_second = api.claim(second)
+    away = Failure(reason=FailureReason.BASE_MODEL_UNAVAILABLE, message="The hub does not answer.")
+    until = api.jobs.waits_until(api.leases.settle_failure(second, preparing_second.epoch, away))
+    assert reason(second) == f"The last run found the hub away; the next one starts after {until:%H:%M:%S} UTC."
 
 
 def test_a_jobs_cost_is_its_time_on_the_gpu_at_the_price_of_its_class(api: ApiService) -> None:

@@ -25,7 +25,7 @@ from graft_api.settings import ApiSettings
 from graft_shared.errors import StoreUnavailable
 from graft_shared.logs import configure_logging
 from graft_shared.store import Keys
-from tests.api_service import ApiService, error_of, make_service
+from tests.api_service import ROWS, ApiService, error_of, make_service
 from tests.waiting import wait_until
 
 RED, BLUE = "r" * 24, "b" * 24
@@ -262,6 +262,58 @@ def test_the_first_key_closes_a_service_that_was_open_and_the_last_does_not_open
     assert (status(open_api, key), open_api.http.get("/jobs").status_code) == (401, 401)
 
 
+FOREIGN = [
+    {"host": "rebound.example:8000"},
+    {"host": "127.0.0.1.rebound.example"},
+    {"host": "localhost.rebound.example"},
+    {"host": "[::1"},
+    {"host": ""},
+]
+FOREIGN_PAGES = [
+    {"origin": "https://elsewhere.example"},
+    {"origin": "http://127.0.0.1.elsewhere.example:8000"},
+    {"origin": "null"},
+    {"sec-fetch-site": "cross-site"},
+]
+OWN = [
+    {"host": "localhost:8000"},
+    {"host": "127.0.0.1:8000", "origin": "http://127.0.0.1:8000", "sec-fetch-site": "same-origin"},
+    {"host": "127.8.9.10"},
+    {"host": "[::1]:8000"},
+    {"host": "127.0.0.1:8000", "origin": "http://localhost:3000", "sec-fetch-site": "cross-site"},
+]
+
+
+@pytest.mark.parametrize("pepper", [None, PEPPER])
+def test_without_keys_no_page_of_elsewhere_may_read_or_change_anything(
+    tmp_path: Path, template: Path, pepper: str | None
+) -> None:
+    api = make_service(tmp_path, template, key_pepper=pepper)
+    for headers in (*FOREIGN, *FOREIGN_PAGES):
+        for sent in (headers, {**headers, **bearer("none")}):
+            error = error_of(api.http.post("/files", files={"file": ("rows.jsonl", ROWS)}, headers=sent), 403)
+            assert (error["code"], "graft keys create" in error["message"]) == ("foreign_caller", True), headers
+    for method, path, _ in routes(api):
+        answer = api.http.request(method, path.replace("{", "").replace("}", ""), headers=FOREIGN[0])
+        if path in OPEN_ROUTES:
+            assert answer.status_code in (200, 422), (path, "nobody's secret, or signed")
+        else:
+            assert error_of(answer, 403)["code"] == "foreign_caller", (method, path)
+    for headers in FOREIGN_PAGES:
+        assert api.http.get("/jobs", headers=headers).status_code == 200, "a browser keeps the answer from its page"
+    for headers in OWN:
+        assert api.http.post("/files", files={"file": ("rows.jsonl", ROWS)}, headers=headers).status_code == 201
+    assert len(api.http.get("/files").json()["data"]) == len(OWN)
+    api.database.close()
+
+
+def test_with_a_key_a_request_may_come_from_anywhere_under_any_name(api: ApiService) -> None:
+    for headers in (*FOREIGN, *FOREIGN_PAGES):
+        sent = {**headers, **bearer(RED)}
+        assert api.http.post("/files", files={"file": ("rows.jsonl", ROWS)}, headers=sent).status_code == 201, headers
+        assert error_of(api.http.get("/jobs", headers=headers), 401)["code"] == "unauthenticated"
+
+
 def test_strangers_are_let_in_nowhere_but_on_loopback(
     open_api: ApiService, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -335,6 +387,15 @@ def test_the_operator_makes_lists_and_revokes_keys(api: ApiService, operator: Ca
     assert status(api, usual) == 200
 
 
+def test_the_log_says_what_a_key_may_do_in_the_words_of_the_command(
+    operator: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GRAFT_LOG_FORMAT", "text")
+    command.main(["create", "red"])
+    said = capsys.readouterr().err
+    assert "key_created" in said and "'jobs:write'" in said and "Scope." not in said
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -394,7 +455,7 @@ def test_openais_client_waits_as_long_as_it_is_told_and_not_where_waiting_is_no_
 
     async def ask() -> None:
         http = httpx.AsyncClient(transport=httpx.ASGITransport(app=api.http.app))
-        client = AsyncOpenAI(base_url="http://graft.test/v1", api_key="none", max_retries=1, http_client=http)
+        client = AsyncOpenAI(base_url="http://localhost/v1", api_key="none", max_retries=1, http_client=http)
         with pytest.raises(RateLimitError, match="stores 0 of the 1 bytes"):
             await client.files.create(file=b"{}" * 20_000, purpose="fine-tune")
         assert waited == []

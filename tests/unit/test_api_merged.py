@@ -61,7 +61,7 @@ def test_a_merged_model_is_asked_for_followed_and_brought_home(api: ApiService, 
     assert found["queue"] is None
     assert (found["status"], found["base_revision"], found["proof"]) == ("succeeded", "abc", {"logits_difference": 0.0})
     (file,) = found["files"]
-    assert api.http.get(file["url"].removeprefix("http://testserver")).content == b"weights"
+    assert api.http.get(file["url"].removeprefix("http://localhost")).content == b"weights"
     with tarfile.open(fileobj=io.BytesIO(api.http.get(f"{route}/archive").content)) as tar:
         assert tar.getnames() == [f"{tuned}-merged/model.safetensors", f"{tuned}-merged/{MANIFEST_NAME}"]
 

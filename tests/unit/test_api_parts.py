@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -381,6 +382,33 @@ def test_the_openapi_document_is_served_and_describes_the_spec_and_the_errors(ap
                 if status >= "400" and path != "/readyz":
                     assert "example" in response["content"]["application/json"], (path, status)
     assert "HTTPValidationError" not in json.dumps(document["paths"])
+
+
+def test_by_the_document_no_text_of_a_body_holds_the_character_that_no_store_can(api: ApiService) -> None:
+    document = api.http.get("/openapi.json").json()
+    texts = dict(texts_of({path: operations.get("post") for path, operations in document["paths"].items()}, document))
+    assert len(texts) > 30
+    for place, text in texts.items():
+        pattern = text.get("pattern", "")
+        assert pattern or {"enum", "const", "format"} & set(text), (place, "any text")
+        for left_out in re.findall(r"\[\^((?:\\.|[^\]\\])+)\]", pattern):
+            assert r"\x00" in left_out, (place, pattern)
+
+
+def texts_of(part: Any, document: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every schema of a text in the bodies that are sent, by its place."""
+    if isinstance(part, list):
+        part = {str(number): each for number, each in enumerate(part)}
+    if not isinstance(part, dict):
+        return
+    if "$ref" in part:
+        name = part["$ref"].rpartition("/")[2]
+        yield from texts_of(document["components"]["schemas"][name], document, (*place, name))
+    if part.get("type") == "string":
+        yield place, part
+    for name, each in part.items():
+        if name not in ("responses", "parameters"):
+            yield from texts_of(each, document, (*place, name))
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.com", ""])

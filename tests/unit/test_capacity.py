@@ -25,6 +25,7 @@ from graft_shared.memory import (
     TrainingPlan,
     estimate,
     loading_bytes,
+    pinned_bytes,
     shared_columns,
     size_for,
 )
@@ -91,7 +92,7 @@ ALL_LINEAR = {"lora": {"target_modules": "all-linear"}}
         ("h200-llama-2-7b-a", "Graft, speed", LLAMA_7B, {}),
         ("h200-llama-2-7b-a", "Graft, memory", LLAMA_7B, {}),
         ("h200-llama-2-7b-a", "Graft, bf16 base", LLAMA_7B, {"quantization": {"load_in_4bit": False}}),
-        ("h100-all-linear", "Graft, speed", LLAMA_7B, ALL_LINEAR),
+        ("h200-all-linear", "Graft, speed", LLAMA_7B, ALL_LINEAR),
         ("h200-llama-3.1-8b", "Graft, speed", "meta-llama/Llama-3.1-8B", ALL_LINEAR),
         ("h200-llama-3.1-8b", "Graft, offloaded", "meta-llama/Llama-3.1-8B", ALL_LINEAR),
         ("h100-losses", "Graft, speed", "meta-llama/Llama-3.2-1B", {}),
@@ -145,6 +146,25 @@ def test_only_tiny_bases_go_to_the_cpu() -> None:
     assert TABLE.place(shape(tiny), spec(tiny), CATALOGUE).gpu_class.name == "cpu"
     refused = refusal("Qwen/Qwen2.5-0.5B", TABLE.restricted_to(["cpu"]))
     assert refused.facts["required_class"] == "16gb"
+    assert "GiB" not in refused.message and "too many parameters" in refused.message, "bytes are not what decides"
+    assert not {"needed", "needed_bytes", "available", "available_bytes"} & refused.facts.keys()
+
+
+def test_a_refusal_names_the_parameter_that_its_advice_begins_with() -> None:
+    for changes in ({"gpu": {"class": "cpu"}}, {"training": {"max_length": 4096, "gradient_checkpointing": False}}):
+        refused = refusal("meta-llama/Llama-2-13b-hf", **changes)
+        assert refused.param == refused.facts["changes"][0]["param"] != "base_model"
+        assert f"It would fit with {refused.param}=" in refused.message
+
+
+def test_bases_that_fit_are_named_with_the_registered_ones_first() -> None:
+    own = dataclasses.replace(shape("HuggingFaceTB/SmolLM2-135M"), base_model="graft/own")
+    with pytest.raises(VramCapacityExceeded) as refused:
+        SMALL_FLEET.place(shape("huggyllama/llama-65b"), spec("huggyllama/llama-65b"), CATALOGUE, [own])
+    assert refused.value.facts["fits_here"][0] == "graft/own"
+    assert len(refused.value.facts["fits_here"]) == 5
+    bases = [change["to"] for change in refused.value.facts["changes"] if change["param"] == "base_model"]
+    assert len(bases) == 2 and bases[0] == "graft/own", "then one that the hub has"
 
 
 def test_a_70b_job_on_a_24gb_fleet_is_refused_with_the_numbers() -> None:
@@ -407,6 +427,40 @@ def test_a_job_that_chose_its_class_stays_there() -> None:
     lean = plans(shape(LLAMA_7B), job)[-1]
     assert TABLE.after_out_of_memory(shape(LLAMA_7B), job, "24gb", lean) is None
     assert TABLE.after_out_of_memory(shape(LLAMA_7B), spec(), "24gb", lean) is not None
+
+
+def test_too_little_memory_of_host_or_gpu_by_turns_comes_to_an_end() -> None:
+    job = spec(training={"max_length": 1024, "gradient_checkpointing": True}, gpu={"class": "24gb"})
+    start = next(plan for plan in plans(shape(LLAMA_7B), job) if plan.recompute is Recompute.OFFLOAD)
+    needed = estimate(shape(LLAMA_7B), job, start)
+    assert needed.host["parked_inputs"] == 32 * pinned_bytes(2 * size_for(start.microbatch_tokens) * 4096) == 2 * GIB
+    free = needed.host_held_bytes * 3 // 4
+    smaller = TABLE.after_host_out_of_memory(shape(LLAMA_7B), job, "24gb", start, free)
+    assert smaller is not None and smaller.estimate.host_held_bytes <= free
+    assert smaller.estimate.expected_bytes <= needed.expected_bytes
+    assert TABLE.after_host_out_of_memory(shape(LLAMA_7B), job, "24gb", start, 0) is None
+    plan, turns = start, 0
+    for short in itertools.cycle(["host", "host", "gpu"]):
+        on_host = TABLE.after_host_out_of_memory(shape(LLAMA_7B), job, "24gb", plan, None) if short == "host" else None
+        after = on_host or TABLE.after_out_of_memory(shape(LLAMA_7B), job, "24gb", plan)
+        if after is None:
+            break
+        plan, turns = after.plan, turns + 1
+        assert turns < 50
+
+
+def test_on_a_cpu_too_little_memory_of_the_host_leads_down_the_plans() -> None:
+    """All that a run needs is the machine's there, and nothing beside it."""
+    small, job = dataclasses.replace(shape(LLAMA_7B), num_hidden_layers=1), spec(gpu={"class": "cpu"})
+    start = plans(small, job)[0]
+    needed = estimate(small, job, start)
+    after = TABLE.after_host_out_of_memory(small, job, "cpu", start, None)
+    assert after is not None and after.estimate.expected_bytes <= 0.95 * needed.expected_bytes
+    assert needed.host_bytes > after.estimate.host_bytes == 0
+    free = after.estimate.expected_bytes - 1
+    lean = TABLE.after_host_out_of_memory(small, job, "cpu", start, free)
+    assert lean is not None and lean.estimate.expected_bytes <= free
+    assert TABLE.after_host_out_of_memory(small, job, "cpu", start, 0) is None
 
 
 def test_a_plan_reads_back_as_itself() -> None:

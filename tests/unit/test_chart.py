@@ -18,6 +18,8 @@ from graft_api.keys.making import SHORTEST_PEPPER
 from graft_api.keys.static import SHORTEST_KEY
 from graft_shared.capacity import CapacityTable
 from graft_shared.defaults import load_capacity
+from graft_shared.store.migrate import PATIENCE
+from graft_shared.webhooks import PUBLIC_PORTS
 from tests.deployed import CHART, ROOT, VALUES, chart_values, render
 
 Manifest = dict[str, Any]
@@ -186,6 +188,16 @@ def test_the_tables_change_before_any_new_process_starts_and_the_bucket_is_asked
     assert [each["command"][-1] for each in pod["containers"]] == ["graft_shared.store.migrate"]
 
 
+def test_helm_is_told_to_wait_longer_than_a_migration_may_take() -> None:
+    (job,) = of_kind(render(chart_values("default")), "Job")
+    assert PATIENCE.total_seconds() < job["spec"]["activeDeadlineSeconds"] < 15 * 60
+    texts = (ROOT / "README.md", ROOT / "deploy" / "README.md", CHART / "templates" / "NOTES.txt")
+    commands = [
+        line for path in texts for line in re.findall(r"^ *helm (?:install|upgrade) .*", path.read_text(), re.M)
+    ]
+    assert len(commands) == 4 and all(" --timeout 15m" in command for command in commands), commands
+
+
 def test_a_rollout_takes_workers_away_one_after_the_other_and_no_api_before_another_is_there(
     manifests: list[Manifest],
 ) -> None:
@@ -260,11 +272,27 @@ def test_nothing_comes_in_or_goes_out_but_by_an_edge_that_is_named() -> None:
         for peer in rule["to"]
         if "ipBlock" in peer
     }
-    assert reached == {(5432, "10.0.0.10/32"), (6380, "10.0.0.11/32"), (443, "10.0.0.12/32"), (443, "0.0.0.0/0")}
+    public = {(port, "0.0.0.0/0") for port in (443, 8443)}
+    assert reached == {(5432, "10.0.0.10/32"), (6380, "10.0.0.11/32"), (443, "10.0.0.12/32"), *public}
     entered = {name for name, policy in found.items() if "Ingress" in policy["policyTypes"]}
     assert entered == {"default-deny", "api"}
     (incoming,) = found["api"]["ingress"]
     assert incoming == {"from": [{"podSelector": {}}], "ports": [{"protocol": "TCP", "port": "http"}]}
+
+
+def test_receivers_of_webhooks_are_reached_by_whoever_sends_to_them_at_every_port_that_they_may_have() -> None:
+    manifests = render(chart_values("classes"))
+    (rule,) = policies(manifests)["public"]["egress"]
+    assert [port["port"] for port in rule["ports"]] == list(PUBLIC_PORTS)
+    selector = policies(manifests)["webhooks"]["podSelector"]
+    (chosen,) = selector["matchExpressions"]
+    senders = {
+        name
+        for name, metadata, _ in pods(manifests)
+        if selector["matchLabels"].items() <= metadata["labels"].items()
+        and metadata["labels"][chosen["key"]] in chosen["values"]
+    }
+    assert (chosen["operator"], senders) == ("In", {"graft-reconciler", "graft-api"})
 
 
 def test_figures_are_shown_by_every_process_to_whom_the_values_name_and_under_the_jobs_that_alerts_speak_of() -> None:

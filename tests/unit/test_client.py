@@ -95,7 +95,7 @@ def test_patience_ends(client: GraftClient, service: FakeService, time: Time) ->
         client.submit(SPEC)
     assert time.pauses == []
     service.answers["GET /capacity"] = [httpx.ConnectError("refused")] * 100
-    with pytest.raises(ServiceUnreachable, match=r"http://graft.test \(refused\).*make run"):
+    with pytest.raises(ServiceUnreachable, match=r"http://graft.test \(refused\).*graft up"):
         client.capacity()
     assert 20 < time.now <= 30
 

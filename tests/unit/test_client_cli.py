@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import io
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,8 +21,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from graft_client import GraftClient, Job, Update, cli
+from graft_client import GraftClient, Job, Update, cli, doctor
 from graft_client.doctor import look
+from graft_client.findings import note, show
 from graft_client.progress import duration, sparkline, watch
 from graft_client.reports import masked
 from graft_client.tables import job_table, jobs_table, money, print_whole
@@ -87,16 +92,42 @@ def test_submit_uploads_the_data_applies_overrides_and_prints_the_job(
     spec.write_text(json.dumps({"base_model": "a/b", "training": {"max_steps": 5, "packing": True}}))
     service.answers["POST /files"] = [httpx.Response(200, json={"id": "file-7"})]
     overrides = ["--set", "training.max_steps=9", "--set", "gpu.class=24gb", "--set", "name=my bot"]
+    overrides += ["--set", "lora.target_modules=[q_proj, v_proj]", "--set", "training.learning_rate=2e-4"]
+    overrides += ["--set", "metadata={rate: 2e-4, note: no}"]
     code, out, _ = graft("submit", str(spec), "--data", str(rows), *overrides, "--json", monkeypatch=monkeypatch)
     assert code == 0
     assert json.loads(out)["id"] == "ftjob-1"
     assert json.loads(service.heard("POST", "/jobs")[0].content) == {
         "base_model": "a/b",
-        "training": {"max_steps": 9, "packing": True},
+        "training": {"max_steps": 9, "packing": True, "learning_rate": 2e-4},
         "gpu": {"class": "24gb"},
         "name": "my bot",
+        "lora": {"target_modules": ["q_proj", "v_proj"]},
+        "metadata": {"rate": 2e-4, "note": "no"},
         "dataset": {"file": "file-7"},
     }
+
+
+def test_the_same_bytes_are_uploaded_once(
+    service: FakeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "x"}\n')
+    proof = {"bytes": rows.stat().st_size, "sha256": hashlib.sha256(rows.read_bytes()).hexdigest()}
+    others = [{"id": f"file-{n}", "bytes": proof["bytes"], "sha256": f"{n:064}"} for n in range(150)]
+    service.uploads = [*others, {"id": "file-same", **proof}]
+    code, _, err = graft("submit", "-", "--data", str(rows), monkeypatch=monkeypatch, stdin="{}")
+    assert (code, "rows.jsonl was uploaded before: file-same" in err) == (0, True)
+    assert json.loads(service.heard("POST", "/jobs")[0].content)["dataset"] == {"file": "file-same"}
+    assert not service.heard("POST", "/files"), "and none would have been answered"
+    service.answers["GET /files"] = [error(403, "scope_missing", "The key may not read files.")]
+    service.answers["POST /files"] = [httpx.Response(200, json={"id": "file-new"}) for _ in range(2)]
+    code, _, err = graft("submit", "-", "--data", str(rows), monkeypatch=monkeypatch, stdin="{}")
+    assert (code, "rows.jsonl is uploaded: file-new" in err) == (0, True)
+    service.uploads[:0] = [{**others[0], "id": f"file-newer-{n}"} for n in range(1000)]
+    before = len(service.heard("GET", "/files"))
+    assert graft("submit", "-", "--data", str(rows), monkeypatch=monkeypatch, stdin="{}")[0] == 0
+    assert len(service.heard("GET", "/files")) - before == 10, "the look ends"
 
 
 @pytest.mark.parametrize("follow", [[], ["--watch"]])
@@ -160,7 +191,7 @@ def test_a_refusal_shows_bytes_by_component_and_the_changes_that_would_fit(
             "13B at 8192 tokens needs 31.0 GiB, the largest class has 22.0 GiB.",
             needed={"base_weights": 7 * 1024**3, "activations": 24 * 1024**3},
             available={"usable": 22 * 1024**3},
-            needed_bytes=31 * 1024**3,
+            needed_bytes=33 * 1024**3,
             changes=[
                 {"param": "training.max_length", "from": 8192, "to": 3840, "needed_bytes": 1024**3, "gpu_class": "24gb"}
             ],
@@ -169,8 +200,9 @@ def test_a_refusal_shows_bytes_by_component_and_the_changes_that_would_fit(
     ]
     code, out, err = graft("estimate", "-", monkeypatch=monkeypatch, stdin='{"base_model": "a/b"}')
     assert (code, out) == (2, "")
-    for expected in ("vram_capacity_exceeded", "24.00 GiB", "training.max_length", "3840", "small/base", "31.00 GiB"):
+    for expected in ("vram_capacity_exceeded", "24.00 GiB", "training.max_length", "3840", "small/base", "33.00 GiB"):
         assert expected in err
+    assert re.search(r"margin of the forecast +2\.00 GiB", err), "what stands above it makes 31"
     assert err.index("activations") < err.index("base weights")
 
 
@@ -188,6 +220,15 @@ def test_an_error_says_nothing_twice_and_nothing_empty(service: FakeService, mon
     assert err.endswith("  suggestions: a/bb, a/bc\n")
 
 
+def test_a_job_without_data_is_told_how_data_is_given(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "'dataset' is not valid: field required."
+    for command, route in (("submit", "POST /jobs"), ("estimate", "POST /jobs/estimate")):
+        for stdin, told in (("{}", True), ('{"dataset": {"file": "file-7"}}', False)):
+            service.answers[route] = [error(422, "invalid_parameter", said, param="dataset")]
+            code, _, err = graft(command, "-", monkeypatch=monkeypatch, stdin=stdin)
+            assert (code, said in err, "Give --data ROWS.jsonl" in err) == (2, True, told)
+
+
 def test_an_estimate_is_made_of_what_submit_would_post(
     service: FakeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +241,7 @@ def test_an_estimate_is_made_of_what_submit_would_post(
     code, out, err = graft("estimate", "-", "--data", str(rows), monkeypatch=monkeypatch, stdin=stdin)
     assert (code, "rows.jsonl is uploaded: file-7" in err) == (0, True)
     assert "note: no live worker of class cpu" in out
+    assert "time: not forecast for this class; graft watch shows it" in out
     assert graft("estimate", "-", "--data", "file-7", monkeypatch=monkeypatch, stdin=stdin)[0] == 0
     for request in service.heard("POST", "/jobs/estimate"):
         assert json.loads(request.content) == {"base_model": "a/b", "dataset": {"file": "file-7"}}
@@ -248,6 +290,8 @@ def test_what_the_user_can_mend_leaves_with_2_and_what_the_service_must_with_4(
     assert code == 2
     assert "neither JSON nor YAML" in err
     assert graft("submit", "-", "--set", "nonsense", monkeypatch=monkeypatch, stdin="{}")[0] == 2
+    code, _, err = graft("submit", "-", "--set", "lora.target_modules=[q_proj", monkeypatch=monkeypatch, stdin="{}")
+    assert (code, "--set lora.target_modules=[q_proj is neither JSON nor YAML" in err) == (2, True)
     assert graft("submit", "/no/such/file.json", monkeypatch=monkeypatch)[0] == 2
 
 
@@ -257,7 +301,31 @@ def test_a_service_that_is_not_there_is_said_to_be_not_there(monkeypatch: pytest
     code, out, err = graft("list", monkeypatch=monkeypatch)
     assert (code, out) == (4, "")
     assert "http://127.0.0.1:1" in err
-    assert "make run" in err
+    assert "Start it with `graft up`, and with the --state-dir that it had." in err
+
+
+def test_only_where_nothing_listens_the_doctor_offers_to_start_a_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "TIMEOUT_SECONDS", 0.2)
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{held.getsockname()[1]}"
+        (refused,) = look({"GRAFT_URL": url})
+        held.listen()
+        (late,) = look({"GRAFT_URL": url})
+    assert (refused.remedy or "").startswith("graft up, with the --state-dir that it had; or export GRAFT_URL")
+    assert "something listens" in late.found and "if it is Graft, it is busy" in late.found
+    assert "graft up" not in (late.remedy or "")
+
+
+@pytest.mark.parametrize("url", ["http://me:hunter2@127.0.0.1:1", "me:hunter2@127.0.0.1:1", "http://me:hunter2/@a"])
+def test_a_password_in_the_address_is_never_shown(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("GRAFT_URL", url)
+    monkeypatch.setattr(cli, "PATIENCE_SECONDS", 0.0)
+    code, out, err = graft("list", monkeypatch=monkeypatch)
+    (finding,) = look({"GRAFT_URL": url})
+    assert (code, out, finding.subject) == (4, "", "service")
+    for said in (err, finding.found):
+        assert url.rpartition("@")[2] in said and "hunter2" not in said
 
 
 @pytest.mark.parametrize("key", ["graft_s\nx", "graft_s\u00e9x", "graft_s\u2028x"])
@@ -270,6 +338,45 @@ def test_a_key_that_no_header_may_hold_is_refused_and_never_shown(monkeypatch: p
     assert finding.subject == "key"
     for said in (err, finding.found):
         assert "printable ASCII" in said and "graft_s" not in said
+
+
+def test_a_file_or_folder_that_cannot_be_used_is_the_users_to_correct(
+    service: FakeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.answers["GET /models"] = [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))]
+    for arguments, said in (
+        (["download", "ftjob-1", "--to", "/proc/x/y"], "/proc/x"),
+        (["download", "ftjob-1", "--to", "x" * 300], "File name too long"),
+        (["upload", "/proc/self/mem"], "Input/output error"),
+        (["submit", "-", "--data", "x" * 300], "File name too long"),
+        (["models"], "No space left on device"),
+    ):
+        code, out, err = graft(*arguments, monkeypatch=monkeypatch, stdin="{}")
+        assert (code, out, said in err) == (2, "", True), arguments
+    code, _, err = graft("get", "\udcff", monkeypatch=monkeypatch)
+    assert code == 2 and "is no text" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ALL_PROXY", "socks5://me:hunter2@127.0.0.1:1"),
+        ("HTTPS_PROXY", "http://me:hunter2@a:b"),
+        ("SSL_CERT_FILE", "/nonexistent"),
+    ],
+)
+def test_a_network_that_the_environment_names_wrongly_is_the_users_to_correct_and_none_of_loopbacks(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cli, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setenv("GRAFT_URL", "http://graft.invalid")
+    code, _, err = graft("list", monkeypatch=monkeypatch)
+    assert code == 2 and "mend or unset" in err and name in err and "hunter2" not in err
+    (finding,) = look({"GRAFT_URL": "http://graft.invalid"})
+    assert name in (finding.remedy or "") and "hunter2" not in finding.found
+    monkeypatch.setenv("GRAFT_URL", "http://127.0.0.1:1")
+    assert graft("list", monkeypatch=monkeypatch)[0] == 4
 
 
 def test_a_list_is_no_longer_than_asked(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,6 +425,17 @@ def test_a_spec_may_be_yaml_and_its_values_are_what_json_would_make_of_them(
     assert code == 2 and "'base_model' stands twice" in err
     spec.write_text("- a list\n")
     assert graft("submit", str(spec), monkeypatch=monkeypatch)[0] == 2
+    for wrong, said in (
+        ("name: !!binary aGk=", "binary"),
+        ("name: !!timestamp x", "timestamp"),
+        ("name: !!int x", "invalid literal"),
+        ("name: !!bool x", "neither JSON nor YAML"),
+        ("name: &ring [*ring]", "Circular"),
+        ("- " * 5000, "nested too deeply"),
+    ):
+        spec.write_text(wrong)
+        code, _, err = graft("submit", str(spec), monkeypatch=monkeypatch)
+        assert (code, said in err) == (2, True), wrong
 
 
 def test_a_spec_in_another_encoding_or_with_a_key_twice_is_the_users_to_correct(
@@ -327,6 +445,8 @@ def test_a_spec_in_another_encoding_or_with_a_key_twice_is_the_users_to_correct(
     for content, said in (
         ('{"name": "caf\u00e9"}'.encode("latin-1"), "is not UTF-8 (byte 13)"),
         (b'{"lora": {"r": 8, "r": 16}}', "'r' stands twice"),
+        (b"[" * 100_000, "is nested too deeply"),
+        (b'{"name": "\\ud800"}', "surrogates not allowed"),
     ):
         spec.write_bytes(content)
         code, _, err = graft("estimate", str(spec), monkeypatch=monkeypatch)
@@ -346,6 +466,42 @@ def test_words_in_brackets_are_shown_as_they_are(service: FakeService, monkeypat
     service.answers["GET /jobs/[/b]"] = [httpx.Response(200, json={"id": "[/b]", "status": "succeeded"})]
     _, _, err = graft("submit", "-", "--watch", "--json", monkeypatch=monkeypatch, stdin="{}")
     assert "Job [/b] is accepted" in err
+    service.jobs = [{"id": "[/b]", "status": "[/c]", "gpu_class": "[/d]"}]
+    assert {"[/b]", "[/c]", "[/d]"} <= set(graft("list", monkeypatch=monkeypatch)[1].split())
+    service.answers["GET /models"] = [error(422, "[/e]", "no", {}, **{"[/f]": 1})]
+    _, _, err = graft("models", monkeypatch=monkeypatch)
+    assert "error [/e]: no" in err and "[/f]: 1" in err
+
+
+def test_what_others_wrote_makes_no_picture_and_steers_no_terminal(
+    service: FakeService, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wild, tame = "exp:a:lr2e-4\x1b]0;owned\x07\x9b2J", "exp:a:lr2e-4�]0;owned��2J"
+    job = {"id": "ftjob-1", "status": "succeeded", "spec": {"name": wild}, "queue": {"reason": wild}}
+    service.jobs, service.events = [job | {"base_model": wild}], [{"id": 1, "type": "note", "message": wild}]
+    service.uploads = [{"id": "file-1", "filename": wild}]
+    service.answers |= {
+        "GET /models": [error(422, wild, wild)],
+        "GET /jobs/ftjob-1/logs": [httpx.Response(200, text=wild)],
+        "POST /webhooks/test": [httpx.Response(200, json={"delivered": False, "reason": wild})],
+    }
+    for arguments, times in (
+        (["get", "ftjob-1"], 3),
+        (["list"], 1),
+        (["watch", "ftjob-1"], 5),
+        (["files", "list"], 1),
+        (["models"], 2),
+        (["logs", "ftjob-1"], 1),
+        (["webhooks", "test", "https://a.test/"], 1),
+    ):
+        _, out, err = graft(*arguments, monkeypatch=monkeypatch)
+        assert (out + err).count(tame) == times and "\x1b" not in out + err, arguments
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=300, color_system=None, emoji=False)
+    watch([Update(job=Job(service.jobs[0] | {"phase": wild, "status": "running"}, GraftClient()), events=())], terminal)
+    assert screen.getvalue().count("]0;owned") == screen.getvalue().count(tame) > 1
+    show([note(wild, wild, wild)], as_json=False)
+    assert capsys.readouterr().out.replace("\n", "").count("exp:a:lr2e-4�") == 3
 
 
 def test_a_page_in_the_services_place_is_said_to_be_one(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,6 +509,15 @@ def test_a_page_in_the_services_place_is_said_to_be_one(service: FakeService, mo
     code, out, err = graft("models", monkeypatch=monkeypatch)
     assert (code, out) == (4, "")
     assert "GET /models was answered 200" in err and "text/html" in err and "GRAFT_URL" in err
+
+
+def test_a_log_without_a_line_says_so_and_where_to_look(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
+    service.answers["GET /jobs/ftjob-1/logs"] = [httpx.Response(200, text="") for _ in range(2)]  # type: ignore[assignment]
+    code, out, err = graft("logs", "ftjob-1", monkeypatch=monkeypatch)
+    assert (code, out) == (0, "")
+    assert "is empty: graft get ftjob-1" in err and "/jobs/ftjob-1/events" in err
+    code, out, err = graft("logs", "ftjob-1", "--json", monkeypatch=monkeypatch)
+    assert (code, json.loads(out), err) == (0, {"job": "ftjob-1", "log": ""}, "")
 
 
 def test_a_log_is_followed_to_the_jobs_end_and_a_new_runs_log_begins_anew(
@@ -508,7 +673,7 @@ def test_checkpoints_and_the_log_are_shown(service: FakeService, monkeypatch: py
     service.answers["GET /jobs/ftjob-1/checkpoints"] = [httpx.Response(200, json=page)]
     code, out, _ = graft("checkpoints", "ftjob-1", monkeypatch=monkeypatch)
     assert code == 0
-    for expected in ("ftckpt-1", "40", "3.00 GiB", "1.25", "the job goes on from it"):
+    for expected in ("ftckpt-1", "40", "3.00 GiB", "1.25", "kept"):
         assert expected in out
     service.answers["GET /jobs/ftjob-1/logs"] = [httpx.Response(200, text="step 1\nstep 2\n")]
     assert graft("logs", "ftjob-1", monkeypatch=monkeypatch)[:2] == (0, "step 1\nstep 2\n")
@@ -559,7 +724,7 @@ REPORT: dict[str, Any] = {
     "nothing_to_learn_rows": 10,
     "lengths": {
         "percentiles": {"5": 3, "50": 20, "95": 60, "100": 90},
-        "histogram": {"edges": [3, 30, 91], "counts": [150, 50]},
+        "histogram": {"edges": [3, 4, 91], "counts": [150, 50]},
     },
     "first_rows": [
         {
@@ -602,6 +767,7 @@ def test_a_report_is_waited_for_and_shown_with_a_mask_that_needs_no_colour(
         "3 of 200 rows [stand] twice.",
     ):
         assert shown in out
+    assert "4–90" in out and "3–3" not in out, "a bar of one length has one number"
     asked = service.heard("GET", "/files/file-1/report")
     assert len(asked) == 2
     assert dict(asked[0].url.params) == {"base_model": "graft/tiny", "max_length": "64"}

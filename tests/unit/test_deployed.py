@@ -9,7 +9,9 @@ import os
 import socket
 import sys
 import tempfile
+import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -20,12 +22,15 @@ import uvicorn
 from graft_api.__main__ import GRACE_SECONDS
 from graft_shared.buckets import open_bucket
 from graft_shared.dispatch import CeleryDoorbell
+from graft_shared.reconciler import Reconciler
 from graft_shared.settings import SharedSettings
-from graft_shared.store.engine import open_database
+from graft_shared.store import Database, Leases, Workers, open_database
+from graft_shared.store.migrate import migrate
 from graft_worker.settings import WorkerSettings
 from graft_worker.supervisor.training_run import CHECKPOINT_PATIENCE_SECONDS
 from tests.api_service import make_service
 from tests.deployed import SECRET_VALUES, VALUES, Process, image_of, processes_of_chart, processes_of_compose
+from tests.fakes.doorbell import FakeDoorbell
 
 READ_ONLY = {"registered_models_dir", "models_dir", "catalogue_path", "capacity_path"}
 OF_ONE_MACHINE = {"bucket_dir"}  # no bucket and no database of a file: a test below sees to it
@@ -182,18 +187,36 @@ def test_an_api_whose_broker_and_store_say_nothing_is_ready_within_the_patience_
     assert took < least, "or no API would be ready while jobs can be taken"
 
 
-def test_the_reconcilers_probes_look_at_the_file_that_it_touches(processes: list[Process], tmp_path: Path) -> None:
+def test_the_reconcilers_probes_see_passes_and_none_starts_it_anew_because_its_database_is_away(
+    processes: list[Process], tmp_path: Path
+) -> None:
+    passed = tmp_path / "passed"
+    database = open_database(f"sqlite:///{tmp_path / 'graft.db'}")
     for process in (each for each in processes if each.module == "graft_shared.reconciler"):
         path = process.environment["GRAFT_RECONCILER_PASSED_PATH"]
-        assert process.probes
-        for command in process.probes:
-            here = command[2].replace(path, str(tmp_path / "passed"))
-            assert here != command[2]
-            (tmp_path / "passed").touch()
-            exec(here, {})
-            (tmp_path / "passed").unlink()
+        ready, *alive = (command[2].replace(path, str(passed)) for command in process.probes)
+        assert {ready, *alive}.isdisjoint(command[2] for command in process.probes)
+        for probe in (ready, *alive):
             with pytest.raises(FileNotFoundError):
-                exec(here, {})
+                exec(probe, {})
+        reconcile_once(database, passed)
+        with pytest.raises(FileNotFoundError):
+            exec(ready, {})
+        for probe in alive:
+            exec(probe, {})
+        migrate(database)
+        reconcile_once(database, passed)
+        exec(ready, {})
+    database.close()
+
+
+def reconcile_once(database: Database, passed: Path) -> None:
+    """One pass; before the tables are made it is postponed."""
+    stop = MagicMock(spec=threading.Event)
+    stop.wait.side_effect = [False, True]
+    leases, second = Leases(database, timedelta(seconds=60)), timedelta(seconds=1)
+    reconciler = Reconciler(leases=leases, workers=Workers(database), doorbell=FakeDoorbell(), bell_again=second)
+    reconciler.run(second, stop, passed)
 
 
 def test_every_worker_is_asked_by_its_own_name(processes: list[Process]) -> None:

@@ -17,6 +17,7 @@ from graft_shared.store import Database, Jobs, Leases, Workers, open_database
 from graft_shared.store.migrate import migrate
 from graft_worker.celery_app import worker_arguments
 from graft_worker.device import Device, NoSuchDevice, find_device
+from graft_worker.host import free_memory_bytes, oom_kill_count
 from graft_worker.settings import WorkerSettings
 from tests.store_factories import a_beat, a_new_job
 
@@ -39,6 +40,66 @@ def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
         (tmp_path / "bin" / "nvidia-smi").chmod(0o755)
 
     return install
+
+
+def a_group(folder: Path, *, version: int, limit: str, used: int = 0, cache: int = 0, kills: int = 0) -> None:
+    """What the kernel tells of a control group's memory, by either version's names."""
+    total = "total_" if version == 1 else ""
+    told = {
+        ("memory.limit_in_bytes", "memory.max"): limit,
+        ("memory.usage_in_bytes", "memory.current"): used,
+        ("memory.stat", "memory.stat"): f"inactive_anon 7\n{total}inactive_file {cache}\n{total}active_file 0",
+        ("memory.oom_control", "memory.events"): f"oom 9\noom_kill {kills}",
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for names, content in told.items():
+        (folder / names[version - 1]).write_text(f"{content}\n")
+
+
+def a_machine(root: Path, *, group: str) -> Path:
+    """One with 8000 kB left on which this process is in that group; returns where groups are mounted."""
+    (root / "proc" / "self").mkdir(parents=True)
+    (root / "proc" / "meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:  8000 kB\n")
+    (root / "proc" / "self" / "cgroup").write_text(group)
+    return root / "sys" / "fs" / "cgroup"
+
+
+V1_JOB = "5:devices:/job\n4:cpu,memory:/slurm/job/step\n1:name=systemd:/job\n0::/job\n"
+
+
+@pytest.mark.parametrize(
+    ("version", "group", "mount", "above", "own"),
+    [
+        (2, "0::/user.slice/graft.service\n", "", "user.slice", "user.slice/graft.service"),
+        (2, "0::/graft\n", "", ".", "graft"),
+        (1, V1_JOB, "memory", "slurm/job", "slurm/job/step"),
+    ],
+)
+def test_free_memory_is_the_machines_or_what_the_control_groups_leave(
+    tmp_path: Path, version: int, group: str, mount: str, above: str, own: str
+) -> None:
+    groups = a_machine(tmp_path, group=group) / mount
+    assert (free_memory_bytes(tmp_path), oom_kill_count(tmp_path)) == (8000 * 1024, 0)
+    unlimited = "max" if version == 2 else "9223372036854771712"
+    for limit, free in {unlimited: 8000 * 1024, "1000000": 600_000, "300000": 0, "99000000": 8000 * 1024}.items():
+        a_group(groups / above, version=version, limit=unlimited, kills=5)
+        a_group(groups / own, version=version, limit=limit, used=700_000, cache=300_000, kills=2)
+        assert (free_memory_bytes(tmp_path), oom_kill_count(tmp_path)) == (free, 2)
+    a_group(groups / above, version=version, limit="800000", used=500_000, kills=5)
+    a_group(groups / own, version=version, limit="1000000", used=100_000, kills=2)
+    assert (free_memory_bytes(tmp_path), oom_kill_count(tmp_path)) == (300_000, 2)
+
+
+@pytest.mark.parametrize(
+    ("version", "group", "mount"),
+    [(2, "0::/\n", ""), (2, "0::/docker/1f\n", ""), (1, "4:memory:/docker/1f\n0::/\n", "memory")],
+)
+def test_in_a_container_the_mount_is_this_process_own_group(
+    tmp_path: Path, version: int, group: str, mount: str
+) -> None:
+    folder = a_machine(tmp_path, group=group) / mount
+    a_group(folder, version=version, limit="1000000", used=400_000, kills=3)
+    assert (free_memory_bytes(tmp_path), oom_kill_count(tmp_path)) == (600_000, 3)
 
 
 @pytest.mark.parametrize(

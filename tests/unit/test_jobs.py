@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -43,6 +44,8 @@ def test_running_out_of_memory_costs_nothing_while_there_is_another_plan_and_is_
     again = decide(FailureReason.CUDA_OUT_OF_MEMORY, attempt=3, max_attempts=3, replanned=True, runs_without_progress=2)
     assert again == Aftermath(state=JobState.QUEUED, attempt=2, runs_without_progress=2)
     assert decide(FailureReason.CUDA_OUT_OF_MEMORY, max_attempts=20).state is JobState.FAILED
+    on_host = decide(FailureReason.HOST_OUT_OF_MEMORY, attempt=3, max_attempts=3, replanned=True)
+    assert (on_host.state, on_host.attempt) == (JobState.QUEUED, 2)
 
 
 def test_a_charged_failure_is_tried_again_until_max_attempts() -> None:
@@ -60,6 +63,15 @@ def test_progress_takes_a_job_off_the_way_to_poison() -> None:
     last = MAX_RUNS_WITHOUT_PROGRESS - 1
     assert decide(FailureReason.DRAINED, runs_without_progress=last).state is JobState.FAILED
     assert decide(FailureReason.DRAINED, runs_without_progress=last, made_progress=True).runs_without_progress == 0
+
+
+@pytest.mark.parametrize(("reason", "replanned"), [("crash", False), ("cuda_out_of_memory", True)])
+def test_a_run_that_is_no_step_towards_poison_leads_off_the_way_if_it_made_progress(
+    reason: str, replanned: bool
+) -> None:
+    decided = partial(decide, FailureReason(reason), replanned=replanned, runs_without_progress=3)
+    assert (decided().state, decided().runs_without_progress) == (JobState.QUEUED, 3)
+    assert decided(made_progress=True).runs_without_progress == 0
 
 
 def test_a_pause_costs_no_attempt_and_is_no_step_towards_poison() -> None:

@@ -274,8 +274,14 @@ def test_the_operators_commands_work_on_the_service_of_a_state_folder(
     pepper = SecretStr((tmp_path / "state" / "key-pepper").read_text())
     (stored,) = Keys(database).list()
     assert stored.digest == making.digest_of(made.stdout.strip(), pepper)
+    assert f"The service in {tmp_path / 'state'}" in made.stderr
+    elsewhere = run("keys", "list", "--state-dir", str(tmp_path / "nothing"))
+    assert elsewhere.returncode == 2 and f"no service in {tmp_path / 'nothing'}" in elsewhere.stderr
     (row,) = json.loads(run("keys", "list", "--json").stdout)
     assert (row["key_id"], row["state"], row["scopes"]) == (stored.id, "live", "jobs:read")
+    (tmp_path / "beside").symlink_to(tmp_path / "state")
+    named = run("tenants", "--state-dir", str(tmp_path / "beside"), "list")
+    assert named.returncode == 0 and f"The service in {tmp_path / 'beside'}" in named.stderr, named.stderr
     listed = run("tenants", "set", "red", "--gpu-hours", "12", "--share", "2")
     assert listed.returncode == 0 and "0.00 of 12" in listed.stdout, listed.stderr
     assert run("tenants", "set", "red", "--gpu-hours", "many").returncode == 2

@@ -26,7 +26,7 @@ from graft_worker.gpu import Gpu
 from graft_worker.metrics import OWN, RunFigures
 from graft_worker.protocol import CheckpointEvent, ProgressEvent, TrainedEvent
 from graft_worker.settings import WorkerSettings
-from graft_worker.supervisor.audience import DONE, Audience
+from graft_worker.supervisor.audience import DONE, OUTCOMES, Audience
 from tests.api_service import ApiService, make_service, migrated_database
 from tests.store_factories import a_new_job
 
@@ -208,6 +208,13 @@ def test_a_run_that_goes_on_counts_what_it_does_itself(tmp_path: Path) -> None:
     assert grown(before, "graft_worker_run_duration_seconds_count", "train") == 1
     assert grown(before, "graft_worker_phase_seconds_total", "train", "training") > 0
     assert grown(before, "graft_worker_memory_forecast_ratio_count") == 1
+
+
+def test_a_worker_tells_of_every_outcome_before_its_first_run(tmp_path: Path) -> None:
+    merger = replace(GPU, kind="cpu", stage=Stage.MERGE)
+    told = values(worker_metrics.figures_of(WorkerSettings(state_dir=tmp_path), merger))
+    runs = {key[1:]: value for key, value in told.items() if key[0] == "graft_worker_runs_total" and key[1] == "merge"}
+    assert runs == {("merge", outcome): 0 for outcome in OUTCOMES}
 
 
 def test_a_listener_that_fails_is_told_no_more_and_the_others_are() -> None:

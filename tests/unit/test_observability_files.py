@@ -11,7 +11,9 @@ from typing import Any
 import promql_parser
 import yaml
 
-from tests.panels import ROOT, dashboard, expressions, metrics_asked_for, rules
+from graft_shared.jobs import REMEDIES, FailureReason, Fault
+from graft_worker.supervisor.audience import LEFT, OUTCOMES
+from tests.panels import ROOT, dashboard, expressions, metrics_asked_for, metrics_of, rules
 
 DOCS = (ROOT / "docs" / "observability.md").read_text()
 UID = "graft-prometheus"
@@ -46,6 +48,27 @@ def test_every_alert_is_documented_says_what_to_do_and_is_tried() -> None:
     for rule in rules():
         assert set(rule["annotations"]) == {"summary", "action"}, rule["alert"]
         assert rule["labels"]["severity"] in ("info", "warning", "critical"), rule["alert"]
+
+
+def test_the_rules_that_the_apis_figures_are_not_enough_for_are_named_beside_that_scrape() -> None:
+    of_apis = DOCS.partition("### From the store")[2].partition("### Of each reconciler")[0]
+    known = re.findall(r"^\| `(graft_\w+)`", of_apis, re.MULTILINE)
+    told = {
+        rule["alert"]
+        for rule in rules()
+        if "graft-reconciler" in rule["expr"]
+        or not all(name.startswith(tuple(known)) for name in metrics_of(rule["expr"]))
+    }
+    (said,) = re.findall(r"^Rules about the reconciler.*\n.*", DOCS, re.MULTILINE)
+    assert told == set(re.findall(r"`(Graft\w+)`", said))
+
+
+def test_a_run_that_failed_for_no_fault_of_its_user_is_one_that_an_alert_counts() -> None:
+    (asked,) = (rule["expr"] for rule in rules() if rule["alert"] == "GraftRunsFail")
+    (wanted,) = re.findall(r'outcome=~"([^"]+)"', asked)
+    faults = {reason for reason in FailureReason if REMEDIES[reason].fault is Fault.SERVER}
+    told_elsewhere = {FailureReason.DRAINED, FailureReason.WORKER_LOST}  # a rollout; the leases that expire
+    assert {each for each in OUTCOMES if re.fullmatch(wanted, each)} == {LEFT, *(faults - told_elsewhere)}
 
 
 def test_the_dashboard_is_one_that_grafana_takes() -> None:

@@ -55,6 +55,75 @@ def test_how_long_jobs_stood_still_is_what_was_measured() -> None:
     assert f"with a checkpoint, after {drained['p50']:.1f} s ({drained['count']})" in PAGE
 
 
+def test_recovery_and_waits_without_redis_are_what_was_measured() -> None:
+    recovery, down, half_open = (report(name) for name in ("recovery", "redis-down", "redis-half-open"))
+    for run in (recovery, down, half_open):
+        assert run["violations"] == {} and run["wanted"]["lease_seconds"] == 60
+    killed, lost = (recovery["seconds_to_next_step"][fault] for fault in ("kill_trainer", "lose_worker"))
+    assert (
+        f"{killed['count']} trainers were killed, and their jobs had the next step after {killed['p50']:.1f} s" in PAGE
+    )
+    assert (
+        f"in the median, {killed['p95']:.1f} s in the 95th percentile; {lost['count']} whole workers were killed"
+        in PAGE
+    )
+    assert f"it came after {lost['p50']:.1f} s and {lost['p95']:.1f} s" in PAGE
+    posts, waits = down["posts"], down["waited_seconds"]["away"]
+    assert posts["answered_202"] == posts["count"]
+    assert f"away for {down['wanted']['seconds']:.0f} s all {posts['count']} posts were answered 202" in PAGE
+    assert f"no job waited longer than {max(wait['max'] for wait in waits.values()):.1f} s for a worker" in PAGE
+    waits = half_open["waited_seconds"]["nobody_answers"]
+    longest = max(wait["max"] for wait in waits.values())
+    assert (
+        f"half open for {half_open['wanted']['seconds']:.0f} s, neither answered nor closed: {longest:.1f} s at" in PAGE
+    )
+
+
+def test_the_api_that_was_killed_lost_what_the_page_says_which_is_nothing() -> None:
+    run = report("api-killed")
+    assert run["violations"] == {} and run["promises"]["the database is whole"] == 0
+    assert f"killed {run['kills']} times within {run['seconds']} s while four clients" in PAGE
+    assert run["clients"] == 4
+    accepted, stored = f"{run['jobs_accepted']:,}", f"{run['jobs_in_the_database']:,}"
+    assert f"{accepted} jobs were answered 202, {stored} were in the database" in PAGE
+    assert f"{run['keys_tried_again']} posts were sent again" in PAGE
+    assert f"{run['of_these_committed_before_the_kill']} of them after a commit whose answer was lost" in PAGE
+
+
+def test_a_bucket_that_was_away_at_each_write_cost_the_time_that_the_page_says() -> None:
+    run = report("bucket-away")
+    assert run["violations"] == {} and run["promises"] and not any(run["promises"].values())
+    assert list(run["writes"]) == ["file", "prepared_data", "checkpoint", "log", "adapter_file", "manifest"]
+    assert {played["state"] for played in run["writes"].values()} == {"succeeded"}
+    seconds = [played["seconds_from_its_end_to_the_job's"] for played in run["writes"].values()]
+    assert f"refused connections for {run['wanted']['seconds']:.0f} s from each of six writes on" in PAGE
+    assert f"Every job succeeded, {min(seconds):.1f} to {max(seconds):.1f} s after the bucket's return" in PAGE
+
+
+def test_a_full_disk_cost_the_time_that_the_page_says() -> None:
+    run = report("disk-full")
+    assert run["violations"] == {} and run["promises"] and not any(run["promises"].values())
+    assert {played["state"] for played in run["writes"].values()} == {"succeeded"}
+    longest = max(played["seconds_from_its_end_to_the_job's"] for played in run["writes"].values())
+    moments = f"full for {run['wanted']['seconds']:.0f} s from just before a write on, at {len(run['writes'])} moments"
+    assert moments in PAGE
+    assert f"Every job succeeded, at most {longest:.1f} s after there was space" in PAGE
+
+
+@pytest.mark.parametrize(("title", "name"), [("SQLite", "races-sqlite"), ("PostgreSQL", "races-postgres")])
+def test_races_and_drains_ended_as_the_page_says(title: str, name: str) -> None:
+    run = report(name)
+    assert run["violations"] == {} and run["promises"] and not any(run["promises"].values())
+    assert run["wanted"]["lease_seconds"] == 60
+    races, drains = run["cancel_against_finish"], run["drain_of_a_busy_worker"]
+    ended, gone = races["ended"], drains["seconds_until_gone"]
+    assert sum(ended.values()) == races["races"] and gone["count"] == drains["drains"] == drains["ended"]["succeeded"]
+    cancelled, succeeded = ended["cancelled"], ended["succeeded"]
+    assert f"On {title} {races['races']} such jobs ended {cancelled} times cancelled and {succeeded} times as a" in PAGE
+    assert f"{drains['drains']} workers that were told to leave were gone after {gone['p50']:.1f} s in the" in PAGE
+    assert f"{gone['highest']:.1f} s at most (`reliability-{name}.json`)" in PAGE
+
+
 def test_every_end_was_told_in_the_run_with_webhooks() -> None:
     run = report("chaos-webhooks")
     assert run["violations"] == {} and run["promises"]["every job's end is told at least once"] == 0
@@ -63,3 +132,21 @@ def test_every_end_was_told_in_the_run_with_webhooks() -> None:
     assert f"In one of {run['wanted']['faults']} faults, with leases of {run['wanted']['lease_seconds']:g} s" in PAGE
     assert f"the ends of {ended} jobs were told in {told['taken']} messages, {told['of_them_twice']} of them" in PAGE
     assert f"{told['turned_away']} that the receiver turned away" in PAGE
+
+
+def test_the_killed_7b_ended_in_the_bytes_that_the_page_says() -> None:
+    run = json.loads((ROOT / "tests/bench/results/h200-kill-points.json").read_text())
+    assert run["sha256_under_fire"] == run["sha256_in_peace"]
+    assert run["deterministic"] and run["device"] == "NVIDIA H200" and run["optim"].startswith("paged_")
+    assert len(run["killed"]) == run["kills"] == 10
+    steps = [int(place.rpartition(" ")[2]) for place in run["killed"] if place.startswith("behind step")]
+    assert len(steps) == 9
+    assert f"steps {min(steps)} to {max(steps)} of {run['steps']}" in PAGE
+
+
+def test_the_trainer_that_was_killed_on_a_cpu_ended_in_the_bytes_that_the_page_says() -> None:
+    run = json.loads((ROOT / "tests/bench/results/cpu-kill-points.json").read_text())
+    assert run["sha256_under_fire"] == run["sha256_in_peace"]
+    assert run["device"] == "CPU" and not run["deterministic"]
+    assert f"--kills {run['kills']} --steps {run['steps']} --save-steps {run['save_steps']}" in PAGE
+    assert f"after {len(run['killed'])} kills they were the same" in PAGE

@@ -24,7 +24,7 @@ def row(title: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "prefix"), [("h200-llama-2-7b-a", ""), ("h100-all-linear", "all linear: "), ("h200-llama-3.1-8b", "8B: ")]
+    ("name", "prefix"), [("h200-llama-2-7b-a", ""), ("h200-all-linear", "all linear: "), ("h200-llama-3.1-8b", "8B: ")]
 )
 def test_each_row_is_a_run(name: str, prefix: str) -> None:
     runs = results(name)
@@ -52,7 +52,7 @@ def test_the_losses_are_as_far_apart_as_the_page_says() -> None:
 
 
 def test_the_start_took_what_the_page_says() -> None:
-    found = results("h100-service-7b")
+    found = results("h200-service-7b")
     for title, job in zip(("the first", "the second"), found["jobs"], strict=True):
         seconds = job["seconds"]
         assert row(title) == [f"{seconds['claim_to_first_step']} s", f"{seconds['post_to_adapter']} s"]
@@ -61,8 +61,8 @@ def test_the_start_took_what_the_page_says() -> None:
 
 
 CARDS = {
-    "NVIDIA H200": ["h200-llama-2-7b-a", "h200-llama-3.1-8b"],
-    "NVIDIA H100 80GB HBM3": ["h100-all-linear", "h100-losses", "h100-service-7b"],
+    "NVIDIA H200": ["h200-llama-2-7b-a", "h200-all-linear", "h200-llama-3.1-8b", "h200-service-7b"],
+    "NVIDIA H100 80GB HBM3": ["h100-losses"],
 }
 
 
@@ -91,7 +91,7 @@ def test_the_plans_are_as_the_page_says() -> None:
     plans = {row: run["plan"]["recompute"] for row, run in graft.items()}
     assert plans == {"Graft, bf16 base": "none", "Graft, speed": "none", "Graft, memory": "offload"}
     assert f"({graft['Graft, speed']['arguments']['limit_gib']} GiB for the job)" in PAGE
-    (linear,) = (run for run in results("h100-all-linear") if "arguments" in run)
+    (linear,) = (run for run in results("h200-all-linear") if "arguments" in run)
     assert f"Graft with microbatches of {linear['plan']['microbatch_tokens']:,} tokens" in PAGE
 
 

@@ -33,7 +33,7 @@ class Traced:
         self._kept = InMemorySpanExporter()
         self.tracing = Tracing("tests", SimpleSpanProcessor(self._kept))
         app = create_app(replace(api.http.app.state.neighbours, tracing=self.tracing))
-        self.api = replace(api, http=TestClient(app, raise_server_exceptions=False))
+        self.api = replace(api, http=TestClient(app, "http://localhost", raise_server_exceptions=False))
 
     def spans(self) -> dict[str, ReadableSpan]:
         return {span.name: span for span in self._kept.get_finished_spans()}

@@ -18,11 +18,13 @@ from tensorboardX.proto.event_pb2 import Event as TensorBoardEvent
 from graft_shared.jobs import Job, Stage
 from graft_shared.settings import SharedSettings
 from graft_shared.store import Jobs, Leases, open_database
+from graft_worker import trackers
 from graft_worker.protocol import EvaluationEvent, ProgressEvent
 from graft_worker.supervisor.audience import DONE
 from graft_worker.trackers import MOST_WAITING, Reporter, reporters_of
 from tests.api_service import ApiService
 from tests.store_factories import a_new_job
+from tests.waiting import wait_until
 
 PATIENCE_SECONDS = 120.0
 
@@ -132,6 +134,20 @@ def test_a_tracker_that_is_stuck_holds_nothing_up_and_is_told_the_end_once_it_co
     stuck.let_go.set()
     reporter.thread.join(PATIENCE_SECONDS)
     assert (len(stuck.steps), stuck.outcomes) in ((MOST_WAITING, [DONE]), (MOST_WAITING + 1, [DONE]))
+
+
+def test_a_tracker_that_stands_still_is_a_warning_long_before_its_queue_is_full(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(trackers, "STILL_SECONDS", 0.5)
+    stuck, warnings = Stuck(), list[str]()
+    reporter = Reporter("Stuck", lambda: stuck, warnings.append)
+    wait_until(lambda: reporter.heard(a_step(1)) or warnings, seconds=10, what="the warning", every=0.1)
+    reporter.heard(a_step(2))
+    assert [warning.partition(":")[0] for warning in warnings] == ["Stuck has stood still for 0 s"]
+    stuck.let_go.set()
+    reporter.ended(DONE)
+    assert stuck.outcomes == [DONE]
 
 
 def test_a_tracker_is_told_all_of_a_run_by_the_time_that_it_is_over() -> None:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graft_shared.memory import SIZE_STEP, size_for
-from graft_shared.specs import Training
+from graft_shared.catalogue import ModelShape
+from graft_shared.memory import SIZE_STEP, Recompute, TrainingPlan, estimate, pinned_bytes, size_for
+from graft_shared.specs import JobSpec, Optim, Training
+from graft_worker.training import host_memory, layers
 from graft_worker.training.batches import Split, largest_microbatch, microbatches, update_rows
 from graft_worker.training.graphs import empty, fill, of_short_sequences
 from graft_worker.training.schedule import evaluation_is_due, save_is_due, warmup_steps
+from tests.factories import make_tiny_base
 
 CPU = torch.device("cpu")
 
@@ -125,3 +132,41 @@ def test_a_wanted_interval_between_checkpoints_is_kept() -> None:
 def test_a_run_is_evaluated_before_it_begins_at_intervals_and_at_its_end() -> None:
     assert [step for step in range(11) if evaluation_is_due(Training(), step, 10)] == [0, 3, 6, 9, 10]
     assert [step for step in range(11) if evaluation_is_due(Training(eval_steps=4), step, 10)] == [0, 4, 8, 10]
+
+
+def test_the_trainer_pins_what_the_estimate_says_of_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, whose streams and pinned memory are stand-ins: who asks for how much is the trainer's own code."""
+    from transformers import AutoModelForCausalLM
+
+    base = make_tiny_base(tmp_path, num_hidden_layers=3, tie_word_embeddings=False)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    plan = TrainingPlan(
+        recompute=Recompute.OFFLOAD, recompute_every_n=1, microbatch_tokens=300, packing=True, optim=Optim.ADAMW_TORCH
+    )
+    asked: list[int] = []
+
+    def pinned(numbers: int, dtype: torch.dtype) -> torch.Tensor:
+        asked.append(numbers * dtype.itemsize)
+        return torch.empty(numbers, dtype=dtype)
+
+    stream = SimpleNamespace(wait_stream=print, wait_event=print, record_event=object)
+    for module in (host_memory, layers):
+        monkeypatch.setattr(module, "pinned", pinned)
+    monkeypatch.setattr(host_memory, "_seen_by_gpu", lambda held: held)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    host_memory.keep_on_host(model.get_input_embeddings())
+    with monkeypatch.context() as gpu:
+        gpu.setattr(torch.cuda, "is_available", lambda: True)
+        layers.arrange_layers(model.model, plan, backend=None, largest_microbatch=size_for(plan.microbatch_tokens))
+    layers.require_input_gradients(model)
+    for tokens in (200, 300):
+        model(torch.zeros(1, tokens, dtype=torch.int64))
+    shape = ModelShape.from_config(model.config.to_dict(), base_model="graft/tiny", revision="main")
+    spec = JobSpec.model_validate({"base_model": "graft/tiny", "dataset": {"file": "file-a"}})
+    needed = estimate(shape, spec, plan).host
+    assert len(asked) == 1 + 3
+    assert pinned_bytes(asked[0]) == needed["embeddings"]
+    assert sum(map(pinned_bytes, asked[1:])) == needed["parked_inputs"]
+    assert needed["paged_optimizer"] == 0

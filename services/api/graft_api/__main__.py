@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import ipaddress
+import asyncio
+import logging
 
 import uvicorn
 
 from graft_api.app import build_app
 from graft_api.keys.static import read_keys
+from graft_api.loopback import is_loopback
 from graft_api.metrics import figures_of
 from graft_api.settings import ApiSettings
 from graft_shared.errors import StoreUnavailable
@@ -22,16 +24,6 @@ GRACE_SECONDS = 5  # for answers under way at the end; live event streams would 
 
 class Exposed(Exception):
     """Serving there would let strangers in, or nobody."""
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the host."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def check_exposure(host: str, settings: ApiSettings) -> None:
@@ -54,6 +46,12 @@ def check_exposure(host: str, settings: ApiSettings) -> None:
         database.close()
 
 
+def is_no_cut(record: logging.LogRecord) -> bool:
+    """Whether a line of the server tells of anything but an answer that our own end cut, as it does event streams."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not (isinstance(error, asyncio.CancelledError) or "graceful shutdown exceeded" in record.getMessage())
+
+
 def main() -> None:
     """Serve until a signal comes."""
     parser = argparse.ArgumentParser(prog="python -m graft_api", description=__doc__)
@@ -62,6 +60,7 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = ApiSettings()
     configure_logging(settings.log_format)
+    logging.getLogger("uvicorn.error").addFilter(is_no_cut)
     try:
         read_keys(settings.api_keys.get_secret_value())
     except ValueError as error:

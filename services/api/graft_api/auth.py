@@ -10,6 +10,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer, SecurityS
 from graft_api.deps import Here
 from graft_api.errors import InsufficientScope, Unauthenticated
 from graft_api.keys.scopes import Scope
+from graft_api.loopback import check_own
 
 _bearer = HTTPBearer(
     auto_error=False, description="A key with the scope that the route names. A service without keys is loopback's own."
@@ -26,12 +27,15 @@ async def tenant(
 
     Raises:
         Unauthenticated: The request brings no key that is in force.
+        ForeignCaller: It needs none, and is not of this machine.
         RateLimited: The tenant has asked too often.
         InsufficientScope: The key does not allow what the route does.
     """
     caller = await here.keys.caller(_shown(credentials))
     if caller is None:
         raise Unauthenticated
+    if not caller.has_key:
+        check_own(request.method, request.headers)
     here.rates.take(caller.tenant, request.state)
     for scope in needed.scopes:
         if scope not in caller.scopes:

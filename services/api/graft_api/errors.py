@@ -37,6 +37,7 @@ from graft_shared.logs import log_event
 LONGEST_WAIT_SECONDS = 120  # that a client should do by itself; what takes longer is for its user to decide
 REQUEST_ID_HEADER = "x-request-id"
 COUNTED_RESENDS = ("POST", "/v1/fine_tuning/jobs")  # where a client that counts its sendings needs no key
+MAYBE_MADE = "This was sent before and may have made its job: look for that with GET {path} before you call anew."
 RETRY_AFTER_SECONDS = 5  # a neighbour that restarts is usually back by then
 
 logger = logging.getLogger(__name__)
@@ -94,8 +95,16 @@ class TooManyWebhookTests(LimitReached):
     """A test of this tenant's webhooks is under way, or several of others'. Try again in {retry_after_seconds} s."""
 
 
+class ForeignCaller(GraftError):
+    """Without keys only this machine is served: {reason}. Use http://127.0.0.1, or a key: graft keys create default"""
+
+
 class LinkExpired(GraftError):
     """This link has expired or was never signed. Ask the route that gave it for a fresh one."""
+
+
+class UploadDiskFull(NeighbourUnavailable):
+    """There is no room for what arrives. Nothing was stored: send it again once GRAFT_STATE_DIR's disk has some."""
 
 
 class InternalError(GraftError):
@@ -107,6 +116,7 @@ STATUS_CODES: dict[type[GraftError], int] = {
     BadRequest: 400,
     Unauthenticated: 401,
     InsufficientScope: 403,
+    ForeignCaller: 403,
     LinkExpired: 403,
     NotFound: 404,
     MethodNotAllowed: 405,
@@ -183,7 +193,7 @@ def _facts(error: GraftError) -> Mapping[str, Any]:
 _SAID = {
     400: "The request cannot be read, or has a key that is not known.",
     401: "The request brings no key that is in force.",
-    403: "The key lacks the scope that the route names, or the link has expired or was never signed.",
+    403: "The key lacks the scope, or there is none and the caller is of elsewhere; or the link does not hold.",
     404: "There is no such thing, or it is another tenant's.",
     409: "Too late or too early: it cannot succeed as things are, and says so in `x-should-retry`.",
     413: "The body is too large.",
@@ -217,7 +227,10 @@ _HEADERS = {
         "retry-after": "Seconds, where waiting helps.",
         "x-should-retry": "`false` where no client should try again by itself.",
     },
-    503: {"retry-after": "Seconds."},
+    503: {
+        "retry-after": "Seconds.",
+        "x-should-retry": "`false` where no client should try again by itself.",
+    },
 }
 
 
@@ -249,8 +262,12 @@ def install_handlers(app: FastAPI) -> None:
 
 async def _on_graft_error(request: Request, error: Exception) -> JSONResponse:
     error = cast(GraftError, error)
+    sent_before = _sent_before(request)
+    if sent_before not in (None, "0") and isinstance(error, LimitReached):
+        message = f"{error.message} {MAYBE_MADE.format(path=request.url.path)}"
+        error = type(error)(message, param=error.param, **error.facts)
     response = answer(error)
-    if isinstance(error, LimitReached) and _would_pass_for_a_resend(request):
+    if sent_before == "0" and _has_surely_left_nothing(error):
         response.headers["x-should-retry"] = "false"
     if response.status_code >= 500:
         facts = {"path": request.url.path, "code": error.code, "reason": error.message}
@@ -258,9 +275,19 @@ async def _on_graft_error(request: Request, error: Exception) -> JSONResponse:
     return response
 
 
-def _would_pass_for_a_resend(request: Request) -> bool:
-    """Whether a client that sends this refused request again would be given the job of an equal one before it."""
-    return (request.method, request.url.path) == COUNTED_RESENDS and "idempotency-key" not in request.headers
+def _sent_before(request: Request) -> str | None:
+    """How often its client has sent a request without a key before; None where a key decides, or nobody counts."""
+    if (request.method, request.url.path) != COUNTED_RESENDS or "idempotency-key" in request.headers:
+        return None
+    return request.headers.get("x-stainless-retry-count")
+
+
+def _has_surely_left_nothing(error: GraftError) -> bool:
+    """Whether the first sending of a request made no job: a second one might then be given that of an equal request.
+
+    A later sending knows nothing of the earlier ones: the job that the next one would be given may be its own.
+    """
+    return isinstance(error, LimitReached | NeighbourUnavailable) and "in_commit" not in error.facts
 
 
 async def _on_invalid_parameters(_request: Request, error: Exception) -> JSONResponse:

@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 
 from graft_api.deps import Here, limited
 from graft_api.errors import LinkExpired, documented
-from graft_api.files.service import scratch_file
+from graft_api.files.service import room_needed, scratch_file
 from graft_api.streams import chunks_of
 from graft_shared.buckets.directory import DirectoryBucket
 from graft_shared.errors import UploadDiffers
@@ -74,7 +74,7 @@ async def write_object(
         raise LinkExpired
     longer = UploadDiffers(found=f"more than {bytes} bytes", announced=f"{bytes} bytes")
     digest = hashlib.sha256()
-    with await run_in_threadpool(scratch_file, here) as scratch:
+    with room_needed(), await run_in_threadpool(scratch_file, here) as scratch:
         async for chunk in limited(request, bytes, longer):
             digest.update(chunk)
             await run_in_threadpool(scratch.write, chunk)

@@ -7,11 +7,15 @@ removed again in that second. Objects are never written in place, so a link hold
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import signal
 import sqlite3
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
@@ -26,12 +30,29 @@ from graft_local.launcher import holder_of
 
 DATABASE, OBJECTS, LIST = "graft.db", Path("bucket", "objects"), "backup.json"
 SECRETS = ("key-pepper", "webhook-secret", "bucket/link-secret")  # without them no key is known and no link holds
+SECRETS_OF_THE_ENVIRONMENT = ("GRAFT_KEY_PEPPER", "GRAFT_WEBHOOK_SECRET")  # where set, they go before those files
 JOURNALS = ("-journal", "-wal", "-shm")  # SQLite would write what they hold into whatever lies beside them
 MODELS = "models"
+LOCK, LINKS = "backup.lock", ".held-by-backup-"  # beside the objects: no hard link leaves its file system
 CHUNK_BYTES = 1 << 20
 
 StateDir = Annotated[Path, typer.Option(envvar="GRAFT_STATE_DIR", help="The service's state folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")]
+
+
+_MAKE_ROOM = "Make room there, or choose a folder on another disk."
+_MEND = "Mend that, or run this as the user whose service it is."
+_DAMAGED = "The database is damaged: restore an earlier backup, or see sqlite.org/recovery.html."
+_REMEDIES = {
+    errno.ENOSPC: _MAKE_ROOM,
+    errno.EDQUOT: _MAKE_ROOM,
+    errno.EXDEV: "A backup holds objects by hard links: let their folder and the one around it be on one file system.",
+}
+_SQLITE_REMEDIES = {
+    sqlite3.SQLITE_FULL: _MAKE_ROOM,
+    sqlite3.SQLITE_CORRUPT: _DAMAGED,
+    sqlite3.SQLITE_NOTADB: _DAMAGED,
+}
 
 
 class CannotBackUp(Exception):
@@ -57,6 +78,21 @@ def restore(
     _told(lambda: bring_back(folder.absolute(), state_dir.absolute()), as_json)
 
 
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say what stood in the way, where, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename2 or error.filename or "The disk"
+        remedy = _REMEDIES.get(error.errno or 0, _MEND)
+        raise CannotBackUp(f"{where}: {error.strerror or error}. {remedy}") from error
+    except sqlite3.Error as error:
+        remedy = _SQLITE_REMEDIES.get(error.sqlite_errorcode & 0xFF, _MEND)
+        raise CannotBackUp(f"{DATABASE} cannot be copied: {error}. {remedy}") from error
+
+
+@_explained()
 def back_up(state_dir: Path, folder: Path, environment: Mapping[str, str], *, with_models: bool) -> dict[str, Any]:
     """Write the backup and return its list; it appears whole or not at all.
 
@@ -65,24 +101,27 @@ def back_up(state_dir: Path, folder: Path, environment: Mapping[str, str], *, wi
     """
     _check_is_here(state_dir, environment)
     _check_is_free(folder)
-    with _whole_or_not_at_all(folder) as made, tempfile.TemporaryDirectory(dir=state_dir, prefix="backup-") as scratch:
-        held = Path(scratch)
-        _hold(state_dir / OBJECTS, held)
+    objects = (state_dir / OBJECTS).resolve()
+    with _whole_or_not_at_all(folder) as made, _links_beside(objects) as held:
+        _hold(objects, held)
         _copy_database(state_dir / DATABASE, made / DATABASE)
-        _hold(state_dir / OBJECTS, held)
+        _hold(objects, held)
         proofs = {DATABASE: _proof(made / DATABASE)}
         proofs |= _copied(held, made / OBJECTS, OBJECTS)
         for name in SECRETS:
             with suppress(FileNotFoundError):
                 proofs[name] = _copy(state_dir / name, made / name)
         if with_models:
-            proofs |= _copied(state_dir / MODELS, made / MODELS, Path(MODELS))
+            models = Path(environment.get("GRAFT_MODELS_DIR") or state_dir / MODELS)
+            proofs |= _copied(models, made / MODELS, Path(MODELS))
         made_at = datetime.now(UTC).isoformat(timespec="seconds")
-        listed = {"graft": version("graft-local"), "made_at": made_at, "files": proofs}
+        missing = [name for name in SECRETS_OF_THE_ENVIRONMENT if environment.get(name)]
+        listed = {"graft": version("graft-local"), "made_at": made_at, "not_in_it": missing, "files": proofs}
         (made / LIST).write_text(json.dumps(listed, indent=1))
     return listed
 
 
+@_explained()
 def bring_back(folder: Path, state_dir: Path) -> dict[str, Any]:
     """Write a state folder from a backup and return the backup's list.
 
@@ -141,11 +180,24 @@ def _whole_or_not_at_all(folder: Path) -> Iterator[Path]:
         made.replace(folder)
 
 
+@contextmanager
+def _links_beside(objects: Path) -> Iterator[Path]:
+    """A folder for links; those that killed backups left there are removed, once none runs that may need its own."""
+    with (objects.parent / LOCK).open("a+") as lock:  # NFS lends a shared lock to readers alone
+        with suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in objects.parent.glob(f"{LINKS}*"):
+                shutil.rmtree(left)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        with tempfile.TemporaryDirectory(dir=objects.parent, prefix=LINKS) as held:
+            yield Path(held)
+
+
 def _hold(objects: Path, held: Path) -> None:
     """Link every object into `held`; one that is removed in this moment was needed no more."""
-    for path in objects.rglob("*"):
+    for path in _files(objects):
         link = held / path.relative_to(objects)
-        if link.exists() or not path.is_file():
+        if link.exists():
             continue
         link.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
@@ -159,21 +211,37 @@ def _copy_database(source: Path, target: Path) -> None:
 
 def _copied(source: Path, target: Path, name: Path) -> dict[str, list[Any]]:
     """Copy a folder; returns the proof of each file by its name in the backup."""
-    paths = sorted(path for path in source.rglob("*") if path.is_file())
-    return {str(name / path.relative_to(source)): _copy(path, target / path.relative_to(source)) for path in paths}
+    found = (path.relative_to(source) for path in _files(source))
+    return {str(name / path): _copy(source / path, target / path) for path in found}
+
+
+def _files(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Every file below, also behind links to folders; one that leads back to where it came from ends there."""
+    here, found = folder.resolve(), list[Path]()
+    with suppress(FileNotFoundError):  # there is none, or it was removed in this moment
+        found = [] if here in above else sorted(folder.iterdir())
+    for path in found:
+        if path.is_dir():
+            yield from _files(path, above | {here})
+        elif path.is_file():
+            yield path
 
 
 def _copy(source: Path, target: Path) -> list[Any]:
     """Copy a file with its mode, durably; returns its size and sha256."""
     target.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
-    with source.open("rb") as content, target.open("wb") as out:
-        shutil.copymode(source, target)
-        while chunk := content.read(CHUNK_BYTES):
-            digest.update(chunk)
-            out.write(chunk)
-        out.flush()
-        os.fsync(out.fileno())
+    try:
+        with source.open("rb") as content, target.open("wb") as out:
+            shutil.copymode(source, target)
+            while chunk := content.read(CHUNK_BYTES):
+                digest.update(chunk)
+                out.write(chunk)
+            out.flush()
+            os.fsync(out.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(target)  # a write names no file
+        raise
     return [target.stat().st_size, digest.hexdigest()]
 
 
@@ -183,16 +251,24 @@ def _proof(path: Path) -> list[Any]:
 
 
 def _told(act: Callable[[], dict[str, Any]], as_json: bool) -> None:
-    """Do it, and say what was done or why not."""
+    """Do it, and say what was done or why not; told to end, it removes what it has begun."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, lambda number, _frame: sys.exit(128 + number))
     try:
         listed = act()
     except CannotBackUp as error:
         typer.echo(f"error {error}", err=True)
         raise typer.Exit(2) from error
-    sizes = [size for size, _ in listed["files"].values()]
+    sizes, missing = [size for size, _ in listed["files"].values()], listed.get("not_in_it", [])
     if as_json:
-        typer.echo(json.dumps({"made_at": listed["made_at"], "files": len(sizes), "bytes": sum(sizes)}))
+        told = {"made_at": listed["made_at"], "files": len(sizes), "bytes": sum(sizes), "not_in_it": missing}
+        typer.echo(json.dumps(told))
         return
     typer.echo(f"{len(sizes)} files, {sum(sizes) / 1024**2:.1f} MiB, as of {listed['made_at']}")
     if not any(name.startswith(f"{MODELS}/") for name in listed["files"]):
-        typer.echo("Registered base models are not in it: keep models/ yourself, or back up --with-models.", err=True)
+        kept = "keep models/, or what GRAFT_MODELS_DIR names, yourself"
+        typer.echo(f"Registered base models are not in it: {kept}, or back up --with-models.", err=True)
+    if missing:
+        without = "without them no key is known and no receiver knows a webhook"
+        typer.echo(f"Not in it, as the environment had them: {', '.join(missing)}. Keep them: {without}.", err=True)

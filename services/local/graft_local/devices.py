@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+SMI_SECONDS = 30.0  # many cards without persistence mode take ten
 _GPU_LINE = re.compile(r"^GPU (?P<index>\d+): (?P<name>.+) \(UUID: (?P<uuid>[^)]+)\)$")
 
 
@@ -24,9 +25,21 @@ def gpus_here(environment: Mapping[str, str]) -> tuple[Gpu, ...]:
     """The cards that CUDA_VISIBLE_DEVICES leaves us; none where there is no driver."""
     if shutil.which("nvidia-smi", path=environment.get("PATH")) is None:
         return ()
-    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
+    listing = ask_driver("-L")
     gpus = parse_listing(listing.stdout) if listing.returncode == 0 else ()
     return visible(gpus, environment.get("CUDA_VISIBLE_DEVICES"))
+
+
+def ask_driver(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """What nvidia-smi says; one that hangs, as on a card that is lost, has failed."""
+    command = ["nvidia-smi", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        out, err = process.communicate(timeout=SMI_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()  # and not waited for: inside the driver no signal reaches it
+        return subprocess.CompletedProcess(command, -9, "", f"it does not answer within {SMI_SECONDS:g} s")
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def parse_listing(text: str) -> tuple[Gpu, ...]:

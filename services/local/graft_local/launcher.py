@@ -209,7 +209,7 @@ def _announce(output: Output, specs: list[ChildSpec], host: str, port: int) -> N
     workers = ", ".join(spec.name.removeprefix("worker ") for spec in specs if spec.wave == _WORKER)
     prefix = "" if url == f"http://127.0.0.1:{DEFAULT_PORT}" else f"GRAFT_URL={url} "
     graft = shlex.quote(os.path.relpath(sys.argv[0])) if Path(sys.argv[0]).name == "graft" else "graft"
-    output.say("graft", f"ready at {url} (workers: {workers})")
+    output.say("graft", f"ready at {url}; workers that are starting: {workers}")
     output.say("graft", f"next, in another terminal: {prefix}{graft} submit SPEC.json --data ROWS.jsonl --watch")
     output.say("graft", "Ctrl-C stops everything")
 

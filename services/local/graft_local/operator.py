@@ -10,6 +10,7 @@ from typing import Any
 
 import typer
 
+from graft_local.backup import StateDir
 from graft_local.secrets import kept_secret
 
 _PASSED_ON: dict[str, Any] = {
@@ -21,21 +22,23 @@ tenants = typer.Typer(add_completion=False)
 
 
 @keys.command(help="Make, list and revoke the keys of this machine's service: graft keys --help.", **_PASSED_ON)
-def _keys(context: typer.Context) -> None:
-    _run("graft_api.keys", context.args)
+def _keys(context: typer.Context, state_dir: StateDir = Path(".graft")) -> None:
+    _run("graft_api.keys", context.args, state_dir.absolute())
 
 
 @tenants.command(help="See what tenants have, and change their quotas: graft tenants --help.", **_PASSED_ON)
-def _tenants(context: typer.Context) -> None:
-    _run("graft_api.tenants", context.args)
+def _tenants(context: typer.Context, state_dir: StateDir = Path(".graft")) -> None:
+    _run("graft_api.tenants", context.args, state_dir.absolute())
 
 
-def _run(module: str, arguments: list[str]) -> None:
+def _run(module: str, arguments: list[str], state_dir: Path) -> None:
     """Run the API's command as `graft up` runs the API, with the settings of the state folder."""
-    state_dir = Path(os.environ.get("GRAFT_STATE_DIR") or ".graft").absolute()
     if not state_dir.is_dir():
-        typer.echo(f"error There is no service in {state_dir}. Start one (graft up), or set GRAFT_STATE_DIR.", err=True)
+        typer.echo(
+            f"error There is no service in {state_dir}. Start one (graft up), or name it: --state-dir.", err=True
+        )
         raise typer.Exit(2)
+    typer.echo(f"The service in {state_dir}:", err=True)
     environment = {"GRAFT_LOG_FORMAT": "text", **os.environ, "GRAFT_STATE_DIR": str(state_dir)}
     environment["GRAFT_KEY_PEPPER"] = environment.get("GRAFT_KEY_PEPPER") or kept_secret(state_dir / "key-pepper")
     raise typer.Exit(

@@ -26,7 +26,7 @@ from celery.signals import (
 from graft_shared.buckets import open_bucket
 from graft_shared.capacity import CapacityTable
 from graft_shared.defaults import load_capacity
-from graft_shared.dispatch import BROKER_TRANSPORT_OPTIONS, RING_TASK, CeleryDoorbell, queue_for
+from graft_shared.dispatch import BROKER_TRANSPORT_OPTIONS, RING_TASK, CeleryDoorbell, broker_tls, queue_for
 from graft_shared.errors import StoreUnavailable, WorkerNameTaken
 from graft_shared.jobs import Job, Stage
 from graft_shared.logs import configure_logging, log_event
@@ -34,6 +34,7 @@ from graft_shared.metrics import serve_metrics
 from graft_shared.store import Files, Leases, Quotas, Reports, Workers, open_database
 from graft_shared.tracing import Tracing, open_tracing
 from graft_worker.device import Device, NoSuchDevice, find_device
+from graft_worker.hub import bound_requests
 from graft_worker.metrics import RunFigures, figures_of
 from graft_worker.place import hold_name, place_of, register
 from graft_worker.settings import WorkerSettings
@@ -75,6 +76,7 @@ def build_app(settings: WorkerSettings) -> Celery:
         worker_enable_remote_control=False,
         broker_connection_max_retries=None,
         broker_connection_retry_on_startup=True,
+        broker_use_ssl=broker_tls(settings.broker_url),
         broker_transport_options=BROKER_TRANSPORT_OPTIONS,
     )
     app.task(name=RING_TASK, bind=True)(ring)
@@ -290,6 +292,7 @@ def main() -> None:
     """Run this worker until SIGTERM: then running jobs save a checkpoint and go back to the queue."""
     settings = WorkerSettings()
     configure_logging(settings.log_format)
+    bound_requests()
     try:
         device = this_device(settings)
         _take_name(settings, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,17 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.text.text import Text
 from huggingface_hub import HfApi, hf_hub_download, metadata_load
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     GatedRepoError,
-    HfHubHTTPError,
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from yaml import YAMLError
 
 from graft_shared.errors import BaseModelUnavailable, InvalidParameter
+from graft_worker.hub import ANSWER_SECONDS, HubHTTPError, first_answer, first_line
 
-HUB_TIMEOUT_SECONDS = 30.0
 READERS = (Arrow, Csv, Json, Parquet, Text)  # of formats that hold rows and nothing that is run when it is read
 CARD, STANDALONE_CARD = "README.md", ".huggingface.yaml"  # where `datasets` looks for which files there are
 
@@ -59,12 +58,12 @@ def import_hub_dataset(
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         named = f"'{hub}'" if revision is None else f"'{hub}' at '{revision}'"
         raise _refused(f"the hub shows this service no dataset {named}") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:
-        raise BaseModelUnavailable(base_model=hub, reason=_first_line(error)) from error
+    except (HubHTTPError, LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
+        raise BaseModelUnavailable(base_model=hub, reason=first_line(error)) from error
     except FileNotFoundError as error:
         raise _refused(f"'{hub}' holds no file of rows that can be read") from error
     except (DatasetsError, ValueError, RuntimeError, YAMLError) as error:  # RuntimeError: it is a script
-        raise _refused(_first_line(error)) from error
+        raise _refused(first_line(error)) from error
     return commit
 
 
@@ -73,7 +72,8 @@ def _refused(reason: str) -> InvalidParameter:
 
 
 def _commit_of(hub: str, revision: str | None, token: str | None) -> str:
-    info = HfApi().dataset_info(hub, revision=revision, timeout=HUB_TIMEOUT_SECONDS, token=token or False)
+    ask = partial(HfApi().dataset_info, hub, revision=revision, timeout=ANSWER_SECONDS, token=token or False)
+    info = first_answer(hub, ask)
     if info.sha is None:
         raise ValueError("the hub names no commit of it")
     return str(info.sha)
@@ -84,7 +84,7 @@ def _check_card(hub: str, commit: str, token: str | None) -> None:
     for name, read in ((CARD, metadata_load), (STANDALONE_CARD, _yaml_of)):
         try:
             path = hf_hub_download(hub, name, repo_type="dataset", revision=commit, token=token or False)
-        except EntryNotFoundError:
+        except RemoteEntryNotFoundError:
             continue
         for text in _texts((read(path) or {}).get("configs")):
             if text.startswith(("/", "~")) or ".." in text.split("/") or "://" in text or "\\" in text:
@@ -139,8 +139,3 @@ def _is_json(value: Any) -> bool:
     except TypeError:
         return False
     return True
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".")

@@ -22,6 +22,7 @@ from graft_worker.device import Device
 from graft_worker.gpu import Gpu
 from graft_worker.protocol import CheckpointEvent, Event, ProgressEvent, TrainedEvent
 from graft_worker.settings import WorkerSettings
+from graft_worker.supervisor.audience import OUTCOMES
 
 # From a report on a few rows to a week of training.
 RUN_SECONDS = (1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14_400.0, 43_200.0, 86_400.0, 604_800.0)
@@ -138,7 +139,9 @@ class Place(Collector):
 
 
 def figures_of(settings: WorkerSettings, device: Device) -> CollectorRegistry:
-    """All that a worker tells."""
+    """All that a worker tells; its runs from 0 on, or the first of an outcome would be no increase."""
+    for outcome in OUTCOMES:
+        RUNS.labels(device.stage.value, outcome)
     registry = CollectorRegistry()
     registry.register(Place(settings, device))
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:

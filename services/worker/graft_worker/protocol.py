@@ -10,7 +10,7 @@ input; from there on it is as if it had been started there (the supervisor moves
       deadline            8 bytes: the lease's deadline on CLOCK_BOOTTIME, a little-endian double; rewritten in place
       checkpoints/        step-<n>/ written by the trainer: temp folder, fsync, rename, then the `checkpoint` event
       adapter/            the finished PEFT folder
-      trainer.log         the child's standard error
+      trainer.log         the child's standard error: a line a phase, and whatever goes wrong
       tmp/                the child's TMPDIR
       merged/             what merging leaves: a folder as `save_pretrained` writes it
       prepared/           what preparing leaves: train.safetensors, validation.safetensors, report.json
@@ -21,6 +21,7 @@ A prepared split is one safetensors file of three flat tensors: `input_ids` int3
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -28,6 +29,7 @@ import struct
 import sys
 import tempfile
 from collections.abc import Callable
+from datetime import UTC, datetime
 from enum import IntEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -40,6 +42,8 @@ REQUEST_NAME = "request.json"
 DEADLINE_NAME = "deadline"
 LOG_NAME = "trainer.log"
 SCRATCH_NAME = "tmp"
+
+PLAIN_CHAT = "plain_chat_template"  # the report's warning that the base has no template of its own
 
 DEADLINE_SHARE = 0.9  # of a lease: the trainer stops changing things well before anyone else may begin
 STOP_LOOK_SECONDS = 1.0  # a spare trainer that is told to stop does so within this time
@@ -98,6 +102,7 @@ class TrainRequest(_Message):
     validation_file: str | None
     checkpoint_path: str | None
     lease_seconds: float = 0.0
+    is_chat: bool = False  # its rows were written in the base's chat template
     adapter_path: str | None = None  # a PEFT folder: the earlier adapter that it goes on from
     quantised_dir: str | None = None  # kept on this host for this revision of the base: its 4-bit weights, once made
 
@@ -157,6 +162,13 @@ class WarningEvent(_Message):
     message: str
 
 
+class NoteEvent(_Message):
+    """Something that is so and harms nothing: it stands in the job's history, and not among its warnings."""
+
+    event: Literal["note"] = "note"
+    message: str
+
+
 class FailureEvent(_Message):
     """Why the child is about to leave without its result."""
 
@@ -202,6 +214,7 @@ Event = Annotated[
     | EvaluationEvent
     | CheckpointEvent
     | WarningEvent
+    | NoteEvent
     | FailureEvent
     | PreparedEvent
     | TrainedEvent
@@ -227,6 +240,14 @@ class EventWriter:
     def emit(self, event: _Message) -> None:
         """Write one event as one line."""
         self._stream.write(event.model_dump_json() + "\n")
+
+    def log(self, line: str) -> None:
+        """Leave a line for whoever reads the job's log: no secret and no path of this machine, users see it.
+
+        On a full disk there is none: no run ends for that.
+        """
+        with contextlib.suppress(OSError):
+            os.write(2, f"{datetime.now(UTC):%H:%M:%S} {line}\n".encode())  # past buffers, which would try again
 
 
 def wait_for_workdir(is_told_to_stop: Callable[[], bool]) -> Path | None:

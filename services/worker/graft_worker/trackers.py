@@ -10,6 +10,7 @@ import logging
 import queue
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from contextvars import copy_context
@@ -26,6 +27,7 @@ from graft_worker.protocol import EvaluationEvent, Event, ProgressEvent
 from graft_worker.supervisor.audience import CANCELLED, DONE
 
 MOST_WAITING = 1000  # steps that a tracker has not been told of yet
+STILL_SECONDS = 60.0  # that a tracker may take over one step, before its job is warned; well ones take milliseconds
 END_SECONDS = 2.0  # for the rest, once a run is over: its worker may leave right after, and the thread with it
 
 logger = logging.getLogger(__name__)
@@ -100,6 +102,7 @@ class Reporter:
         self._begin = begin
         self._warn = warn
         self._unwarned = threading.Lock()  # taken by the first warning, for good
+        self._busy_since: float | None = time.monotonic()  # with what it is told now
         self._waiting: queue.SimpleQueue[tuple[int, dict[str, float]] | str] = queue.SimpleQueue()
         in_context = copy_context().run  # what it logs is about the same run
         self.thread = threading.Thread(target=in_context, args=(self._feed,), name=f"report-{name}", daemon=True)
@@ -123,6 +126,10 @@ class Reporter:
         self.thread.join(END_SECONDS)
 
     def _draw(self, step: int, values: dict[str, float]) -> None:
+        busy_since = self._busy_since
+        if busy_since is not None and time.monotonic() > busy_since + STILL_SECONDS:
+            still = f"{self._name} has stood still for {STILL_SECONDS:.0f} s"
+            self._warn_once(f"{still}: {MOST_WAITING} steps wait for it at most, and others are left out.")
         if self._waiting.qsize() < MOST_WAITING:
             self._waiting.put((step, values))
         else:
@@ -135,8 +142,11 @@ class Reporter:
     def _feed(self) -> None:
         try:
             tracker = self._begin()
+            self._busy_since = None
             while not isinstance(what := self._waiting.get(), str):
+                self._busy_since = time.monotonic()
                 tracker.log(*what)
+                self._busy_since = None
             tracker.end(what)
         except Exception as error:  # noqa: BLE001 (a tracker's library may raise anything, and no job hangs on it)
             kind = type(error).__name__

@@ -7,7 +7,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,9 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import GenericFunction
 
 from graft_shared.errors import StoreUnavailable
+from graft_shared.store import postgres
 
 BUSY_TIMEOUT_SECONDS = 30  # a SQLite writer waits this long for another; our transactions take milliseconds
-
-STILL_SECONDS = 60  # that a transaction for which others wait may do nothing; ours take milliseconds
 
 # At most so many connections for a process, made when they are needed and kept: to make one takes longer than most of
 # our transactions. By default five are kept, and under load the others are made and ended again and again.
@@ -91,9 +90,20 @@ class Database:
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
-        """One transaction that may write; on SQLite it takes the write lock at its start."""
-        with _translated(), self.engine.begin() as connection:
+        """One transaction that may write; on SQLite it takes the write lock at its start.
+
+        Raises:
+            StoreUnavailable: Nothing is kept; with the fact `in_commit` nobody can tell.
+        """
+        with _translated(), self.engine.connect() as connection:
+            connection.begin()
             yield connection
+            try:
+                with _translated(in_commit=True):
+                    connection.commit()
+            except BaseException:
+                connection.rollback()  # else the pool keeps the connection with what it has locked
+                raise
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -119,8 +129,11 @@ class Database:
         self.engine.dispose()
 
 
-def open_database(url: str) -> Database:
+def open_database(url: str, *, answers_within: timedelta | None = postgres.ANSWERS_WITHIN) -> Database:
     """Open a database by its SQLAlchemy URL; connects lazily.
+
+    Args:
+        answers_within: How long PostgreSQL may take over one statement; None for any time.
 
     Raises:
         ValueError: The URL is neither SQLite nor PostgreSQL.
@@ -136,20 +149,23 @@ def open_database(url: str) -> Database:
         event.listen(engine, "connect", _configure_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
     elif backend == "postgresql":
-        engine = create_engine(parsed, pool_pre_ping=True, connect_args={"connect_timeout": 5}, **POOL)
+        engine = create_engine(parsed, pool_pre_ping=True, **POOL)
+        event.listen(engine, "do_connect", lambda _dialect, _record, a, b: postgres.connect(answers_within, *a, **b))
     else:
         raise ValueError(f"GRAFT_DATABASE_URL names {backend!r}: use postgresql+psycopg://… or sqlite:///…")
     return Database(engine)
 
 
 def one_at_a_time(connection: Connection, name: str) -> None:
-    """Let writing transactions that name the same thing wait for each other; SQLite's do so whatever they name.
-
-    Whoever stands still with the lock, as a process of a suspended machine does, loses it and its transaction.
-    """
+    """Let writing transactions that name the same thing wait for each other; SQLite's do so whatever they name."""
     if connection.dialect.name == "postgresql":
-        patience = func.set_config("idle_in_transaction_session_timeout", f"{STILL_SECONDS}s", True)
-        connection.execute(select(patience, func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
+        connection.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
+
+
+def wait_at_most(connection: Connection, seconds: int) -> None:
+    """Let this transaction wait so long for a lock, and then raise; SQLite has one lock, and it is short."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(text(f"set local lock_timeout = '{seconds}s'"))
 
 
 def journal_mode(version: tuple[int, int, int] = sqlite3.sqlite_version_info) -> str:
@@ -179,10 +195,10 @@ def _begin_sqlite(connection: Connection) -> None:
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
+def _translated(**facts: Any) -> Iterator[None]:
     try:
         yield
     except (OperationalError, InternalError, InterfaceError, TimeoutError) as error:
         said = str(getattr(error, "orig", None) or error).strip() or type(error).__name__
         reason = said.splitlines()[0]
-        raise StoreUnavailable(reason=reason) from error
+        raise StoreUnavailable(reason=reason, **facts) from error

@@ -20,7 +20,7 @@ from graft_shared.errors import (
     JobNotEnded,
     QuotaExceeded,
 )
-from graft_shared.jobs import TERMINAL_STATES, Job, JobEvent, JobState, JobStatus, Stage
+from graft_shared.jobs import TERMINAL_STATES, FailureReason, Job, JobEvent, JobState, JobStatus, Stage
 from graft_shared.store.engine import Database, as_datetime, now, one_at_a_time
 from graft_shared.store.line import Line, PlaceInLine
 from graft_shared.store.merges import forget_merged
@@ -319,6 +319,13 @@ class Jobs:
         with self._database.reading() as connection:
             moment = connection.execute(query).scalar_one_or_none()
         return as_datetime(moment) if moment is not None else None
+
+    def last_failure(self, job: Job) -> FailureReason | None:
+        """Why a job went back to the queue the last time; None where it never did."""
+        query = select(job_events.c.data).where(job_events.c.job_id == job.id, job_events.c.type == "requeued")
+        with self._database.reading() as connection:
+            data = connection.execute(query.order_by(job_events.c.id.desc()).limit(1)).scalar_one_or_none()
+        return FailureReason(data["reason"]) if data is not None else None
 
 
 # Built once, as `rows.py` says.

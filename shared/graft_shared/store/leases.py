@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -12,7 +13,7 @@ from sqlalchemy import ColumnElement, and_, bindparam, case, exists, literal, or
 from sqlalchemy.engine import Connection, Row, RowMapping
 
 from graft_shared.capacity import Placement
-from graft_shared.errors import LeaseLost
+from graft_shared.errors import LeaseLost, StoreUnavailable
 from graft_shared.jobs import (
     REMEDIES,
     Checkpoint,
@@ -25,14 +26,18 @@ from graft_shared.jobs import (
     Stage,
     after_failure,
 )
-from graft_shared.store.engine import Database, now
+from graft_shared.logs import log_event
+from graft_shared.store.engine import Database, now, wait_at_most
 from graft_shared.store.outbox import put_in_outbox
-from graft_shared.store.quotas import NO_QUOTAS, Quotas, Standing, count_run, may_run_another
+from graft_shared.store.quotas import NO_QUOTAS, Quotas, Standing, count_run, held_seconds, may_run_another
 from graft_shared.store.rows import add_event, checkpoint_values, compare_and_set, job_from
 from graft_shared.store.sweeps import SWEEP_EVERY
 from graft_shared.store.tables import jobs, workers
 from graft_shared.store.workers import LiveWorker, name_of
 
+logger = logging.getLogger(__name__)
+
+FENCE_WAIT_SECONDS = 1  # for a tenant's account, before the next job's turn; ends of runs hold it for milliseconds
 RETRY_DELAY_SECONDS = 5.0  # before the second attempt; doubled for each further one, so that a neighbour can come back
 
 
@@ -151,6 +156,12 @@ class Leases:
                 compare_and_set(connection, job_id, epoch, JobState.RUNNING, warnings=[*row["warnings"], warning])
                 add_event(connection, job_id, epoch, "warning", message, level="warning", data=warning)
 
+    def record_note(self, job_id: str, epoch: int, message: str) -> None:
+        """Tell of something harmless, in the history alone."""
+        with self._database.writing() as connection:
+            compare_and_set(connection, job_id, epoch, JobState.RUNNING, epoch=epoch)
+            add_event(connection, job_id, epoch, "note", message)
+
     def commit_checkpoint(self, job_id: str, epoch: int, checkpoint: Checkpoint) -> None:
         """Make a checkpoint the one that a later epoch goes on from.
 
@@ -181,6 +192,7 @@ class Leases:
         """
         told = {name: found for name, found in prepared["report"].items() if name != "first_rows"}
         with self._database.writing() as connection:
+            count_run(connection, job_id, epoch)
             row = compare_and_set(
                 connection,
                 job_id,
@@ -193,7 +205,6 @@ class Leases:
                 runs_without_progress=0,
             )
             add_event(connection, job_id, epoch, "prepared", "The data is ready for training.", data=told)
-            count_run(connection, row["tenant"], Stage.PREPARE, row["claimed_at"])
             if row["cancel_requested"]:
                 row = _end(connection, row, JobState.CANCELLED, "The job was cancelled.")
             elif row["pause_requested"]:
@@ -209,6 +220,7 @@ class Leases:
             LeaseLost: Another epoch owns the job, or it has ended.
         """
         with self._database.writing() as connection:
+            count_run(connection, job_id, epoch)
             row = compare_and_set(
                 connection,
                 job_id,
@@ -225,7 +237,6 @@ class Leases:
             message = "The adapter was stored and proven."
             add_event(connection, job_id, epoch, "succeeded", message, data={"adapter": adapter, "metrics": metrics})
             put_in_outbox(connection, row, JobState.SUCCEEDED)
-            _count_run(connection, row)
 
     def settle_failure(self, job_id: str, epoch: int, failure: Failure, *, replanned: Placement | None = None) -> Job:
         """End this run; the job goes back to the queue, or ends, as `after_failure` decides.
@@ -237,10 +248,10 @@ class Leases:
             LeaseLost: Another epoch owns the job, or it has ended.
         """
         with self._database.writing() as connection:
+            count_run(connection, job_id, epoch)
             row = compare_and_set(
                 connection, job_id, epoch, JobState.RUNNING, gpu_seconds=_gpu_seconds(), **_no_lease()
             )
-            _count_run(connection, row)
             return job_from(_after(connection, row, failure, epoch, replanned))
 
     def settle_cancelled(self, job_id: str, epoch: int) -> Job:
@@ -250,10 +261,10 @@ class Leases:
             LeaseLost: Another epoch owns the job, or it has ended.
         """
         with self._database.writing() as connection:
+            count_run(connection, job_id, epoch)
             row = compare_and_set(
                 connection, job_id, epoch, JobState.RUNNING, gpu_seconds=_gpu_seconds(), **_no_lease()
             )
-            _count_run(connection, row)
             return job_from(
                 _end(connection, row, JobState.CANCELLED, "The job was cancelled; its training has stopped.")
             )
@@ -267,9 +278,12 @@ class Leases:
     def release_of(self, worker: str, place: str) -> list[Job]:
         """Give back the leases of an earlier life of this worker, at once.
 
-        Nothing is given back while the name is another place's: those leases are then of a worker that lives.
+        Only what was claimed since the name is this place's: a worker elsewhere that had it before, and is cut off,
+        may train until its lease has run out.
         """
-        named = exists().where(workers.c.name == name_of(worker), workers.c.place == place)
+        named = exists().where(
+            workers.c.name == name_of(worker), workers.c.place == place, workers.c.started_at <= jobs.c.claimed_at
+        )
         return self._fence(and_(jobs.c.worker == worker, named), f"Worker {worker} was restarted.")
 
     def release_expired(self) -> list[Job]:
@@ -295,18 +309,33 @@ class Leases:
         with self._database.writing() as connection:
             connection.execute(rung)
 
-    def _fence(self, whose: Any, message: str) -> list[Job]:
+    def _fence(self, whose: ColumnElement[bool], message: str) -> list[Job]:
+        """Each in a transaction of its own: whoever holds one job, or its tenant's account, holds up no other."""
         failure = Failure(reason=FailureReason.WORKER_LOST, message=message)
         fenced = []
-        with self._database.writing() as connection:
-            query = select(jobs.c.id, jobs.c.epoch).where(jobs.c.state == JobState.RUNNING.value, whose)
-            query = query.order_by(jobs.c.tenant)  # as `count_run` wants it
-            for job_id, epoch in connection.execute(query.with_for_update(skip_locked=True)).all():
-                taken_off = {"epoch": epoch + 1, "gpu_seconds": _gpu_seconds(), **_no_lease()}
-                row = compare_and_set(connection, job_id, epoch, JobState.RUNNING, **taken_off)
-                _count_run(connection, row)
-                fenced.append(job_from(_after(connection, row, failure, epoch)))
+        with self._database.reading() as connection:
+            held = select(jobs.c.id).where(jobs.c.state == JobState.RUNNING.value, whose)
+            found = connection.execute(held.order_by(jobs.c.lease_expires_at)).scalars().all()
+        for job_id in found:
+            try:
+                fenced += self._fence_one(job_id, whose, failure)
+            except StoreUnavailable as error:
+                facts = {"job_id": job_id, "reason": error.message}
+                log_event(logger, "lease_not_given_back", level=logging.WARNING, **facts)
         return fenced
+
+    def _fence_one(self, job_id: str, whose: ColumnElement[bool], failure: Failure) -> list[Job]:
+        """Nothing where somebody else is at it, or was."""
+        with self._database.writing() as connection:
+            wait_at_most(connection, FENCE_WAIT_SECONDS)
+            query = select(jobs.c.epoch).where(jobs.c.id == job_id, jobs.c.state == JobState.RUNNING.value, whose)
+            epoch = connection.execute(query.with_for_update(skip_locked=True)).scalar_one_or_none()
+            if epoch is None:
+                return []
+            count_run(connection, job_id, epoch)
+            taken_off = {"epoch": epoch + 1, "gpu_seconds": _gpu_seconds(), **_no_lease()}
+            row = compare_and_set(connection, job_id, epoch, JobState.RUNNING, **taken_off)
+            return [job_from(_after(connection, row, failure, epoch))]
 
 
 # Built once, as `rows.py` says: every worker asks it each second.
@@ -394,13 +423,9 @@ def _orders(row: RowMapping) -> Orders:
     return Orders(cancel=row["cancel_requested"], pause=row["pause_requested"])
 
 
-def _count_run(connection: Connection, row: RowMapping) -> None:
-    count_run(connection, row["tenant"], Stage(row["stage"]), row["claimed_at"])
-
-
 def _gpu_seconds() -> ColumnElement[float]:
     """The column with the run that ends here added; to be set once a run, and not by what may be applied twice."""
-    held = case((jobs.c.stage == Stage.TRAIN.value, now() - jobs.c.claimed_at), else_=literal(0.0))
+    held = case((jobs.c.stage == Stage.TRAIN.value, held_seconds()), else_=literal(0.0))
     return jobs.c.gpu_seconds + held
 
 
@@ -422,7 +447,8 @@ def _after(
     if decided.state is JobState.QUEUED:
         facts["epoch"] = row["epoch"]  # the row's from now on: a fenced one is past the epoch that failed
         remedy = REMEDIES[failure.reason]
-        delays = remedy.delays * 2 ** (row["attempt"] - 1) if remedy.retry is Retry.CHARGED else 0
+        is_charged = remedy.retry is Retry.CHARGED and replanned is None
+        delays = remedy.delays * 2 ** (row["attempt"] - 1) if is_charged else 0
         values = {**_given_back(), **counts, "not_before": now() + delays * RETRY_DELAY_SECONDS}
         if replanned is not None:
             values |= _replanned(row, replanned)

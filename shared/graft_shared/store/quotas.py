@@ -115,13 +115,24 @@ def quotas_of(connection: Connection, tenant: str, defaults: Quotas) -> Quotas:
     return Quotas(**{name: getattr(defaults, name) if value is None else value for name, value in own.items()})
 
 
-def count_run(connection: Connection, tenant: str, stage: Stage, claimed_at: float) -> None:
-    """Add a run that ends now to what its tenant has had of the workers' time.
+def held_seconds() -> ColumnElement[float]:
+    """How long the present run of a row in `jobs` has held its worker: to its lease's end, if nobody has noticed that.
 
-    The row stays locked until the transaction ends: whoever ends several runs does so in the order of their tenants.
+    A worker that was lost is no burden to its tenant for as long as the rest was away as well.
     """
-    took = {"tenant": tenant, "stage": stage.value, "day": day_began(), "seconds": now() - claimed_at}
-    added = _INSERTS[connection.dialect.name](worker_time).values(took)
+    until = case((jobs.c.lease_expires_at < now(), jobs.c.lease_expires_at), else_=now())
+    return until - jobs.c.claimed_at
+
+
+def count_run(connection: Connection, job_id: str, epoch: int) -> None:
+    """Add the run whose lease is about to be taken off to what its tenant has had of the workers' time.
+
+    Job and account stay locked, in this order, until the transaction ends, which ends no other run.
+    """
+    this = and_(jobs.c.id == job_id, jobs.c.epoch == epoch, jobs.c.state == JobState.RUNNING.value)
+    run = select(jobs.c.tenant, jobs.c.stage, day_began(), held_seconds()).where(this).with_for_update()
+    into = _INSERTS[connection.dialect.name](worker_time)
+    added = into.from_select(["tenant", "stage", "day", "seconds"], run)
     key = [worker_time.c.tenant, worker_time.c.stage, worker_time.c.day]
     together = {"seconds": worker_time.c.seconds + added.excluded.seconds}
     connection.execute(added.on_conflict_do_update(index_elements=key, set_=together))
@@ -208,7 +219,7 @@ def _limit(own: Column[Any], default: float | None) -> ColumnElement[Any]:
 
 def _running(stage: Stage) -> Subquery:
     running = and_(jobs.c.state == JobState.RUNNING.value, jobs.c.stage == stage.value)
-    seconds = func.sum(now() - jobs.c.claimed_at).label("seconds")
+    seconds = func.sum(held_seconds()).label("seconds")
     return (
         select(jobs.c.tenant, func.count().label("runs"), seconds)
         .where(running)

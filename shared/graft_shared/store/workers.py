@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import Text, and_, cast, delete, func, insert, or_, select, update
+from sqlalchemy import Text, and_, case, cast, delete, func, insert, or_, select, update
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
 
@@ -87,10 +87,11 @@ class Workers:
             "takes_classes": list(takes_classes),
             "seen_at": now(),
         }
+        at_this_place = case((workers.c.place == place, workers.c.started_at), else_=now())
         ours = or_(workers.c.place == place, workers.c.seen_at < now() - ALIVE_FOR.total_seconds())
         try:
             with self._database.writing() as connection:
-                renewed = update(workers).where(workers.c.name == name, ours).values(**values)
+                renewed = update(workers).where(workers.c.name == name, ours).values(**values, started_at=at_this_place)
                 if not connection.execute(renewed).rowcount:
                     connection.execute(insert(workers).values(name=name, started_at=now(), **values))
         except IntegrityError as error:

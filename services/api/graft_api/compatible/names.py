@@ -10,7 +10,7 @@ from graft_shared.jobs import Job
 from graft_shared.specs import BASE_MODEL_PATTERN
 
 _JOB_PREFIX = "ftjob-"
-_ADAPTER = r"ft:(?P<base>[^:\s]+):[A-Za-z0-9_-]+:[A-Za-z0-9._-]*:(?P<job>[A-Za-z0-9]{1,64})"
+_ADAPTER = r"ft:(?P<base>[^:\s\x00]+):[A-Za-z0-9_-]+:[A-Za-z0-9._-]*:(?P<job>[A-Za-z0-9]{1,64})"
 _MODEL = re.compile(_ADAPTER)
 # What a model may be called in a request: a base, or an adapter. The parts have no names there: schemas know none.
 MODEL_PATTERN = f"{BASE_MODEL_PATTERN}|^{re.sub(r'[?]P<[a-z]+>', '', _ADAPTER)}$"

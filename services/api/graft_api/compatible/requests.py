@@ -77,7 +77,7 @@ class FineTuningRequest(_Part):
     validation_file: Annotated[str, Field(pattern=FILE_ID_PATTERN)] | None = None
     suffix: Annotated[str, Field(min_length=1, max_length=64, pattern=NO_NUL)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
-    metadata: dict[str, str] | None = Field(default=None, json_schema_extra=METADATA_SCHEMA)
+    metadata: Annotated[dict[str, str], Field(json_schema_extra=METADATA_SCHEMA)] | None = None
     hyperparameters: Hyperparameters | None = Field(default=None, description="OpenAI's older place for them.")
     method: Method | None = None
     integrations: list[Any] | None = Field(

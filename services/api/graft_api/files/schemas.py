@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from graft_shared.rows import RowKind
+from graft_shared.specs import NO_NUL
 from graft_shared.store import StoredFile
 
 
@@ -38,7 +39,7 @@ class UploadRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    filename: Annotated[str, Field(min_length=1, max_length=1024)]
+    filename: Annotated[str, Field(min_length=1, max_length=1024, pattern=NO_NUL)]
     bytes: Annotated[int, Field(ge=1)]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="Of the whole file, in hex.")]
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,6 +15,7 @@ from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
 from graft_api.deps import Neighbours, limited
+from graft_api.errors import UploadDiskFull
 from graft_api.files.multipart import FileForm
 from graft_shared.artifacts import file_key
 from graft_shared.errors import FileTooLarge, InvalidParameter, QuotaExceeded
@@ -34,11 +38,12 @@ async def receive(request: Request, tenant: str, here: Neighbours) -> StoredFile
         MalformedBody, UnknownParameter, InvalidParameter: The form is not the one that is wanted, or the file's name.
         InvalidTrainingFile: A line that cannot be trained on.
         QuotaExceeded: The tenant has no room for it; where its length is declared, before it is read.
+        UploadDiskFull: The API has none.
     """
     limit = here.settings.max_file_bytes
     await run_in_threadpool(here.files.require_room, tenant, _declared(request))
     # Without a name on disk (Linux: O_TMPFILE), nothing can be left behind, however this process ends.
-    with await run_in_threadpool(scratch_file, here) as scratch:
+    with room_needed(), await run_in_threadpool(scratch_file, here) as scratch:
         form = FileForm(request.headers.get("content-type", ""), scratch)
         too_large = FileTooLarge(limit_bytes=limit)
         async for chunk in limited(request, limit + FORM_OVERHEAD_BYTES, too_large):
@@ -53,6 +58,17 @@ def _declared(request: Request) -> int:
     """The least size that the file can have, by what the request says of itself."""
     declared = request.headers.get("content-length", "")
     return max(1, int(declared) - FORM_OVERHEAD_BYTES) if declared.isdigit() else 1
+
+
+@contextmanager
+def room_needed() -> Iterator[None]:
+    """Raise UploadDiskFull where the disk is; around a scratch file, which may write once more when it is closed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UploadDiskFull from error
+        raise
 
 
 def scratch_file(here: Neighbours) -> BinaryIO:

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 from graft_api.deps import Neighbours
 from graft_api.files.schemas import UploadBody, UploadRequest
-from graft_api.files.service import keep, safe_name, scratch_file
+from graft_api.files.service import keep, room_needed, safe_name, scratch_file
 from graft_shared.artifacts import upload_key
 from graft_shared.buckets.base import CHUNK_BYTES
 from graft_shared.errors import FileTooLarge, ObjectNotFound, UploadDiffers, UploadNotFound, UploadNotReceived
@@ -52,11 +52,12 @@ def complete(upload_id: str, tenant: str, here: Neighbours) -> StoredFile:
         UploadNotReceived: Nothing has come yet.
         UploadDiffers: Other bytes came than were announced.
         InvalidTrainingFile: A line that cannot be trained on.
+        UploadDiskFull: The API has no room for the copy.
     """
     upload = here.files.awaited(tenant, upload_id)
     if upload.file_id is not None:
         return here.files.get(tenant, upload.file_id)
-    with scratch_file(here) as scratch:
+    with room_needed(), scratch_file(here) as scratch:
         _fetch(upload, scratch, here)
         try:
             file = keep(scratch, upload.filename, tenant, here, upload=upload)

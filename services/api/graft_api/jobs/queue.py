@@ -11,10 +11,16 @@ from graft_api.jobs.fleet import workers_for
 from graft_api.jobs.schemas import Queue
 from graft_api.jobs.starts import Starts
 from graft_shared.capacity import CapacityTable
-from graft_shared.jobs import Job, JobState, JobStatus, Stage
+from graft_shared.jobs import FailureReason, Job, JobState, JobStatus, Stage
 from graft_shared.store import Backlog, Crew, Jobs, PlaceInLine, Quota, Reached
 
 PAUSED = "Paused: once it is resumed it goes on, in its old place."
+FAILED = "The last run failed"
+AWAY = {  # what the next run waits for, by how the last one failed
+    FailureReason.BASE_MODEL_UNAVAILABLE: "The last run found the hub away",
+    FailureReason.ARTIFACT_UPLOAD_FAILED: "The last run found the object store away",
+    FailureReason.DISK_FULL: "The last run found its worker's disk full",
+}
 
 
 class Wait(StrEnum):
@@ -41,7 +47,8 @@ def queue_of(
         return Queue(position=None, reason=later) if untrained and job.state is JobState.RUNNING else None
     able = workers_for(job.stage, job.gpu_class, crews, table)
     waits_until = jobs.waits_until(job)
-    reason = reason_to_wait(job, place, sum(crew.size for crew in able), waits_until)
+    failure = jobs.last_failure(job) if waits_until is not None else None
+    reason = reason_to_wait(job, place, sum(crew.size for crew in able), waits_until, failure)
     return Queue(
         position=place.position,
         reason=f"{reason} {later}" if untrained else reason,
@@ -76,8 +83,10 @@ def lengths_by_reason(backlog: Backlog, able_workers: int) -> dict[Wait, int]:
     return lengths
 
 
-def reason_to_wait(job: Job, place: PlaceInLine, able_workers: int, waits_until: datetime | None) -> str:
-    """Say what the job waits for, as a sentence."""
+def reason_to_wait(
+    job: Job, place: PlaceInLine, able_workers: int, waits_until: datetime | None, failure: FailureReason | None
+) -> str:
+    """Say what the job waits for, as a sentence; `failure` is why its last run went back to the queue."""
     preparing = job.stage is Stage.PREPARE
     wait = _wait(able_workers, delayed=waits_until is not None)
     if wait is Wait.NO_LIVE_WORKER:
@@ -85,7 +94,8 @@ def reason_to_wait(job: Job, place: PlaceInLine, able_workers: int, waits_until:
     if place.held_by is not None:
         return _held(place.held_by)
     if waits_until is not None:
-        return f"The last run failed; the next one starts after {waits_until:%H:%M:%S} UTC."
+        why = FAILED if failure is None else AWAY.get(failure, FAILED)
+        return f"{why}; the next one starts after {waits_until:%H:%M:%S} UTC."
     before = (place.position or 1) - 1
     ahead = f"{before} {'job' if before == 1 else 'jobs'} before it" if before else ""
     if preparing:

@@ -51,6 +51,12 @@ class MemoryForecast(BaseModel):
     low_bytes: int
     expected_bytes: int
     high_bytes: int
+    host_components: dict[str, int] = Field(
+        default_factory=dict, description="What the machine of a GPU may have to hold in its own memory, by component."
+    )
+    host_bytes: int | None = Field(
+        default=None, description="The sum of these, beside the processes' own; null for a job of an earlier version."
+    )
 
 
 class Memory(BaseModel):

@@ -86,7 +86,7 @@ def admit(tenant: str, spec: JobSpec, here: Neighbours) -> tuple[JobSpec, ModelS
     """
     spec = going_on(tenant, spec, here.jobs)
     shape = here.bases.resolve(spec.base_model, spec.revision)
-    placement = here.capacity.place(shape, spec, here.bases.catalogue)
+    placement = here.capacity.place(shape, spec, here.bases.catalogue, here.bases.registered())
     _check_sources(tenant, spec, here)
     _check_webhook(spec, here)
     _check_trackers(spec, here)

@@ -60,7 +60,7 @@ def _done(asked: argparse.Namespace, keys: Keys, pepper: SecretStr) -> str:
 
 def _create(asked: argparse.Namespace, keys: Keys, pepper: SecretStr) -> str:
     key_id, key = new_key()
-    scopes = sorted(set(asked.scopes or USUAL))
+    scopes = sorted(set(asked.scopes or (scope.value for scope in USUAL)))
     life = timedelta(days=asked.days) if asked.days is not None else None
     keys.add(
         id=key_id, tenant=asked.tenant, digest=digest_of(key, pepper), scopes=scopes, name=asked.name or "", life=life

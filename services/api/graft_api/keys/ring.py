@@ -36,10 +36,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Caller:
-    """Who asks, and what the key that was shown allows."""
+    """Who asks, and what the key that was shown allows.
+
+    Args:
+        has_key: Not so for whoever is let in because there are no keys.
+    """
 
     tenant: str
     scopes: frozenset[Scope]
+    has_key: bool = True
+
+
+_ANYBODY = Caller(tenant=DEFAULT_TENANT, scopes=ALL, has_key=False)
 
 
 @dataclass(frozen=True)
@@ -79,12 +87,12 @@ class KeyRing:
         if key is not None and (tenant := _static_tenant(key, self._static)) is not None:
             return Caller(tenant=tenant, scopes=ALL)
         if self._pepper is None:
-            return Caller(tenant=DEFAULT_TENANT, scopes=ALL) if self._may_be_open else None
+            return _ANYBODY if self._may_be_open else None
         if key is None and not self._may_be_open:
             return None
         held = await self._not_older_than(FRESH_SECONDS)
         if self._may_be_open and not held.is_closed:
-            return Caller(tenant=DEFAULT_TENANT, scopes=ALL)
+            return _ANYBODY
         if key is None:
             return None
         is_news = (key_id := making.id_of(key)) is not None and key_id not in held.keys

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import json
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import StrEnum
@@ -157,17 +158,22 @@ class BaseModels:
         return Source.CATALOGUE, shape
 
     def known(self) -> Iterator[tuple[Source, ModelShape]]:
-        """Every base that can be named without asking the hub; a registered folder that is unusable is left out."""
+        """Every base that can be named without asking the hub."""
         seen = set()
+        for shape in self.registered():
+            seen.add(shape.base_model)
+            yield Source.REGISTERED, shape
+        yield from ((Source.CATALOGUE, shape) for shape in self.catalogue if shape.base_model not in seen)
+
+    def registered(self) -> Iterator[ModelShape]:
+        """The bases in folders of the operator's; a folder that is unusable is left out."""
         for base_model in self._registered_names():
             try:
                 shape = self._registered(base_model)
             except UnsupportedBaseModel:
                 continue
             if shape is not None:
-                seen.add(base_model)
-                yield Source.REGISTERED, shape
-        yield from ((Source.CATALOGUE, shape) for shape in self.catalogue if shape.base_model not in seen)
+                yield shape
 
     def _registered(self, base_model: str) -> ModelShape | None:
         if not re.fullmatch(BASE_MODEL_PATTERN, base_model):
@@ -183,11 +189,20 @@ class BaseModels:
         return sorted(path.parent.relative_to(self.registered_dir).as_posix() for path in configs)
 
     def _unknown(self, base_model: str) -> UnknownBaseModel:
-        near = list(self.catalogue.suggest(base_model))
+        own = [shape.base_model for shape in self.registered()]
+        near = list(dict.fromkeys([*_near(base_model, own), *_near(base_model, self.catalogue.shapes)]))
         meant = f"Did you mean '{near[0]}'? " if near else ""
-        own = f"models/{base_model} in the service's state folder (.graft by default)"
-        hint = f"{meant}GET /models lists what this service trains; to add a base of your own, put its folder at {own}."
+        place = f"models/{base_model} in the service's state folder (.graft by default)"
+        hint = (
+            f"{meant}GET /models (graft models) lists what this service trains; "
+            f"to add a base of your own, put its folder at {place}."
+        )
         return UnknownBaseModel(param="base_model", base_model=base_model, hint=hint, suggestions=near)
+
+
+def _near(base_model: str, names: Iterable[str]) -> list[str]:
+    """Those names that look most like this one."""
+    return difflib.get_close_matches(base_model, names, n=3, cutoff=0.5)
 
 
 def _shape_of(path: Path, base_model: str, revision: str) -> ModelShape:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 
 from graft_client.client import DEFAULT_URL
 from graft_client.doctor import AsJson, Only, conclude, look
-from graft_client.findings import Check, fault, skipped
+from graft_client.findings import Check, fault, note, skipped
 from graft_local.launcher import DEFAULT_PORT
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -45,6 +46,15 @@ def is_elsewhere(state_dir: Path, environment: Mapping[str, str]) -> bool:
     return host not in _LOOPBACK and not is_ours
 
 
+def _serves(host: str, port: int) -> bool:
+    from graft_local.doctor.machine import is_graft
+
+    try:
+        return is_graft(host, port)
+    except TimeoutError:
+        return False  # the check of the port tells of it
+
+
 def _operators(host: str, port: int, state_dir: Path, environment: Mapping[str, str]) -> list[Check]:
     """The checks of whoever runs the service; in the order in which one thing needs another."""
     # Here, so that `graft --help` need not load SQLAlchemy and pydantic's settings.
@@ -67,6 +77,15 @@ def _operators(host: str, port: int, state_dir: Path, environment: Mapping[str, 
         said = "; ".join(f"GRAFT_{'_'.join(map(str, each['loc'])).upper()}: {each['msg']}" for each in error.errors())
         wrong = fault("settings", said, "unset or mend these variables")
         return [*of_the_machine, Check(name="settings", look=lambda: [wrong])]
+    of_the_machine.append(
+        Check(name="tables", look=lambda: libraries.tables(settings.capacity_path, settings.catalogue_path))
+    )
+    if neighbours.is_untouched(settings) and _serves(host, port):
+        other = note(
+            "database", f"the service on {port} has another state folder than {state_dir}: give its --state-dir"
+        )
+        rest = (skipped(name, "not looked at in this folder") for name in ("broker", "bucket", "hub", "key"))
+        return [*of_the_machine, *(Check(name=each.subject, look=partial(iter, [each])) for each in (other, *rest))]
     return [
         *of_the_machine,
         Check(name="database", look=lambda: neighbours.database(settings)),

@@ -19,6 +19,7 @@ LEAST_PYTHON = (3, 11)
 LEAST_DISK_BYTES = 2 * GIB  # a tiny base with its job; a 7B base takes 14 GB
 LEAST_MEMORY_BYTES = 4 * GIB
 LEAST_FILES = 1024  # an API with a few hundred open streams, each with its connection
+ANSWER_SECONDS = 5
 LEAST_SHARED_MEMORY_BYTES = GIB // 2  # what data loaders and NCCL use; containers get 64 MiB unless asked
 
 
@@ -102,21 +103,29 @@ def port(host: str, number: int) -> Iterator[Finding]:
     try:
         check_port(host, number)
     except CannotStart as error:
-        if _is_graft(host, number):
+        who = f"ss -ltnp 'sport = :{number}' shows who has it"
+        try:
+            is_ours = is_graft(host, number)
+        except TimeoutError:
+            late = f"something listens at {number} on {host} and did not answer within {ANSWER_SECONDS} s"
+            yield note("port", f"{late}: if it is Graft, it is busy", who)
+            return
+        if is_ours:
             yield good("port", f"{number} on {host} is Graft's own")
         else:
-            yield fault(
-                "port", str(error), f"ss -ltnp 'sport = :{number}' shows who has it; graft up --port {number + 1}"
-            )
+            yield fault("port", str(error), f"{who}; graft up --port {number + 1}")
     else:
         yield good("port", f"{number} on {host} is free")
 
 
-def _is_graft(host: str, number: int) -> bool:
-    connection = http.client.HTTPConnection(host, number, timeout=5)
+def is_graft(host: str, number: int) -> bool:
+    """Whether the service answers there; raises TimeoutError where who listens says nothing in time."""
+    connection = http.client.HTTPConnection(host, number, timeout=ANSWER_SECONDS)
     try:
         connection.request("GET", "/healthz")
         return connection.getresponse().read(100) == b'{"status":"ok"}'
+    except TimeoutError:
+        raise
     except (OSError, http.client.HTTPException):
         return False
     finally:

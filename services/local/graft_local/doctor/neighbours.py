@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import sqlite3
+import ssl
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,9 +32,16 @@ if TYPE_CHECKING:
 TRIAL_BYTES = 64 * 1024
 HUB_SECONDS = 10.0
 BROKER_SECONDS = 5.0
+# The last three: a proxy or a certificate that the environment names and httpx cannot use.
+_NOT_REACHED = (httpx.HTTPError, httpx.InvalidURL, ImportError, ValueError, OSError)
 _KEY = re.compile(r"graft_([A-Za-z0-9]{12})_")
 _MIGRATE = "python -m graft_shared.store.migrate"
 _NOTHING_YET = "nothing was started in this state folder yet: graft up makes it"
+
+
+def is_untouched(settings: SharedSettings) -> bool:
+    """Whether nothing was started in this state folder: its database would be a file, and is not there."""
+    return settings.database.startswith("sqlite") and not Path(settings.database.removeprefix("sqlite:///")).exists()
 
 
 def database(settings: SharedSettings) -> Iterator[Finding]:
@@ -40,7 +49,7 @@ def database(settings: SharedSettings) -> Iterator[Finding]:
     is_sqlite = settings.database.startswith("sqlite")
     if is_sqlite:
         yield judge_sqlite(sqlite3.sqlite_version_info)
-        if not Path(settings.database.removeprefix("sqlite:///")).exists():
+        if is_untouched(settings):
             yield skipped("database", _NOTHING_YET)
             return
     try:
@@ -95,6 +104,8 @@ def broker(state_dir: Path, environment: Mapping[str, str]) -> Iterator[Finding]
 
 
 def _redis(url: str, cli: str) -> Iterator[Finding]:
+    # Celery's word for it, CERT_REQUIRED, is required to redis-py.
+    url = re.sub(r"(?<=ssl_cert_reqs=)CERT_\w+", lambda word: word[0].removeprefix("CERT_").lower(), url)
     try:
         server = redis.Redis.from_url(url, socket_timeout=BROKER_SECONDS, socket_connect_timeout=BROKER_SECONDS)
         server.ping()
@@ -124,7 +135,8 @@ def bucket(settings: SharedSettings) -> Iterator[Finding]:
     """An object must come back as it went in, and go."""
     from graft_shared.buckets import open_bucket  # an S3 one takes half a second to import
 
-    if settings.s3_bucket is None and not settings.state_dir.exists():
+    has_begun = settings.state_dir.exists() and not is_untouched(settings)
+    if settings.s3_bucket is None and not has_begun and not settings.bucket_dir.exists():  # a trial would make it
         yield skipped("bucket", _NOTHING_YET)
         return
     place = (
@@ -138,8 +150,16 @@ def bucket(settings: SharedSettings) -> Iterator[Finding]:
         return
     yield good("bucket", f"{place}: an object was written, read back with its sha256, and removed")
     if settings.s3_endpoint_url:
-        answer = httpx.get(settings.s3_endpoint_url, timeout=HUB_SECONDS)
-        yield judge_skew("clock of the object store", skew_of(answer))
+        yield _clock_of(settings.s3_endpoint_url)
+
+
+def _clock_of(store_url: str) -> Finding:
+    subject, bundle = "clock of the object store", os.environ.get("AWS_CA_BUNDLE")  # which boto trusts, and httpx not
+    try:
+        trusted = ssl.create_default_context(cafile=bundle)
+        return judge_skew(subject, skew_of(httpx.get(store_url, timeout=HUB_SECONDS, verify=trusted)))
+    except _NOT_REACHED as error:
+        return note(subject, f"not known ({error or type(error).__name__})", f"curl -sI {store_url} | grep -i ^date")
 
 
 def _try_out(store: Bucket) -> None:
@@ -176,7 +196,7 @@ def hub(settings: SharedSettings, environment: Mapping[str, str]) -> Iterator[Fi
         return
     try:
         httpx.get(url, timeout=HUB_SECONDS, follow_redirects=False)
-    except (httpx.TransportError, httpx.InvalidURL) as error:
+    except _NOT_REACHED as error:
         found = f"{url} is not reached ({error or type(error).__name__})"
         remedy = f"export HTTPS_PROXY=… or HF_ENDPOINT=… (a mirror); or {by_hand}"
         yield note("hub", f"{found}; {shown}", remedy) if at_hand else fault("hub", found, remedy)
@@ -188,7 +208,8 @@ def _bases_at_hand(settings: SharedSettings) -> list[str]:
     """Registered bases, and those that a worker of this host has fetched."""
     registered = settings.registered_models_dir
     names = [path.parent.relative_to(registered).as_posix() for path in registered.glob("**/config.json")]
-    cached = [path.name.removeprefix("models--") for path in (settings.state_dir / "cache").glob("**/models--*")]
+    fetched = (settings.state_dir / "cache").glob("**/models--*")  # files of that name are locks
+    cached = [path.name.removeprefix("models--") for path in fetched if path.is_dir()]
     return sorted({*names, *(name.replace("--", "/") for name in cached)})
 
 
@@ -200,7 +221,7 @@ def key(settings: SharedSettings, environment: Mapping[str, str]) -> Iterator[Fi
     if given is None:
         yield skipped("key in the database", "GRAFT_API_KEY is none of the database's")
         return
-    if settings.database.startswith("sqlite") and not Path(settings.database.removeprefix("sqlite:///")).exists():
+    if is_untouched(settings):
         yield skipped("key in the database", _NOTHING_YET)
         return
     try:

@@ -11,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from graft_worker.host import free_memory_bytes
 from graft_worker.protocol import MergeRequest
 from graft_worker.training.publish import TOKENIZER_FILES
 
@@ -59,8 +60,7 @@ def merge(request: MergeRequest, folder: Path) -> dict[str, Any]:
 
 def _require_room(base_path: Path) -> None:
     needed = int(_ROOM * sum(path.stat().st_size for path in base_path.glob("*.safetensors")))
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
+    free = free_memory_bytes()
     if needed > free:
         raise NoRoom(
             f"merging needs {needed // _MIB} MiB of memory, and {free // _MIB} MiB are free on this worker's machine"

@@ -14,6 +14,7 @@ from graft_shared.errors import (
     UnsupportedBaseModel,
 )
 from graft_shared.jobs import FailureReason, Phase
+from graft_worker.disk import FULL_DISK_MESSAGE, is_of_full_disk
 from graft_worker.parent import die_with_parent
 from graft_worker.protocol import (
     EventWriter,
@@ -55,9 +56,11 @@ def main() -> int:
         events.emit(FailureEvent(reason=reason, message=error.message, param=param, facts=error.facts))
         return ExitCode.USER_ERROR
     except Exception as error:  # noqa: BLE001 (its last words reach the user, its traceback the log; then it is over)
-        traceback.print_exception(error)
         last = traceback.format_exception_only(error)[-1].strip()
-        events.emit(FailureEvent(reason=FailureReason.CRASH, message=f"Preparing the data crashed: {last}"))
+        crash = FailureEvent(reason=FailureReason.CRASH, message=f"Preparing the data crashed: {last}")
+        full = FailureEvent(reason=FailureReason.DISK_FULL, message=FULL_DISK_MESSAGE)
+        events.emit(full if is_of_full_disk(error) else crash)
+        traceback.print_exception(error)  # after it: the log lies on the same disk
         return ExitCode.CRASHED
     return ExitCode.DONE
 

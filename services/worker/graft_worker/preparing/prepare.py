@@ -13,16 +13,15 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from graft_shared.errors import InvalidParameter, InvalidTrainingFile, NoTrainableTokens, UnsupportedBaseModel
-from graft_shared.rows import Row, RowKind, lines_of, read_rows
+from graft_shared.rows import CHAT_KINDS, Row, RowKind, lines_of, read_rows
 from graft_shared.specs import JobSpec, ReportSpec
 from graft_worker.preparing.figures import Figures, overlap
 from graft_worker.preparing.rendering import ChatTemplate, Rendered, as_one_piece, render
 from graft_worker.preparing.tokens import TokenRows, tokenize
-from graft_worker.protocol import EventWriter, PreparedEvent, PrepareRequest, ReportRequest, WarningEvent
+from graft_worker.protocol import PLAIN_CHAT, EventWriter, PreparedEvent, PrepareRequest, ReportRequest, WarningEvent
 
 READ_BYTES = 1024 * 1024
 MANY_TRUNCATED = 0.05  # of the rows: then the user hears of it
-CHAT_KINDS = (RowKind.MESSAGES, RowKind.SHAREGPT)
 
 
 def prepare(workdir: Path, request: PrepareRequest, events: EventWriter) -> None:
@@ -204,7 +203,7 @@ def _warnings(data: _Read, found: dict[str, Any], spec: ReportSpec, tokenizer: A
         yield "validation_overlap", f"{message}: 'eval_loss' will look better than it is."
     if data.kind in CHAT_KINDS and tokenizer.chat_template is None:
         message = "The base has no chat template: turns are written as '### User:' and '### Assistant:'."
-        yield "plain_chat_template", message
+        yield PLAIN_CHAT, message
     if data.figures.last_turn_only:
         message = (
             f"The chat template rewrites history: of {data.figures.last_turn_only} rows only the last answer is learnt."

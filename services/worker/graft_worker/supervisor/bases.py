@@ -7,16 +7,11 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from graft_shared.buckets import hash_file
 from graft_shared.errors import (
@@ -27,6 +22,7 @@ from graft_shared.errors import (
     UnsupportedBaseModel,
 )
 from graft_shared.weights import check_folder
+from graft_worker.hub import ANSWER_SECONDS, HubHTTPError, first_answer, first_line
 from graft_worker.supervisor.cache import HostCache
 from graft_worker.supervisor.hashes import known_hashes, remember_hashes
 
@@ -105,6 +101,7 @@ class BaseModels:
         return path if (path / "config.json").is_file() else None
 
     def _snapshot(self, base_model: str, revision: str, patterns: Sequence[str]) -> Path:
+        away = self._away(base_model, revision)
         try:
             return Path(
                 snapshot_download(
@@ -113,6 +110,7 @@ class BaseModels:
                     allow_patterns=list(patterns),
                     cache_dir=self.cache.hub_dir,
                     token=self.hub_token or False,
+                    local_files_only=away is not None,
                 )
             )
         except GatedRepoError as error:
@@ -120,9 +118,20 @@ class BaseModels:
         except (RepositoryNotFoundError, RevisionNotFoundError) as error:
             hint = f"The hub knows no such repository or revision ('{revision}')."
             raise UnknownBaseModel(base_model=base_model, hint=hint) from error
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise BaseModelUnavailable(base_model=base_model, reason=reason) from error
+        except (HubHTTPError, OSError) as error:
+            raise away or BaseModelUnavailable(base_model=base_model, reason=first_line(error)) from error
+
+    def _away(self, base_model: str, revision: str) -> BaseModelUnavailable | None:
+        """Why only what is on this disk can be had now; None where the hub answers, if only to refuse."""
+        token = self.hub_token or False
+        ask = partial(HfApi().model_info, base_model, revision=revision, timeout=ANSWER_SECONDS, token=token)
+        try:
+            first_answer(base_model, ask)
+        except BaseModelUnavailable as error:
+            return error
+        except HfHubHTTPError:
+            return None
+        return None
 
     def _content_revision(self, folder: Path) -> str:
         """Hash a registered folder's files."""

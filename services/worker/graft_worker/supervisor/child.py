@@ -16,11 +16,17 @@ from pathlib import Path
 
 from graft_shared.logs import log_event
 from graft_worker.device import Device
-from graft_worker.protocol import LOG_NAME, SCRATCH_NAME, Event, parse_event
+from graft_worker.protocol import LOG_NAME, SCRATCH_NAME, CheckpointEvent, Event, parse_event
 
 # What a child inherits: enough to find its interpreter, libraries and GPU; no token, no address of a neighbour.
 _INHERITED = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONPATH", "OMP_NUM_THREADS", "TZ", "VIRTUAL_ENV")
 _INHERITED_PREFIXES = ("CUDA_", "NVIDIA_", "TORCH", "PYTORCH_", "GRAFT_CRASH_", "GRAFT_MEMORY_")
+# What transformers and bitsandbytes say of their own insides, by its beginning; users can do nothing about it.
+_HARMLESS = (
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+    "ignore:Paged optimizers are not supported on CPU:UserWarning",
+    "ignore:You passed `quantization_config` or equivalent parameters to `from_pretrained`:UserWarning",
+)
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +61,7 @@ class Child:
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._events: queue.Queue[Event | None] = queue.Queue()
+        self._saved_step = 0  # of the newest checkpoint that it told of
         self._process = process
         in_context = copy_context().run  # what it logs is about the same run
         self._reader = threading.Thread(target=in_context, args=(self._read,), name="child-events", daemon=True)
@@ -76,6 +83,10 @@ class Child:
             if event is None:
                 return
             yield event
+
+    def has_saved_after(self, step: int) -> bool:
+        """Whether it has told of a checkpoint of a later step."""
+        return self._saved_step > step
 
     def terminate(self) -> None:
         """Ask the child to save what it has and leave."""
@@ -99,9 +110,13 @@ class Child:
         if stream is not None:
             for line in stream:
                 try:
-                    self._events.put(parse_event(line.decode()))
+                    event = parse_event(line.decode())
                 except ValueError:
                     log_event(logger, "child_line_not_understood", level=logging.WARNING, line=repr(line[:200]))
+                    continue
+                if isinstance(event, CheckpointEvent):
+                    self._saved_step = event.step
+                self._events.put(event)
         self._events.put(None)
 
 
@@ -120,6 +135,9 @@ def child_environment(home: Path, *, device: Device, cache_dir: Path) -> dict[st
         "CUDA_VISIBLE_DEVICES": device.visible_devices,
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # transformers' as well
+        "TQDM_DISABLE": "1",
+        "PYTHONWARNINGS": ",".join(_HARMLESS),
         "TOKENIZERS_PARALLELISM": "true",
         "TORCHINDUCTOR_CACHE_DIR": str(cache_dir / "inductor"),
         "TRITON_CACHE_DIR": str(cache_dir / "triton"),

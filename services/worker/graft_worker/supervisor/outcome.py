@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import signal
-from pathlib import Path
 
 from graft_shared.jobs import Failure, FailureReason
 from graft_worker.protocol import ExitCode, FailureEvent
 from graft_worker.supervisor.watch import SAVING_STOPS, StopReason
-
-_CGROUP_EVENTS = Path("/sys/fs/cgroup/memory.events")
 
 
 def failure_of(
@@ -54,13 +51,3 @@ def stopped(reason: StopReason) -> Failure:
     if reason is StopReason.PAUSE:
         return Failure(reason=FailureReason.PAUSED, message="The job was paused")
     return Failure(reason=FailureReason.DRAINED, message="The worker was stopped")
-
-
-def oom_kill_count() -> int:
-    """How many processes of this control group the kernel has killed for memory so far; 0 where it does not say."""
-    try:
-        lines = _CGROUP_EVENTS.read_text().splitlines()
-    except OSError:
-        return 0
-    counts = dict(line.split() for line in lines)
-    return int(counts.get("oom_kill", 0))

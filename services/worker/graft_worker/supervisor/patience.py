@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from graft_shared.clock import boottime
-from graft_shared.errors import NeighbourUnavailable
+from graft_shared.errors import BaseModelUnavailable, NeighbourUnavailable
 from graft_shared.logs import log_event
 
 FIRST_PAUSE_SECONDS = 0.5
@@ -38,12 +38,15 @@ class Patience:
 
         Raises:
             NeighbourUnavailable: It was still away when the patience ended.
+            BaseModelUnavailable: At once. A hub that is away is so for minutes, and one that is there was waited for.
         """
         seconds = self.seconds if at_most_seconds is None else min(self.seconds, at_most_seconds)
         until, pause = boottime() + seconds, FIRST_PAUSE_SECONDS
         while True:
             try:
                 return action()
+            except BaseModelUnavailable:
+                raise
             except NeighbourUnavailable as error:
                 if boottime() + pause > until or not self._waited(pause):
                     raise

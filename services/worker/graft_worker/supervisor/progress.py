@@ -11,7 +11,7 @@ from graft_shared.errors import StoreUnavailable
 from graft_shared.jobs import Job, Phase
 from graft_shared.logs import log_event
 from graft_shared.store import Leases
-from graft_worker.protocol import EvaluationEvent, ProgressEvent, WarningEvent
+from graft_worker.protocol import EvaluationEvent, NoteEvent, ProgressEvent, WarningEvent
 
 WRITE_EVERY_SECONDS = 1.0
 
@@ -37,6 +37,10 @@ class ProgressRecorder:
     def warning(self, event: WarningEvent) -> None:
         """Tell the user of something."""
         self._write(lambda: self._leases.record_warning(self._job.id, self._job.epoch, event.code, event.message))
+
+    def note(self, event: NoteEvent) -> None:
+        """Let the history tell of something harmless."""
+        self._write(lambda: self._leases.record_note(self._job.id, self._job.epoch, event.message))
 
     def step(self, event: ProgressEvent) -> None:
         """Take note of one optimizer step."""

@@ -12,12 +12,13 @@ from graft_shared.jobs import Failure
 from graft_shared.logs import about, log_event
 from graft_shared.specs import DatasetSource, ReportSpec
 from graft_shared.store import Report
+from graft_worker.host import oom_kill_count
 from graft_worker.metrics import REPORTS
 from graft_worker.protocol import REQUEST_NAME, FailureEvent, PreparedEvent, ReportRequest
 from graft_worker.supervisor import preparation
 from graft_worker.supervisor.child import start_child
 from graft_worker.supervisor.neighbours import Neighbours
-from graft_worker.supervisor.outcome import failure_of, oom_kill_count, stopped
+from graft_worker.supervisor.outcome import failure_of, stopped
 from graft_worker.supervisor.patience import Patience
 from graft_worker.supervisor.run import EVENT_PAUSE_SECONDS, FETCH_PATIENCE_SECONDS, failure_from, watch_times
 from graft_worker.supervisor.sources import fetch_rows

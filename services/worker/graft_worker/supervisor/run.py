@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import shutil
 from contextlib import ExitStack
@@ -27,6 +26,8 @@ from graft_shared.errors import (
 )
 from graft_shared.jobs import REMEDIES, Failure, FailureReason, Job, Phase, Retry, Stage
 from graft_shared.logs import about, log_event
+from graft_worker.disk import FULL_DISK_MESSAGE, is_of_full_disk
+from graft_worker.host import oom_kill_count
 from graft_worker.protocol import (
     LOG_NAME,
     REQUEST_NAME,
@@ -36,6 +37,7 @@ from graft_worker.protocol import (
     FailureEvent,
     MergedEvent,
     MergeRequest,
+    NoteEvent,
     PhaseEvent,
     PreparedEvent,
     PrepareRequest,
@@ -48,7 +50,7 @@ from graft_worker.supervisor import merge_run, preparation, training_run
 from graft_worker.supervisor.audience import CANCELLED, DONE, LEASE_LOST, LEFT, Audience
 from graft_worker.supervisor.child import Child, start_child
 from graft_worker.supervisor.neighbours import Neighbours
-from graft_worker.supervisor.outcome import failure_of, oom_kill_count, stopped
+from graft_worker.supervisor.outcome import failure_of, stopped
 from graft_worker.supervisor.patience import Patience
 from graft_worker.supervisor.progress import ProgressRecorder
 from graft_worker.supervisor.watch import StopReason, Watch, WatchTimes
@@ -140,12 +142,16 @@ class Run:
         (self._workdir / REQUEST_NAME).write_text(request.model_dump_json())
         if watch.stop_reason is not None:
             return stopped(watch.stop_reason)
+        if isinstance(request, TrainRequest):
+            too_much = training_run.too_much_for_host(self._job, request, self._neighbours.capacity)
+            if too_much is not None:
+                return too_much
         kills_before = oom_kill_count()
         child = self._start_child()
         try:
             watch.look_after(child)
             for event in child.events(timeout=EVENT_PAUSE_SECONDS):
-                self._handle(event, watch, patience)
+                self._handle(event, child, watch, patience)
         except BaseException:
             child.kill()
             raise
@@ -179,7 +185,7 @@ class Run:
             case Stage.MERGE:
                 return merge_run.merge_request(self._job, self._workdir, self._neighbours, kept)
 
-    def _handle(self, event: Event | None, watch: Watch, patience: Patience) -> None:
+    def _handle(self, event: Event | None, child: Child, watch: Watch, patience: Patience) -> None:
         if watch.stop_reason is StopReason.LEASE_LOST:
             return
         match event:
@@ -194,10 +200,11 @@ class Run:
                 self._progress.evaluation(event)
             case WarningEvent():
                 self._progress.warning(event)
+            case NoteEvent():
+                self._progress.note(event)
             case CheckpointEvent():
                 if watch.stop_reason is not StopReason.CANCEL:
-                    self._progress.flush()
-                    training_run.store_checkpoint(self._job, event, self._neighbours, patience)
+                    self._save(event, child, patience)
             case FailureEvent():
                 self._last_words = event
             case PreparedEvent() | TrainedEvent() | MergedEvent():
@@ -208,6 +215,15 @@ class Run:
             self._audience.heard(event)
         if boottime() > self._log_uploaded_at + LOG_UPLOAD_SECONDS:
             self._upload_log()
+
+    def _save(self, event: CheckpointEvent, child: Child, patience: Patience) -> None:
+        """Store a checkpoint unless a later one waits already: behind a slow bucket they would pile up."""
+        if child.has_saved_after(event.step):
+            log_event(logger, "checkpoint_overtaken", job_id=self._job.id, step=event.step)
+            shutil.rmtree(event.path)
+            return
+        self._progress.flush()
+        training_run.store_checkpoint(self._job, event, self._neighbours, patience)
 
     def _begin(self, phase: Phase) -> None:
         self._progress.phase(phase)
@@ -241,13 +257,13 @@ class Run:
             log_event(logger, "job_cancelled", job_id=job.id, epoch=job.epoch)
             return CANCELLED
         replanned = None
-        if failure.reason is FailureReason.CUDA_OUT_OF_MEMORY and isinstance(self._request, TrainRequest):
-            replanned = training_run.replan(job, self._request, self._neighbours.capacity)
+        if failure.reason in training_run.SHORT_OF_MEMORY and isinstance(self._request, TrainRequest):
+            replanned = training_run.replan(job, self._request, self._neighbours.capacity, failure)
         after = patience.wait_for(lambda: leases.settle_failure(job.id, job.epoch, failure, replanned=replanned))
         facts = {"reason": failure.reason.value, "state": after.state.value, "message": failure.message}
         level = logging.INFO if failure.reason is FailureReason.PAUSED else logging.WARNING
         log_event(logger, "attempt_settled", level=level, job_id=job.id, attempt=job.attempt, **facts)
-        if after.may_be_claimed and REMEDIES[failure.reason].retry is not Retry.CHARGED:
+        if after.may_be_claimed and (replanned or REMEDIES[failure.reason].retry is not Retry.CHARGED):
             self._neighbours.doorbell.ring(job.id, queue_for(after.stage, after.gpu_class))
         return failure.reason.value
 
@@ -263,9 +279,11 @@ class Run:
             log_event(logger, "log_not_uploaded", level=logging.WARNING, job_id=self._job.id, reason=str(error))
 
     def _ends_at(self) -> float | None:
-        """When its runs will have held a GPU for as long as the job may: waiting and pauses do not count."""
+        """When its runs will have held a GPU for as long as the job may: preparing, waiting and pauses do not count."""
         limit: int | None = self._job.spec["max_duration_seconds"]
-        return None if limit is None else boottime() + limit - self._job.gpu_seconds
+        if limit is None or self._job.stage is not Stage.TRAIN:
+            return None
+        return boottime() + limit - self._job.gpu_seconds
 
 
 def watch_times(neighbours: Neighbours) -> WatchTimes:
@@ -286,6 +304,6 @@ def failure_from(error: Exception) -> Failure:
             if isinstance(error, kind):
                 return Failure(reason=reason, message=error.message, param=error.param, facts=error.facts)
     logger.error("run_crashed", exc_info=error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return Failure(reason=FailureReason.DISK_FULL, message="The worker's disk is full")
+    if is_of_full_disk(error):
+        return Failure(reason=FailureReason.DISK_FULL, message=FULL_DISK_MESSAGE)
     return Failure(reason=FailureReason.CRASH, message=f"The worker failed: {type(error).__name__}: {error}")

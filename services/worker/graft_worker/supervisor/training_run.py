@@ -7,23 +7,27 @@ import logging
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from graft_shared.artifacts import adapter_prefix, checkpoint_key
 from graft_shared.buckets import read_back
 from graft_shared.capacity import CapacityTable, Placement
 from graft_shared.catalogue import ModelShape
 from graft_shared.errors import NeighbourUnavailable, UnsupportedBaseModel
-from graft_shared.jobs import Checkpoint, Job, StoredObject
+from graft_shared.jobs import Checkpoint, Failure, FailureReason, Job, StoredObject
 from graft_shared.logs import log_event
-from graft_shared.memory import TrainingPlan
+from graft_shared.memory import GIB, TrainingPlan, estimate
+from graft_shared.rows import CHAT_KINDS
 from graft_shared.specs import JobSpec
-from graft_worker.protocol import CheckpointEvent, TrainedEvent, TrainRequest
+from graft_worker.host import free_memory_bytes
+from graft_worker.protocol import PLAIN_CHAT, CheckpointEvent, TrainedEvent, TrainRequest
 from graft_worker.supervisor.folders import fetch_folder, store_folder
 from graft_worker.supervisor.neighbours import Neighbours
 from graft_worker.supervisor.patience import Patience
 from graft_worker.supervisor.publishing import publish
 
 MODULE = "graft_worker.training"
+SHORT_OF_MEMORY = (FailureReason.CUDA_OUT_OF_MEMORY, FailureReason.HOST_OUT_OF_MEMORY)  # another plan may help
 CHECKPOINT_PATIENCE_SECONDS = 20.0  # a checkpoint that cannot be stored soon is left to the next one
 
 logger = logging.getLogger(__name__)
@@ -60,20 +64,51 @@ def train_request(job: Job, workdir: Path, neighbours: Neighbours, kept: ExitSta
         validation_file=str(splits["validation"]) if "validation" in splits else None,
         checkpoint_path=str(checkpoint_path) if checkpoint_path else None,
         adapter_path=str(adapter_path) if adapter_path else None,
+        is_chat=was_taught_in_chat(prepared.get("report", {})),
         lease_seconds=neighbours.settings.lease_seconds,
         quantised_dir=str(base.quantised_dir),
     )
 
 
-def replan(job: Job, request: TrainRequest, capacity: CapacityTable) -> Placement | None:
-    """Where a job goes whose plan ran out of memory here; None when no cheaper plan and no larger class is left."""
+def was_taught_in_chat(report: dict[str, Any]) -> bool:
+    """Whether the rows were written in a chat template that the base's tokenizer has."""
+    codes = {warning["code"] for warning in report.get("warnings", ())}
+    return report.get("kind") in CHAT_KINDS and PLAIN_CHAT not in codes
+
+
+def too_much_for_host(job: Job, request: TrainRequest, capacity: CapacityTable) -> Failure | None:
+    """Why this plan is not begun here; None where the machine has the memory, or no other plan would be content."""
+    shape, gpu = _shape_of(request), capacity.get(job.gpu_class)
+    if shape is None or gpu is None:
+        return None
+    plan, spec = TrainingPlan.from_dict(job.plan), JobSpec.model_validate(job.spec)
+    needed, free = gpu.held_of_host(estimate(shape, spec, plan)), free_memory_bytes()
+    if needed <= free:
+        return None
+    message = f"The plan needs {needed / GIB:.1f} GiB of the machine's memory, and {free / GIB:.1f} GiB are free"
+    facts = {"needed_bytes": needed, "free_bytes": free}
+    failure = Failure(reason=FailureReason.HOST_OUT_OF_MEMORY, message=message, facts=facts)
+    return failure if replan(job, request, capacity, failure) is not None else None
+
+
+def replan(job: Job, request: TrainRequest, capacity: CapacityTable, failure: Failure) -> Placement | None:
+    """Where a job goes whose plan ran out of memory here; None when no plan and no class is left that would help."""
+    shape = _shape_of(request)
+    if shape is None:
+        return None
+    plan, spec = TrainingPlan.from_dict(job.plan), JobSpec.model_validate(job.spec)
+    if failure.reason is FailureReason.HOST_OUT_OF_MEMORY:
+        free = failure.facts.get("free_bytes")
+        return capacity.after_host_out_of_memory(shape, spec, job.gpu_class, plan, free)
+    return capacity.after_out_of_memory(shape, spec, job.gpu_class, plan)
+
+
+def _shape_of(request: TrainRequest) -> ModelShape | None:
     config = json.loads((Path(request.base_path) / "config.json").read_text())
     try:
-        shape = ModelShape.from_config(config, base_model=request.base_model, revision=request.base_revision)
+        return ModelShape.from_config(config, base_model=request.base_model, revision=request.base_revision)
     except UnsupportedBaseModel:
         return None
-    plan = TrainingPlan.from_dict(job.plan)
-    return capacity.after_out_of_memory(shape, JobSpec.model_validate(job.spec), job.gpu_class, plan)
 
 
 def store_checkpoint(job: Job, event: CheckpointEvent, neighbours: Neighbours, patience: Patience) -> None:

@@ -5,6 +5,7 @@ Without WORKDIR: do the imports, then wait for it on standard input (see `graft_
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -27,6 +28,7 @@ def main() -> int:
     die_with_parent()
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_news)
     events, guard = EventWriter(), Guard()
 
     from graft_worker.training.ending import ending_of
@@ -42,11 +44,16 @@ def main() -> int:
     except (LeaseOver, ToldToStop):
         return ExitCode.STOPPED
     except Exception as error:  # noqa: BLE001 (its last words reach the user, its traceback the log; then it is over)
-        traceback.print_exception(error)
         code, failure = ending_of(error, request.plan)
         events.emit(failure)
+        traceback.print_exception(error)  # after it: the log lies on the same disk
         return code
     return ExitCode.DONE
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether it is more than that a kernel for CPUs, which nobody needs, is not installed."""
+    return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
 
 
 if __name__ == "__main__":

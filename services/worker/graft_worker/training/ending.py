@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import traceback
 from typing import Any
 
@@ -10,14 +9,13 @@ import torch
 
 from graft_shared.errors import InvalidParameter, UnsupportedBaseModel
 from graft_shared.jobs import FailureReason
+from graft_worker.disk import FULL_DISK_MESSAGE, is_of_full_disk
 from graft_worker.protocol import ExitCode, FailureEvent
 from graft_worker.training.checkpoint import CheckpointMismatch
 from graft_worker.training.figures import NotFinite
 from graft_worker.training.proof import NotProven
 from graft_worker.training.recipe import NothingToLearn
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_DISK_FULL_WORDS = tuple(f"(os error {number})" for number in _DISK_FULL)  # how safetensors, in Rust, says it
 _HOST_FULL_WORDS = "can't allocate memory"  # torch's CPU allocator raises a plain RuntimeError
 _GPU_FULL_WORDS = "out of memory"  # a CUDA error outside the caching allocator: no room for a context or a paged buffer
 
@@ -45,8 +43,8 @@ def ending_of(error: Exception, plan: dict[str, Any]) -> tuple[ExitCode, Failure
         return ExitCode.CUDA_OUT_OF_MEMORY, failure
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _HOST_FULL_WORDS in words):
         return ExitCode.CRASHED, _failure(FailureReason.HOST_OUT_OF_MEMORY, "The machine ran out of memory")
-    if (isinstance(error, OSError) and error.errno in _DISK_FULL) or words.endswith(_DISK_FULL_WORDS):
-        return ExitCode.CRASHED, _failure(FailureReason.DISK_FULL, "The worker's disk is full")
+    if is_of_full_disk(error):
+        return ExitCode.CRASHED, _failure(FailureReason.DISK_FULL, FULL_DISK_MESSAGE)
     last = traceback.format_exception_only(error)[-1].strip()
     return ExitCode.CRASHED, _failure(FailureReason.CRASH, f"Training crashed: {last}")
 

@@ -52,7 +52,10 @@ class Guard:
 
     def check_lease(self) -> None:
         """Raise LeaseOver when the deadline has passed, or what is long could last beyond the lease."""
-        if self._workdir is not None and boottime() > read_deadline(self._workdir) - self._earlier():
+        if self._workdir is None:
+            return
+        deadline = read_deadline(self._workdir)  # before the clock: whoever is frozen between the two may not go on
+        if boottime() > deadline - self._earlier():
             raise LeaseOver
 
     def check(self) -> None:

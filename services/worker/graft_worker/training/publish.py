@@ -23,27 +23,37 @@ TOKENIZER_FILES = (
 METRICS_NAME = "metrics.jsonl"
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what `--max-lora-rank` takes (vllm/config/lora.py)
 
-# How the folder that the card lies in is used.
+_REGISTERED = """
+The base is no model of the hub but a folder that the service's operator registered; `{base}` stands for it.
+"""
+# How the folder that the card lies in is used, whatever it is called: by `.`, from within.
 _USE = """
 ## Use
-
-With PEFT, in Python, beside this folder:
+{registered}
+With PEFT, in Python, started in the folder that this file lies in:
 
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained("{base_model}"{revision}, dtype="auto")
-model = PeftModel.from_pretrained(base, "{folder}")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+base = AutoModelForCausalLM.from_pretrained("{base}"{revision}, dtype="auto")
+model = PeftModel.from_pretrained(base, ".")
+tokenizer = AutoTokenizer.from_pretrained(".")
+{asked}
+answer = model.generate(input_ids=asked["input_ids"], max_new_tokens=32, do_sample=False)
+print(tokenizer.decode(answer[0], skip_special_tokens=True))
 ```
 
-With vLLM:
+With vLLM, in the same folder:
 
 ```sh
-vllm serve {base_model}{revision_flag} --enable-lora --max-lora-rank {max_rank} --lora-modules {folder}={folder}
+vllm serve {base}{revision_flag} --enable-lora --max-lora-rank {max_rank} --lora-modules {name}=.
 ```
 """
+
+_ASKED = 'asked = tokenizer("Hello", return_tensors="pt")'
+_ASKED_IN_CHAT = """messages = [{"role": "user", "content": "Hello"}]
+asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")"""
 
 
 def write_adapter(model: PeftModel, request: TrainRequest, folder: Path) -> None:
@@ -91,11 +101,14 @@ def write_card(request: TrainRequest, folder: Path, metrics: dict[str, Any], ver
 
 
 def _use(request: TrainRequest) -> str:
-    """The snippets; a revision is named where the hub knows it."""
+    """The snippets; where the hub does not know the revision, the base is a folder of the reader's."""
     at_hub = is_hub_commit(request.base_revision)
+    base = request.base_model if at_hub else f"path/to/{request.base_model}"
     return _USE.format(
-        base_model=request.base_model,
-        folder=request.job_id,
+        registered="" if at_hub else _REGISTERED.format(base=base),
+        base=base,
+        asked=_ASKED_IN_CHAT if request.is_chat else _ASKED,
+        name=request.job_id,
         revision=f', revision="{request.base_revision}"' if at_hub else "",
         revision_flag=f" --revision {request.base_revision}" if at_hub else "",
         max_rank=next(rank for rank in VLLM_RANKS if rank >= request.spec["lora"]["r"]),

@@ -23,6 +23,7 @@ from graft_worker.protocol import (
     CheckpointEvent,
     EvaluationEvent,
     EventWriter,
+    NoteEvent,
     PhaseEvent,
     ProgressEvent,
     TrainedEvent,
@@ -121,10 +122,14 @@ def train(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guar
         NotFinite, NothingToLearn, NotProven, CheckpointMismatch: It cannot succeed.
         InvalidParameter, UnsupportedBaseModel: It cannot begin.
     """
+    began = time.monotonic()
     run = load(workdir, request, events, guard)
+    events.log(f"{request.base_model} is loaded, in {time.monotonic() - began:.1f} s")
+    events.log(f"{len(run.train)} rows to learn from and {len(run.validation or ())} held out, {run.plan.summary}")
     try:
         probe(run)
         events.emit(PhaseEvent(phase=Phase.TRAINING))
+        events.log(f"training begins after step {run.progress.step} of {run.total_steps}")
         train_steps(run)
         finish(run)
     except ToldToStop:
@@ -135,13 +140,14 @@ def train(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guar
 def load(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guard) -> Run:
     """Bring base, adapter, data and optimizer together, from the checkpoint if there is one."""
     events.emit(PhaseEvent(phase=Phase.LOADING))
+    events.log(f"loading {request.base_model}")
     footprint = Footprint.begin()
     spec, plan = JobSpec.model_validate(request.spec), TrainingPlan.from_dict(request.plan)
     _seed(spec.training.seed, deterministic=spec.training.deterministic)
     precision = choose_precision(spec.quantization.bnb_4bit_compute_dtype)
     if precision.device.type == "cpu" and spec.training.optim.value.startswith("paged"):
         message = f"Without a GPU there is nothing to page: '{spec.training.optim}' runs unpaged."
-        events.emit(WarningEvent(code="optimizer_not_paged", message=message))
+        events.emit(NoteEvent(message=message))
     split = Split.load(Path(request.train_file))
     if len(split.learnt_rows) == 0:
         raise NothingToLearn
@@ -234,6 +240,7 @@ def probe(run: Run) -> None:
     checkpoint, which the supervisor uploads. Nothing is learnt by it.
     """
     run.events.emit(PhaseEvent(phase=Phase.PROBING))
+    run.events.log("rehearsing the heaviest step and a checkpoint")
     run.optimizer.rehearse()  # first: it needs room of its own, which graphs could not use after it
     rows = _fullest(run, run.train, run.spec.training.sequences_per_update)
     _gathered(run, rows)
@@ -427,6 +434,7 @@ def evaluate(run: Run) -> None:
     run.progress.evaluations_without_gain = 0 if loss < best else run.progress.evaluations_without_gain + 1
     run.progress.lines.append({"step": run.progress.step, "eval_loss": loss})
     run.events.emit(EvaluationEvent(step=run.progress.step, eval_loss=loss))
+    run.events.log(f"held-out loss {loss:.4f} after step {run.progress.step}")
     run.events.emit(PhaseEvent(phase=Phase.TRAINING))
     restart_clock(run)
 
@@ -441,6 +449,7 @@ def save(run: Run) -> None:
     run.saved_step, run.saved_at = run.progress.step, time.monotonic()
     run.save_seconds = run.saved_at - began
     run.events.emit(CheckpointEvent(step=run.progress.step, path=str(path)))
+    run.events.log(f"checkpoint saved after step {run.progress.step}")
     restart_clock(run)
 
 
@@ -472,6 +481,7 @@ def finish(run: Run) -> None:
     memory = run.footprint.peak(run.optimizer.paged_bytes)
     if run.expected_peak_bytes is not None:
         memory["expected_peak_bytes"] = run.expected_peak_bytes
+    run.events.log(f"adapter saved, reloaded and proven after step {progress.step}, loss {progress.last_loss:.4f}")
     run.events.emit(TrainedEvent(proof=proof, metrics=metrics, memory=memory, versions=used))
 
 

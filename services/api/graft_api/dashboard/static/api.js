@@ -6,11 +6,12 @@ const PAGE = 100; // the most that a list gives at once
 
 /** What the API answered that is not a success. */
 export class ApiError extends Error {
-  constructor(status, error) {
+  constructor(status, error, retryAfter) {
     super(error.message);
     this.status = status;
     this.code = error.code;
     this.facts = error;
+    this.retryAfter = retryAfter;
   }
 }
 
@@ -33,6 +34,11 @@ export async function post(path, body, { headers = {}, ...options } = {}) {
   const sent = body === undefined ? {} : { body: JSON.stringify(body) };
   const typed = body === undefined ? headers : { "content-type": "application/json", ...headers };
   return get(path, { method: "POST", headers: typed, ...sent, ...options });
+}
+
+/** Delete what a path names. */
+export async function remove(path, options) {
+  return get(path, { method: "DELETE", ...options });
 }
 
 /** The first entries of a list, so many or all that there are; and whether there are more. */
@@ -72,5 +78,6 @@ async function errorOf(response) {
   return new ApiError(
     response.status,
     body?.error ?? { code: "unreadable", message: `The service answered ${response.status}.` },
+    Number(response.headers.get("retry-after")) || null, // in seconds
   );
 }

@@ -13,6 +13,7 @@ const MARKED = 40; // points up to which each has its mark
 /**
  * A chart with a title. `draw` takes `[{ name, points, kind }]`: `first` is drawn in the accent, `second` dashed,
  * `dots` with a mark at each point. What is `noisy` is drawn with its mean, once there is much of it.
+ * Without any point it says what it is told to.
  */
 export function lineChart(title, { unit = "", format = figure, noisy = false } = {}) {
   const heading = newId("chart");
@@ -28,6 +29,7 @@ export function lineChart(title, { unit = "", format = figure, noisy = false } =
   );
   const element = h("figure", { class: "plot" }, h("figcaption", { class: "plot-head" }, name, reading), svg);
   let lines = [];
+  let absence = "nothing yet";
   let at = null; // the step that is read; null: the last one
 
   const paint = () => {
@@ -35,12 +37,12 @@ export function lineChart(title, { unit = "", format = figure, noisy = false } =
     svg.setAttribute("viewBox", `0 0 ${view.width} ${HEIGHT}`);
     svg.replaceChildren(
       ...(view.isEmpty
-        ? [empty(view)]
+        ? [empty(view, absence)]
         : [...axes(view, format), ...lines.flatMap((line) => pathsOf(line, view, noisy))]),
     );
     if (!view.isEmpty) svg.append(...cross(view, at));
     reading.textContent = view.isEmpty ? "" : read(lines, at, format);
-    summary.textContent = view.isEmpty ? ", nothing yet" : `, last: ${read(lines, null, format)}`;
+    summary.textContent = view.isEmpty ? `, ${absence}` : `, last: ${read(lines, null, format)}`;
   };
   const move = (step) => {
     at = step;
@@ -63,8 +65,9 @@ export function lineChart(title, { unit = "", format = figure, noisy = false } =
   new ResizeObserver(() => requestAnimationFrame(paint)).observe(svg);
   return {
     element,
-    draw(next) {
+    draw(next, without = "nothing yet") {
       lines = next;
+      absence = without;
       paint();
     },
   };
@@ -121,8 +124,8 @@ function cross({ x }, at) {
     : [s("line", { class: "cross", x1: x(at), x2: x(at), y1: MARGIN.top, y2: HEIGHT - MARGIN.bottom })];
 }
 
-function empty({ width }) {
-  return s("text", { x: width / 2, y: HEIGHT / 2, "text-anchor": "middle" }, "nothing yet");
+function empty({ width }, absence) {
+  return s("text", { x: width / 2, y: HEIGHT / 2, "text-anchor": "middle" }, absence);
 }
 
 /** What the lines say at a step, or at their ends. */

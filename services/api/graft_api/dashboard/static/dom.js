@@ -17,8 +17,15 @@ export function redraw(element, facts, make) {
   const key = JSON.stringify(facts);
   if (element.drawnFrom === key) return;
   element.drawnFrom = key;
+  const held = element.contains(document.activeElement) && meaningOf(document.activeElement);
   element.replaceChildren(...[make()].flat().filter(Boolean));
+  if (!held) return;
+  const same = [...element.querySelectorAll("a, button:enabled")].find((each) => meaningOf(each) === held);
+  same?.focus({ preventScroll: true }); // never something else, which the next Enter would do
 }
+
+/** What a link or a button does, as far as it says so. */
+const meaningOf = ({ href, ariaLabel, textContent }) => href || ariaLabel || textContent;
 
 let ids = 0;
 

@@ -1,6 +1,6 @@
 // Parts that several pages show.
 
-import { h } from "./dom.js";
+import { h, newId } from "./dom.js";
 import { spaced } from "./words.js";
 
 const ENDED = new Set(["succeeded", "failed", "cancelled"]);
@@ -79,6 +79,28 @@ export function row(heads, cells, attributes = {}) {
     { role: "row", ...attributes },
     cells.map((cell, index) => h("td", { role: "cell", "data-head": heads[index] || null }, cell ?? [])),
   );
+}
+
+/** Ask before what cannot be undone, and return whether it is wanted; Escape, and what is focused first, keep. */
+export function confirmed(question, consequence, verb) {
+  const [title, more] = [newId("question"), newId("consequence")];
+  const answer = (value, text, kind = "") =>
+    h("button", { type: "button", class: kind, onclick: () => dialog.close(value) }, text);
+  const dialog = h(
+    "dialog",
+    { "aria-labelledby": title, "aria-describedby": more },
+    h("h2", { id: title }, question),
+    h("p", { id: more }, consequence),
+    h("div", { class: "actions" }, answer("keep", "Keep"), answer("go", verb, "danger")),
+  );
+  document.querySelector(".page").append(dialog); // it goes with its page, and the question with it
+  dialog.showModal();
+  return new Promise((resolve) => {
+    dialog.addEventListener("close", () => {
+      dialog.remove();
+      resolve(dialog.returnValue === "go");
+    });
+  });
 }
 
 /** Text to be copied as it stands. */

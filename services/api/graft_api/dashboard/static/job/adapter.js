@@ -2,9 +2,13 @@
 
 import { get, send } from "../api.js";
 import { h, redraw } from "../dom.js";
+import { every } from "../every.js";
 import { key } from "../key.js";
 import { failure, section, snippet, waiting } from "../parts.js";
 import { bytes } from "../words.js";
+
+const LOOK_SECONDS = 3;
+const EARLY_SECONDS = 60; // before its links expire a list is asked for new ones
 
 export function adapterPart(view) {
   const body = h("div", {});
@@ -24,29 +28,38 @@ const absent = ({ status }) =>
 
 function contents({ job, signal }) {
   const files = h("ul", { class: "key" });
+  const lines = h("div", {});
   const said = h("div", { role: "status" });
+  let adapter; // undefined until it is known
   const list = async () => {
-    const adapter = await get(`/jobs/${job.id}/adapter`, { signal });
-    files.replaceChildren(
-      ...adapter.files.map(({ name, size, sha256, url }) =>
-        h(
-          "li",
-          {},
-          h("a", { href: url, download: name, title: `sha256 ${sha256}` }, name),
-          h("span", { class: "number" }, bytes(size)),
-        ),
-      ),
-    );
+    const answer = await get(`/jobs/${job.id}/adapter`, { signal });
+    if (!adapter) said.replaceChildren(); // of looks before
+    adapter = answer;
+    files.replaceChildren(...adapter.files.map(fileLink));
+    redraw(lines, loadable(adapter), () => servings(job, loadable(adapter)));
   };
   list().catch((error) => signal.aborted || said.replaceChildren(failure(error)));
+  every(LOOK_SECONDS, async () => (!adapter || linksEndSoon(adapter)) && list(), signal);
   return [
     h("p", {}, archiveLink(job, said)),
     said,
     h("details", { class: "files" }, h("summary", {}, "File by file"), files),
     h("h3", {}, "Serve it"),
-    ...servings(job),
+    lines,
   ];
 }
+
+/** A file that was made, with a link that needs no key. */
+export const fileLink = ({ name, size, sha256, url }) =>
+  h(
+    "li",
+    {},
+    h("a", { href: url, download: name, title: `sha256 ${sha256}` }, name),
+    h("span", { class: "number" }, bytes(size)),
+  );
+
+/** Whether the links of a list of files are about to expire. */
+export const linksEndSoon = ({ links_expire_at: end }) => (end ?? Infinity) - EARLY_SECONDS < Date.now() / 1000;
 
 /** A link where the browser may fetch by itself; where there is a key, the page has to show it. */
 function archiveLink(job, said) {
@@ -67,8 +80,16 @@ function archiveLink(job, said) {
   return h("button", { type: "button", class: "primary", onclick: fetchIt }, "Download adapter");
 }
 
-function servings({ id, base_model: base, spec }) {
+const PLACE = "path/to/";
+
+/** What loads the base: its name where the hub has it, else a place for the path of its folder. */
+const loadable = ({ base_model: base, base_revision: revision }) =>
+  revision.startsWith("sha256-") ? PLACE + base : base;
+
+function servings({ id, spec }, base) {
   return [
+    base.startsWith(PLACE) &&
+      h("p", { class: "muted" }, `${base} stands for the folder that the service's operator registered as the base.`),
     snippet("from a terminal", `graft download ${id} --to adapter/`),
     snippet(
       "vLLM",

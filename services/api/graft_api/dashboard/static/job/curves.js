@@ -34,7 +34,8 @@ export function curvesPart(view) {
       news.forEach(({ data }) => series.add(data));
       for (const [name, chart] of Object.entries(charts)) {
         const kind = name === "eval_loss" ? "dots" : "first";
-        chart.draw([{ name: "", points: series.points(name), kind }]);
+        const without = name === "eval_loss" && !view.job.spec.validation ? "the job has no validation" : "nothing yet";
+        chart.draw([{ name: "", points: series.points(name), kind }], without);
       }
     },
   };

@@ -1,15 +1,16 @@
 // The end of the log that the latest run has written.
 
 import { send } from "../api.js";
-import { h } from "../dom.js";
+import { h, redraw } from "../dom.js";
 import { every } from "../every.js";
-import { hasEnded, section } from "../parts.js";
+import { failure, hasEnded, section } from "../parts.js";
 
 const LOOK_SECONDS = 10;
 const TAIL = 32_768; // characters
 
 export function logPart(view) {
   const text = h("pre", { class: "log scroll", tabindex: 0, "aria-label": "Log" }, "…");
+  const errors = h("div", { role: "alert" });
   let isWhole = false; // it was read after the job's end
   const read = async () => {
     if (isWhole) return;
@@ -19,9 +20,17 @@ export function logPart(view) {
     if (isAtEnd) text.scrollTop = text.scrollHeight;
     isWhole = ended;
   };
-  read().catch((error) => view.signal.aborted || console.warn(error));
-  every(LOOK_SECONDS, read, view.signal);
-  return { element: section("Log", text) };
+  const look = async () => {
+    try {
+      await read();
+      redraw(errors, null, () => []);
+    } catch (error) {
+      if (!view.signal.aborted) redraw(errors, error.message, () => failure(error));
+    }
+  };
+  look();
+  every(LOOK_SECONDS, look, view.signal);
+  return { element: section("Log", text, errors) };
 }
 
 async function tail({ job, signal }) {

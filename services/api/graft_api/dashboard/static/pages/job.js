@@ -1,6 +1,6 @@
 // One job from its first event to its adapter, live.
 
-import { get, history, post } from "../api.js";
+import { get, history, post, remove } from "../api.js";
 import { h, redraw } from "../dom.js";
 import { every } from "../every.js";
 import { adapterPart } from "../job/adapter.js";
@@ -8,9 +8,10 @@ import { curvesPart } from "../job/curves.js";
 import { attemptsPart, eventsPart } from "../job/history.js";
 import { logPart } from "../job/log.js";
 import { memoryPart } from "../job/memory.js";
+import { mergedPart } from "../job/merged.js";
 import { reportPart } from "../job/report.js";
 import { shareBar } from "../bars.js";
-import { badge, callout, failure, hasEnded, section, snippet, tiles } from "../parts.js";
+import { badge, callout, confirmed, failure, hasEnded, section, snippet, tiles } from "../parts.js";
 import { follow } from "../stream.js";
 import { ago, clock, duration, figure, money, titleOf, whole } from "../words.js";
 
@@ -24,6 +25,7 @@ export async function jobPage(root, signal, jobId) {
     curvesPart(view),
     memoryPart(view),
     adapterPart(view),
+    mergedPart(view),
     reportPart(view),
     attemptsPart(view),
     eventsPart(view),
@@ -62,7 +64,7 @@ export async function jobPage(root, signal, jobId) {
 
 function head(view) {
   const [status, progress, notes, summary] = [h("span", { role: "status" }), h("div", {}), h("div", {}), h("div", {})];
-  const actions = h("div", { class: "actions" });
+  const [actions, errors] = [h("div", { class: "actions" }), h("div", { role: "alert" })];
   const element = h(
     "div",
     { class: "wide" },
@@ -77,6 +79,7 @@ function head(view) {
       ),
       actions,
     ),
+    errors,
     notes,
     h("section", { class: "card", "aria-label": "Summary" }, progress, summary),
   );
@@ -88,7 +91,7 @@ function head(view) {
       redraw(progress, [job.progress, job.status], () => progressOf(job));
       redraw(notes, [job.error, waitOf(job.queue), job.warnings], () => notesOf(job));
       redraw(summary, [job, Math.floor(Date.now() / 60_000)], () => [summaryOf(job)]);
-      redraw(actions, job.status, () => actionsOf(view, notes));
+      redraw(actions, job.status, () => actionsOf(view, errors));
     },
   };
 }
@@ -151,24 +154,44 @@ function summaryOf(job) {
   ]);
 }
 
-function actionsOf(view, notes) {
+function actionsOf(view, errors) {
   const { status, id } = view.job;
-  const act = (verb) => async (event) => {
+  const act = (request) => async (event) => {
     const button = event.currentTarget;
     button.disabled = true;
+    errors.replaceChildren();
     try {
-      view.job = await post(`/jobs/${id}/${verb}`);
+      await request();
     } catch (error) {
-      notes.prepend(failure(error));
+      errors.replaceChildren(failure(error));
     }
     button.disabled = false;
+    button.focus(); // which being disabled has taken
     view.changed();
   };
-  const button = (verb, text, kind = "") => h("button", { type: "button", class: kind, onclick: act(verb) }, text);
-  if (hasEnded(view.job)) return [h("a", { class: "button", href: `#/compare/${id}/` }, "Compare")];
+  const button = (text, request, kind = "") =>
+    h("button", { type: "button", class: kind, onclick: act(request) }, text);
+  const turn = (verb) => async () => {
+    view.job = await post(`/jobs/${id}/${verb}`);
+  };
+  if (hasEnded(view.job))
+    return [
+      h("a", { class: "button", href: `#/compare/${id}/` }, "Compare"),
+      button("Delete", () => deleted(view.job), "danger"),
+    ];
   if (status === "cancelling") return [];
-  const pausing = ["paused", "pausing"].includes(status) ? button("resume", "Resume") : button("pause", "Pause");
-  return [pausing, button("cancel", "Cancel", "danger")];
+  const isPausing = ["paused", "pausing"].includes(status);
+  return [
+    isPausing ? button("Resume", turn("resume")) : button("Pause", turn("pause")),
+    button("Cancel", turn("cancel"), "danger"),
+  ];
+}
+
+async function deleted(job) {
+  const consequence = "Its history, its log, its adapter and its merged model go with it, for good.";
+  if (!(await confirmed(`Delete ${titleOf(job)}?`, consequence, "Delete"))) return;
+  await remove(`/jobs/${job.id}`);
+  location.hash = "#/";
 }
 
 function settingsPart(view) {

@@ -24,6 +24,7 @@ const SIZES = [25, 100, 1000];
 const HEADS = ["", "Job", "Status", "Progress", "Loss", "Class", "Submitted"];
 const LOOK_SECONDS = 4;
 const NEWEST = 100; // rows that are looked at again while more are shown
+const WHOLE_SECONDS = 60; // between two looks at all of them
 const CURVE_SECONDS = 15; // between two looks at a running job's curve
 const CURVES_AT_ONCE = 4;
 
@@ -36,6 +37,7 @@ export async function jobsPage(root, signal) {
     chosen: new Set(),
     turns: 0,
     more: false,
+    wholeAt: 0,
   };
   const told = h("div", { class: "muted", role: "status" });
   const curves = new Curves(signal);
@@ -56,13 +58,14 @@ export async function jobsPage(root, signal) {
     const found = await list("/jobs", { ...state.filter, after: state.pages.at(-1) }, count, { signal });
     if (turns !== state.turns) return; // another page or filter was asked for meanwhile
     const rows = found.data.map((job) => rowFor(job, state, choose));
-    if (count === size) {
+    if (count === size || !found.more) {
       show(body, rows);
       state.last = found.data.at(-1)?.id;
       state.more = found.more;
+      state.wholeAt = Date.now();
       redraw(pager, [state.pages.length, state.more], () => pagerOf(state, turn));
     } else {
-      body.prepend(...rows.filter(({ element }) => !element.isConnected).map(({ element }) => element));
+      show(body, [...rows, ...olderThan(rows, body)]);
     }
     curves.watch(rows);
     redraw(told, [body.rows.length, state.more], () => countOf(body.rows.length, state.more));
@@ -70,6 +73,7 @@ export async function jobsPage(root, signal) {
   const turn = async () => {
     const started = performance.now();
     state.turns += 1;
+    state.wholeAt = 0; // rows of before may be shown until then
     state.rows.clear();
     try {
       await look(state.size);
@@ -87,15 +91,30 @@ export async function jobsPage(root, signal) {
     pager,
   );
   await turn();
-  every(LOOK_SECONDS, () => look(Math.min(state.size, NEWEST)), signal);
+  const isDue = () => Date.now() - state.wholeAt > WHOLE_SECONDS * 1000;
+  every(LOOK_SECONDS, () => look(isDue() ? state.size : Math.min(state.size, NEWEST)), signal);
 }
 
-const countOf = (count, more) => [count ? `${whole(count)} jobs${more ? ", and more" : ""}` : "No job matches."];
+/** The rows shown that newer ones tell nothing of. */
+function olderThan(rows, body) {
+  const { created_at: last } = rows.at(-1).job;
+  const newer = new Set(rows);
+  return Array.from(body.rows, ({ known }) => known).filter((row) => !newer.has(row) && row.job.created_at <= last);
+}
 
-/** Put rows in their order; where it has not changed they are not touched, so that focus stays. */
+const countOf = (count, more) => [
+  count ? `${whole(count)} ${count === 1 ? "job" : "jobs"}${more ? ", and more" : ""}` : "No job matches.",
+];
+
+/** Put rows in their order; those that stay where they are are not touched, so that focus stays. */
 function show(body, rows) {
-  const isSame = rows.length === body.rows.length && rows.every(({ element }, index) => element === body.rows[index]);
-  if (!isSame) body.replaceChildren(...rows.map(({ element }) => element));
+  const wanted = new Set(rows.map(({ element }) => element));
+  for (const element of [...body.rows]) if (!wanted.has(element)) element.remove();
+  let next = body.firstElementChild;
+  for (const element of wanted) {
+    if (element === next) next = next.nextElementSibling;
+    else body.insertBefore(element, next);
+  }
 }
 
 function filters(state, turn) {

@@ -2,15 +2,22 @@
 
 import { h } from "../dom.js";
 import { keep } from "../key.js";
-import { failure } from "../parts.js";
+import { callout, failure } from "../parts.js";
+
+const SENDABLE = /^[ -~]*$/; // printable ASCII: `fetch` has no error of its own for what no header may carry
+const NOT_SENDABLE = "The API key holds something other than printable ASCII: copy it anew.";
 
 /** Show the form; `done` is called once there is a key to try. */
 export async function signInPage(root, refusal, done) {
   const input = h("input", { id: "key", type: "password", autocomplete: "off", required: true, spellcheck: "false" });
+  const refused = h("div", { role: "alert" }, refusal && failure(refusal));
   const enter = (event) => {
     event.preventDefault();
-    keep(input.value.trim());
-    done();
+    const key = input.value.trim();
+    if (SENDABLE.test(key)) {
+      keep(key);
+      done();
+    } else refused.replaceChildren(callout("bad", "It cannot be sent", NOT_SENDABLE));
   };
   root.append(
     h(
@@ -18,7 +25,7 @@ export async function signInPage(root, refusal, done) {
       { class: "card sign-in", onsubmit: enter },
       h("h1", {}, "Sign in"),
       h("p", { class: "muted" }, "This service wants an API key. It is kept in this tab and nowhere else."),
-      refusal && failure(refusal),
+      refused,
       h("label", { for: "key" }, "API key"),
       input,
       h("button", { class: "primary" }, "Sign in"),

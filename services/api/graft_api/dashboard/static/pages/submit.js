@@ -5,9 +5,11 @@ import { h, newId } from "../dom.js";
 import { failure, section, snippet, waiting } from "../parts.js";
 import { GROUPS, described, parsed, specOf } from "../submit/fields.js";
 import { unanswered, verdict } from "../submit/estimate.js";
+import { dataPart } from "../submit/report.js";
 import { bytes, whole } from "../words.js";
 
 const PAUSE_MILLISECONDS = 350; // of typing, before an estimate is asked for
+const REST_MILLISECONDS = 2000; // of the whole form, before a worker is asked to read the rows for it
 const NO_DATA = { hub: "none/yet" }; // what a spec needs to be estimated: memory does not depend on the rows
 const FILES = 100;
 
@@ -27,6 +29,7 @@ export async function submitPage(root, signal) {
     GROUPS.flatMap(({ fields }) => fields).map((field) => [field.name, made(field, openapi.components.schemas, lists)]),
   );
   const panel = h("div", { class: "estimate" }, waiting("Name a base model: the estimate appears here."));
+  const data = dataPart(signal);
   const said = h("p", { class: "said", role: "status" });
   const request = h("div", {});
   const errors = h("div", { role: "alert" });
@@ -47,11 +50,14 @@ export async function submitPage(root, signal) {
       panel.replaceChildren(...verdict(answer, usable, take).filter(Boolean));
       said.textContent = answer.fits ? `Fits ${answer.gpu_class}.` : "Does not fit: see what would.";
       mark(fields, null);
+      await new Promise((resolve) => setTimeout(resolve, REST_MILLISECONDS));
+      if (!stale.aborted) data.show(answer.spec);
     } catch (error) {
       if (stale.aborted) return;
       panel.replaceChildren(...unanswered(error));
       said.textContent = "";
       mark(fields, error);
+      data.show(null);
     }
   });
   const changed = () => {
@@ -59,7 +65,10 @@ export async function submitPage(root, signal) {
     const spec = specFrom(fields);
     request.replaceChildren(snippet("POST /jobs", JSON.stringify(spec, null, 2)));
     if (spec.base_model) estimate(spec);
-    else panel.replaceChildren(waiting("Name a base model: the estimate appears here."));
+    else {
+      panel.replaceChildren(waiting("Name a base model: the estimate appears here."));
+      data.show(null);
+    }
   };
   const onSubmit = async (event) => {
     event.preventDefault();
@@ -85,6 +94,7 @@ export async function submitPage(root, signal) {
         "form",
         { class: "job-form", oninput: changed, onsubmit: onSubmit },
         GROUPS.map((group) => groupOf(group, fields, upload)),
+        data.element,
         errors,
         h("div", { class: "actions last" }, submit, said),
       ),
@@ -132,7 +142,7 @@ function made({ name, label, hint, kind, list: from, placeholder }, schemas, lis
     ? h(
         "select",
         shared,
-        h("option", { value: "" }, kind === "file" ? "none yet" : `default (${usual})`),
+        h("option", { value: "" }, kind === "file" ? (options.length ? "choose one" : "none yet") : `default (${usual})`),
         options.map(([value, text]) => h("option", { value }, text)),
       )
     : h("input", {

@@ -83,9 +83,18 @@ function refused(
       h("p", { class: "muted after" }, `Bases that fit with these settings: ${others.join(", ")}.`),
     components && h("h3", {}, "What it would need at least"),
     ...(components
-      ? memoryBar(components, { limit: available, label: `${bytes(needed)} needed, ${bytes(available)} available` })
+      ? memoryBar(withMargin(components, needed), {
+          limit: available,
+          label: `${bytes(needed)} needed, ${bytes(available)} available`,
+        })
       : []),
   ];
+}
+
+/** The parts with what the forecast adds to them because it may be off: together they are what is needed. */
+function withMargin(components, needed) {
+  const parts = Object.values(components).reduce((sum, size) => sum + size, 0);
+  return { ...components, margin_of_the_forecast: needed - parts };
 }
 
 function changeButton(change, take) {

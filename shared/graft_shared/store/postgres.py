@@ -1,0 +1,69 @@
+"""Connections to PostgreSQL on which neither side waits for ever for the other, when that has vanished or hangs."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import psycopg
+from psycopg.abc import PQGen
+
+# That a transaction may stand still before it loses its locks, as that of a lost or frozen machine does; ours take
+# milliseconds. So short that nobody's lease runs out behind them.
+STILL_SECONDS = 15
+
+# That an answer may take: longer than locks of a lost machine are waited for, and so short that behind it there is time
+# to renew a lease over another connection.
+ANSWERS_WITHIN = timedelta(seconds=20)
+
+# A server that has vanished is given up by the kernel too, where an answer may take any time. In seconds, but for what
+# was sent and is not acknowledged: milliseconds.
+_SILENCE = {
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 2,
+    "tcp_user_timeout": 20_000,
+}
+
+Answer = TypeVar("Answer")
+
+
+def connect(answers_within: timedelta | None, *address: Any, **parameters: Any) -> Connection:
+    """Connect; each answer may take so long then, or any time.
+
+    Raises:
+        psycopg.OperationalError: Nobody answers.
+    """
+    connection = Connection.connect(*address, **(parameters | _SILENCE | {"autocommit": True}))
+    connection.answers_within = answers_within
+    # A SET, and no startup parameter: PgBouncer refuses those, and a URL may bring `options` of its own.
+    connection.execute(f"set idle_in_transaction_session_timeout = '{STILL_SECONDS}s'".encode())
+    connection.autocommit = False
+    return connection
+
+
+class Connection(psycopg.Connection[Any]):
+    """One that ends when an answer takes too long: of a server that hangs, the kernel acknowledges all it is sent."""
+
+    answers_within: timedelta | None = None
+
+    def wait(self, gen: PQGen[Answer], *args: Any, **kwargs: Any) -> Answer:
+        """Every question to the server comes by here, and those of its transactions' ends."""
+        limit = self.answers_within
+        return super().wait(gen if limit is None else self._in_time(gen, limit), *args, **kwargs)
+
+    def _in_time(self, gen: PQGen[Answer], limit: timedelta) -> PQGen[Answer]:
+        give_up_at = time.monotonic() + limit.total_seconds()
+        try:
+            wanted = next(gen)
+            while True:
+                ready = yield wanted
+                if not ready and time.monotonic() > give_up_at:
+                    self.close()
+                    raise psycopg.OperationalError(f"no answer within {limit.total_seconds():g} s")
+                wanted = gen.send(ready)
+        except StopIteration as end:
+            answer: Answer = end.value
+            return answer
