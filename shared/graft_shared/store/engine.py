@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,6 +19,7 @@ from sqlalchemy.sql.functions import GenericFunction
 
 from graft_shared.errors import StoreUnavailable
 from graft_shared.store import postgres
+from graft_shared.store.forks import ForkGate
 
 BUSY_TIMEOUT_SECONDS = 30  # a SQLite writer waits this long for another; our transactions take milliseconds
 
@@ -87,6 +88,7 @@ class Database:
     """An opened database. Every foreign exception leaves as StoreUnavailable."""
 
     engine: Engine
+    gate: ForkGate | None = None  # of a SQLite file
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
@@ -95,7 +97,7 @@ class Database:
         Raises:
             StoreUnavailable: Nothing is kept; with the fact `in_commit` nobody can tell.
         """
-        with _translated(), self.engine.connect() as connection:
+        with _translated(), self._passage(), self.engine.connect() as connection:
             connection.begin()
             yield connection
             try:
@@ -108,7 +110,8 @@ class Database:
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """A look: on SQLite at one moment and not in a writer's way, on PostgreSQL each statement at its own."""
-        with _translated(), self.engine.connect().execution_options(**_LOOKS[self.engine.name]) as connection:
+        look = _LOOKS[self.engine.name]
+        with _translated(), self._passage(), self.engine.connect().execution_options(**look) as connection:
             yield connection
 
     def ping(self) -> None:
@@ -127,6 +130,9 @@ class Database:
     def close(self) -> None:
         """Give all connections back."""
         self.engine.dispose()
+
+    def _passage(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.gate is None else self.gate.passage()
 
 
 def open_database(url: str, *, answers_within: timedelta | None = postgres.ANSWERS_WITHIN) -> Database:
@@ -148,12 +154,12 @@ def open_database(url: str, *, answers_within: timedelta | None = postgres.ANSWE
         engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_SECONDS}, **pool)
         event.listen(engine, "connect", _configure_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
-    elif backend == "postgresql":
+        return Database(engine, ForkGate(engine.dispose) if parsed.database else None)
+    if backend == "postgresql":
         engine = create_engine(parsed, pool_pre_ping=True, **POOL)
         event.listen(engine, "do_connect", lambda _dialect, _record, a, b: postgres.connect(answers_within, *a, **b))
-    else:
-        raise ValueError(f"GRAFT_DATABASE_URL names {backend!r}: use postgresql+psycopg://… or sqlite:///…")
-    return Database(engine)
+        return Database(engine)
+    raise ValueError(f"GRAFT_DATABASE_URL names {backend!r}: use postgresql+psycopg://… or sqlite:///…")
 
 
 def one_at_a_time(connection: Connection, name: str) -> None:
