@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import random
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 START_SECONDS = 60.0
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of loopback that is free at the moment."""
+    return free_ports_in_a_row(1)
 
 
 def free_ports_in_a_row(length: int) -> int:
-    """The first of so many ports of loopback on which nobody listens at the moment."""
+    """The first of so many ports of loopback that are free at the moment.
+
+    The system gives none of them to an outgoing connection, which would take it before a server does.
+    """
+    given_by_the_system = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     while True:
-        first = free_port()
-        if not any(listens(port) for port in range(first, first + length)) and first + length < 65_536:
+        first = random.SystemRandom().randrange(10_000, given_by_the_system - length)
+        if all(_is_free(port) for port in range(first, first + length)):
             return first
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
 
 
 def wait_until(

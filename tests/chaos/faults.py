@@ -183,7 +183,8 @@ _AT_ONE_TRAINER = ENDS_THE_RUN | {"freeze_trainer", "freeze_supervisor", "freeze
 
 def _thaw(births: dict[int, str]) -> None:
     for pid in _still_there(births):
-        os.kill(pid, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):  # ended since
+            os.kill(pid, signal.SIGCONT)
 
 
 def _still_there(births: dict[int, str]) -> Iterator[int]:

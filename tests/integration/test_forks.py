@@ -1,4 +1,4 @@
-"""A process that forks while its threads use a SQLite database, as a Celery worker does whose pool process was killed."""
+"""A process that forks while its threads use a SQLite database, as a Celery worker does after its pool was killed."""
 
 from __future__ import annotations
 
