@@ -25,7 +25,7 @@ def main() -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.8), width_ratios=[1.25, 1])
     bars(left, rows_of("h200-llama-2-7b-a"))
-    curves(right, rows_of("h100-losses"))
+    curves(right, rows_of("h200-losses"))
     figure.tight_layout(w_pad=3)
     figure.savefig(PLOT, dpi=110)
 

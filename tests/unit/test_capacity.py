@@ -95,7 +95,7 @@ ALL_LINEAR = {"lora": {"target_modules": "all-linear"}}
         ("h200-all-linear", "Graft, speed", LLAMA_7B, ALL_LINEAR),
         ("h200-llama-3.1-8b", "Graft, speed", "meta-llama/Llama-3.1-8B", ALL_LINEAR),
         ("h200-llama-3.1-8b", "Graft, offloaded", "meta-llama/Llama-3.1-8B", ALL_LINEAR),
-        ("h100-losses", "Graft, speed", "meta-llama/Llama-3.2-1B", {}),
+        ("h200-losses", "Graft, speed", "meta-llama/Llama-3.2-1B", {}),
     ],
 )
 def test_published_runs_held_no_less_than_the_low_and_no_more_than_the_high_end(
