@@ -47,6 +47,7 @@ LOSS_TILE_TOKENS = 128  # tokens are the rows of a product, which is computed in
 # What the allocator reserves beyond what is counted, with expandable segments: part grows with the body, part is the
 # pools' own, of launches and of graphs, and the workspaces of cuBLAS.
 ALLOCATOR_SHARE, ALLOCATOR_BYTES = 0.01, int(0.13 * GIB)
+ROOM_USED_AGAIN, ROOM_LOST = 0.3, 2.3  # of what the loss leaves; for each byte by which an evaluation is larger
 PUT_BY_SHARE = 0.4  # of gradients: the holes left by what was put by while the optimizer's moments were made
 RELAID_SHARE = 0.05  # of weights in 16 bits: the holes that are left where they were before they had room
 CONTEXT_BYTES = int(0.85 * GIB)  # outside the allocator: CUDA context and kernels
@@ -194,7 +195,7 @@ def _estimate(
         backward += per_layer
     loss, evaluation = loss_bytes(shape, tokens), evaluated * evaluation_bytes_per_token(shape)
     if runs_as_graphs(tokens, shape.linear_parameters):
-        between = loss + evaluation  # neither fits the holes that the other leaves, nor may use what graphs hold
+        between = loss + evaluation - room_used_again(loss, evaluation)  # and neither may use what graphs hold
     else:
         between = max(0, max(loss, evaluation) - backward)  # the one is over when the other begins
     components = {
@@ -383,6 +384,12 @@ def loss_bytes(shape: ModelShape, tokens: int) -> int:
     """Cross-entropy a chunk at a time: its logits and their gradient, and all hidden states and theirs, twice."""
     chunk = 2 * HALF * shape.vocab_size * min(tokens, loss_chunk_tokens(shape.vocab_size, tokens))
     return chunk + 4 * HALF * tokens * shape.hidden_size
+
+
+def room_used_again(loss: int, evaluation: int) -> int:
+    """Bytes of the room left by the loss that an evaluation fits into: none, if it is much larger."""
+    fitting = min(loss, evaluation) - ROOM_LOST * max(0, evaluation - loss)
+    return int(ROOM_USED_AGAIN * max(0, fitting))
 
 
 def _layers_kept(shape: ModelShape, plan: TrainingPlan) -> tuple[float, float]:

@@ -436,7 +436,7 @@ def cases_table(found: list[dict[str, Any]]) -> str:
             case["name"],
             case["max_length"],
             (case.get("refused") or {}).get("max_length", "–"),
-            _words(plan) if plan else "–",
+            words_of(plan) if plan else "–",
             _gib(case["usable_bytes"]),
             _gib(case["estimate"]["expected_bytes"]) if plan else "–",
             _gib(memory["measured_peak_bytes"]) if memory else "–",
@@ -455,12 +455,15 @@ def plans_table(found: list[dict[str, Any]]) -> str:
         tried = case.get("tried", [])
         for one in tried:
             speed, chosen = one["tokens_per_second"], tried[0]["tokens_per_second"]
-            lines.append(f"| {case['name']} | {_words(one['plan'])} | {speed:,.0f} | {speed / max(chosen, 1e-9):.2f} |")
+            lines.append(
+                f"| {case['name']} | {words_of(one['plan'])} | {speed:,.0f} | {speed / max(chosen, 1e-9):.2f} |"
+            )
         lines.append(f"| {case['name']} | {case['verdict']} | | |")
     return "\n".join(lines)
 
 
-def _words(plan: dict[str, Any]) -> str:
+def words_of(plan: dict[str, Any]) -> str:
+    """A plan in two words: what is computed twice, and a microbatch's tokens."""
     every = f" {plan['recompute_every_n']}" if plan["recompute"] == Recompute.EVERY_N else ""
     return f"{plan['recompute']}{every}, {plan['microbatch_tokens']:,}"
 

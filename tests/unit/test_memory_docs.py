@@ -11,10 +11,10 @@ import pytest
 from graft_api.capacity.endpoints import largest_bases
 from graft_shared.defaults import load_capacity, load_catalogue
 from graft_shared.errors import VramCapacityExceeded
-from graft_shared.memory import Recompute, TrainingPlan, estimate
+from graft_shared.memory import GIB, Recompute, TrainingPlan, estimate
 from graft_shared.planner import leanest_plan, plans
 from graft_shared.specs import JobSpec
-from tests.bench import golden
+from tests.bench import caps, golden
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "memory.md").read_text()
@@ -30,6 +30,10 @@ def job(base: str = BASE, **quantization: Any) -> JobSpec:
 def row(title: str) -> list[str]:
     line = next(line for line in PAGE.splitlines() if line.startswith(f"| {title} |"))
     return [cell.strip(" *") for cell in line.strip("|").split("|")][2:]
+
+
+def results(name: str) -> Any:
+    return json.loads((ROOT / "tests" / "bench" / "results" / f"{name}.json").read_text())
 
 
 def gb(size: float) -> str:
@@ -80,7 +84,7 @@ def test_the_least_and_the_fastest_of_a_7b_are_what_the_planner_says() -> None:
 
 
 def test_the_runs_are_as_far_off_as_the_page_says() -> None:
-    runs = json.loads((ROOT / "tests/bench/results/h200-golden.json").read_text())
+    runs = results("h200-golden")
     errors = golden.errors_of(runs)
     assert f"{len(runs)} runs on one H200" in PAGE
     assert f"between {-min(errors):.1%} below that and\n{max(errors):.1%} above it".replace("%", " %") in PAGE
@@ -89,7 +93,48 @@ def test_the_runs_are_as_far_off_as_the_page_says() -> None:
         assert -0.02 <= error <= 0.05, run["case"]
         assert golden.expected(golden.Case(**run["case"])).high_bytes >= run["memory"]["measured_peak_bytes"]
         assert run["versions"]["gpu"] == "NVIDIA H200"
-    assert {golden.Case(**run["case"]) for run in runs} == set(golden.FITTED)
+    assert {golden.Case(**run["case"]) for run in runs} == {*golden.FITTED, *golden.HELD_OUT}
+
+
+def test_the_runs_that_nothing_was_fitted_to_are_as_far_off_as_the_page_says() -> None:
+    runs = [run for run in results("h200-golden") if golden.is_held_out(run)]
+    errors = golden.errors_of(runs)
+    assert len(runs) == len(golden.HELD_OUT) == 10
+    assert f"{-min(errors):.1%} less to {max(errors):.1%} more was expected".replace("%", " %") in PAGE
+
+
+def chosen(run: dict[str, Any]) -> dict[str, Any]:
+    """The plan that such a job is given today."""
+    facts = ("gpu_class", "base_model", "kind", "max_length")
+    return caps.Case(**{fact: run[fact] for fact in facts}).place().plan.to_dict()
+
+
+def test_the_runs_under_hard_caps_are_those_of_the_page_and_kept_what_was_promised() -> None:
+    runs, lines = results("h200-caps"), PAGE.splitlines()
+    for run in runs:
+        assert run["verdict"] == "kept"
+        assert (run["steps"], run["versions"]["gpu"]) == (20, "NVIDIA H200")
+        assert (run["refused"] is None) == (run["kind"] == "short")
+        assert chosen(run) == run["plan"]
+        held, name = run["memory"]["measured_peak_bytes"], run["base_model"].partition("/")[2]
+        assert held <= run["usable_bytes"]
+        sizes = (run["usable_bytes"], run["estimate"]["expected_bytes"], held)
+        cells = [name, run["gpu_class"], f"{run['max_length']:,}", caps.words_of(run["plan"])]
+        assert f"| {' | '.join([*cells, *(f'{size / GIB:.1f}' for size in sizes)])} |" in lines
+    assert {(run["kind"], run["gpu_class"]) for run in runs} == {
+        (kind, gpu_class) for kind in ("short", "listed") for gpu_class in caps.GUIDE
+    }
+
+
+def test_the_chosen_plans_are_the_fastest_of_those_that_the_page_names() -> None:
+    compared = results("h200-plans")
+    for lines in zip(*(found["tried"] for found in compared), strict=True):
+        speeds = [f"{tried['tokens_per_second']:,.0f}" for tried in lines]
+        assert f"| {caps.words_of(lines[0]['plan'])} | {' | '.join(speeds)} |" in PAGE
+    for found in compared:
+        speeds = [tried["tokens_per_second"] for tried in found["tried"]]
+        assert speeds[0] == max(speeds)
+        assert chosen(found) == found["tried"][0]["plan"]
 
 
 def test_the_largest_bases_are_what_the_table_says() -> None:
