@@ -12,7 +12,7 @@ from sqlalchemy import make_url, text, update
 
 from graft_shared.errors import StoreUnavailable
 from graft_shared.jobs import Job, Stage
-from graft_shared.store import Database, Jobs, Leases, open_database
+from graft_shared.store import Database, Jobs, Leases, open_database, postgres
 from graft_shared.store.engine import now, one_at_a_time
 from graft_shared.store.migrate import migrate
 from graft_shared.store.quotas import count_run
@@ -91,6 +91,7 @@ def test_a_server_that_is_silent_is_given_up_in_time_and_asked_over_another_conn
     with database.writing() as connection:
         connection.execute(text("select 1"))
     proxy.switch(Mode.HALF_OPEN)
+    time.sleep(postgres.TRUSTED_SECONDS)
     with database.reading() as connection:
         assert connection.execute(text("select 1")).scalar_one() == 1, "the pool's connection was found silent"
     assert time.monotonic() - began < 15

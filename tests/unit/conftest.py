@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,3 +22,9 @@ def api(tmp_path: Path, template: Path) -> Iterator[ApiService]:
     service = make_service(tmp_path, template)
     yield service
     service.database.close()
+
+
+@pytest.fixture
+def nothing_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the API holds for a moment is too old at once."""
+    monkeypatch.setattr("graft_api.held.monotonic", itertools.count(10**12, 1000).__next__)

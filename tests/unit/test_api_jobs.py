@@ -529,7 +529,7 @@ def test_a_foreign_job_is_answered_exactly_as_an_unknown_one(api: ApiService, ro
         assert error_of(api.http.post(f"/jobs/{foreign}/{verb}"), 404)["code"] == "job_not_found"
 
 
-def test_a_queued_job_says_what_it_waits_for(api: ApiService) -> None:
+def test_a_queued_job_says_what_it_waits_for(api: ApiService, nothing_is_held: None) -> None:
     first, second = api.new_job()["id"], api.new_job()["id"]
 
     def reason(job_id: str) -> str:

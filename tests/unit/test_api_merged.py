@@ -44,7 +44,9 @@ def made(api: ApiService) -> None:
     api.leases.settle_success(run.id, run.epoch, adapter=adapter, metrics={}, memory={})
 
 
-def test_a_merged_model_is_asked_for_followed_and_brought_home(api: ApiService, tuned: str) -> None:
+def test_a_merged_model_is_asked_for_followed_and_brought_home(
+    api: ApiService, tuned: str, nothing_is_held: None
+) -> None:
     route = f"/jobs/{tuned}/merged"
     assert error_of(api.http.get(route), 404)["code"] == "merged_model_not_found"
     asked = api.http.post(route)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import itertools
 import time
 
 import pytest
@@ -41,8 +40,7 @@ def test_without_any_ended_job_only_as_many_starts_are_told_as_there_are_workers
     assert start_of(0, [], 60.0) is None
 
 
-def test_a_waiting_job_tells_when_it_is_likely_to_start(api: ApiService, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graft_api.jobs.starts.monotonic", itertools.count(step=1000).__next__)  # nothing is held
+def test_a_waiting_job_tells_when_it_is_likely_to_start(api: ApiService, nothing_is_held: None) -> None:
     first, second, third = (api.new_job()["id"] for _ in range(3))
 
     def start_in(job_id: str) -> float | None:

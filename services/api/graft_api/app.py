@@ -23,6 +23,7 @@ from graft_api.files.schemas import UploadRequest
 from graft_api.jobs import endpoints as job_routes
 from graft_api.jobs import merged as merged_routes
 from graft_api.jobs.bells import Bells
+from graft_api.jobs.fleet import Fleet
 from graft_api.jobs.starts import Starts
 from graft_api.jobs.watch import Watch
 from graft_api.keys.ring import KeyRing
@@ -111,6 +112,7 @@ def neighbours_of(
         reports=Reports(database, settings.lease),
         workers=workers,
         totals=totals,
+        fleet=Fleet(workers),
         starts=Starts(workers, totals, capacity),
         bells=Bells(doorbell, Leases(database, settings.lease)),
         watch=Watch(jobs),

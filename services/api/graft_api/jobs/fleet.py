@@ -1,15 +1,29 @@
-"""Which workers would take which job."""
+"""The live workers, as those who wait are told of them, and which of them would take which job."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TypeVar
 
+from graft_api.held import Held
 from graft_shared.capacity import CapacityTable
 from graft_shared.jobs import Stage
-from graft_shared.store import Crew, LiveWorker
+from graft_shared.store import Crew, LiveWorker, Workers
+
+CREWS_HELD_SECONDS = 1.0  # a worker is taken to be alive for much longer than this
 
 Working = TypeVar("Working", Crew, LiveWorker)
+
+
+class Fleet:
+    """The live workers by what they do, as they were a moment ago: every look at a job that waits asks for them."""
+
+    def __init__(self, workers: Workers) -> None:
+        self._crews = Held[None, list[Crew]](lambda _: workers.crews(), CREWS_HELD_SECONDS)
+
+    def crews(self) -> list[Crew]:
+        """Count them."""
+        return self._crews.get(None)
 
 
 def workers_for(stage: Stage, gpu_class: str, workers: Sequence[Working], table: CapacityTable) -> list[Working]:

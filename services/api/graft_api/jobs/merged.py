@@ -59,7 +59,7 @@ def _body(merge: Job, here: Here, base_url: str) -> MergedModelBody:
         job_id=str(merge.merges),
         status=merge.status,
         phase=merge.phase,
-        queue=queue_of_merge(merge, here.workers.crews()),
+        queue=queue_of_merge(merge, here.fleet.crews()),
         created_at=int(merge.created_at.timestamp()),
         finished_at=int(merge.finished_at.timestamp()) if merge.finished_at else None,
         base_model=merge.spec["base_model"],

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from time import monotonic
-from typing import Generic, TypeVar
+from collections.abc import Sequence
 
+from graft_api.held import Held
 from graft_api.jobs.fleet import workers_for
 from graft_shared.capacity import CapacityTable
 from graft_shared.jobs import Stage
@@ -18,37 +15,16 @@ JOBS_LOOKED_AT = 50  # of a class, the last that succeeded
 FLEET_HELD_SECONDS, MEAN_HELD_SECONDS = 3.0, 60.0
 NEAR_ENOUGH_SECONDS = 0.5
 
-Key = TypeVar("Key")
-Value = TypeVar("Value")
-
-
-@dataclass
-class _Held(Generic[Key, Value]):
-    """What was read lately, so that not each of a thousand polls reads it again."""
-
-    read: Callable[[Key], Value]
-    seconds: float
-    found: dict[Key, tuple[float, Value]] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def get(self, key: Key) -> Value:
-        with self.lock:
-            at, value = self.found.get(key, (-math.inf, None))
-            if value is None or monotonic() - at > self.seconds:
-                value = self.read(key)
-                self.found[key] = monotonic(), value
-            return value
-
 
 class Starts:
     """Forecasts of starts; they promise nothing: a job of a higher priority, or a failure, comes before."""
 
     def __init__(self, workers: Workers, totals: Totals, table: CapacityTable) -> None:
         self._table = table
-        self._fleet = _Held[None, tuple[list[LiveWorker], list[Busy]]](
+        self._fleet = Held[None, tuple[list[LiveWorker], list[Busy]]](
             lambda _: (workers.alive(), workers.busy()), FLEET_HELD_SECONDS
         )
-        self._mean = _Held[str, Sequence[float]](
+        self._mean = Held[str, Sequence[float]](
             lambda gpu_class: totals.gpu_seconds(gpu_class, limit=JOBS_LOOKED_AT), MEAN_HELD_SECONDS
         )
 

@@ -32,7 +32,7 @@ SERIES = ("loss", "eval_loss", "grad_norm", "learning_rate", "tokens_per_second"
 def job_bodies(jobs: Sequence[Job], here: Neighbours) -> list[JobBody]:
     """Jobs as their users see them; the fleet and the database's clock are looked at once, and if they matter."""
     waiting = any(job.state is JobState.QUEUED or job.status is JobStatus.VALIDATING_FILES for job in jobs)
-    crews = here.workers.crews() if waiting else []
+    crews = here.fleet.crews() if waiting else []
     moment = here.database.now() if any(job.is_training for job in jobs) else None
     places = here.jobs.places_in_line(jobs)
 
