@@ -12,6 +12,7 @@ _LOST_MACHINE = (
     "tests/integration/test_postgres.py"
     "::test_a_machine_lost_in_mid_transaction_holds_up_its_own_job_and_account_and_those_for_seconds"
 )
+_FORKS = "shared/graft_shared/store/forks.py"
 _LEASES = "shared/graft_shared/store/leases.py"
 _JOBS = "shared/graft_shared/store/jobs.py"
 _ROWS = "shared/graft_shared/store/rows.py"
@@ -24,6 +25,14 @@ def _of(file: str, name: str, breaks: str, old: str, new: str, *tests: str) -> M
 
 
 FENCES = [
+    _of(
+        _FORKS,
+        "fork-does-not-wait",
+        "a process forked in the middle of a transaction on SQLite keeps its lock for ever",
+        "            self._changed.wait_for(lambda: self._inside.keys() <= me)\n",
+        "",
+        "tests/integration/test_forks.py::test_a_process_forked_beside_a_transaction_locks_nobody_out",
+    ),
     _of(
         _LEASES,
         "claim-keeps-the-epoch",
