@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 START_SECONDS = 60.0
+_LOWEST_PORT = 10_100  # browsers refuse to open some below
 
 
 def free_port() -> int:
@@ -19,13 +20,22 @@ def free_port() -> int:
 def free_ports_in_a_row(length: int) -> int:
     """The first of so many ports of loopback that are free at the moment.
 
-    The system gives none of them to an outgoing connection, which would take it before a server does.
+    Where that leaves enough of them, the system gives none of these to an outgoing connection, which would take it
+    before a server does.
     """
-    given_by_the_system = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    below = range(_LOWEST_PORT, _first_port_of_outgoing_connections() - length)
+    candidates = below if len(below) > 1000 else range(_LOWEST_PORT, 65_536 - length)
     while True:
-        first = random.SystemRandom().randrange(10_000, given_by_the_system - length)
+        first = random.SystemRandom().choice(candidates)
         if all(_is_free(port) for port in range(first, first + length)):
             return first
+
+
+def _first_port_of_outgoing_connections() -> int:
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except OSError:
+        return 0
 
 
 def _is_free(port: int) -> bool:

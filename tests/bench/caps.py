@@ -66,7 +66,8 @@ POSITIONS = 262_144  # enough for whatever memory allows here
 STEPS, SMOKE_STEPS = 20, 2
 UPDATE_TOKENS = 4096
 PLAN_SEQUENCES = 16  # what a user's job has
-WARM_UP, TIMED = 2, 6
+PLAN_STEPS = 10_000  # never reached
+WARM_UP, TIMED, TIMED_SECONDS = 4, 6, 15.0
 NEXT_PLANS = 3  # of the planner's list, the chosen one included
 WORTH = 0.95  # the chosen plan is no slower than this share of the fastest that was tried
 GRACE_SECONDS = 60.0  # a run ends by itself after the step in which its time was over
@@ -113,7 +114,7 @@ class Case:
         training = {
             "per_device_train_batch_size": 1,
             "gradient_accumulation_steps": PLAN_SEQUENCES if self.kind == "plans" else sequences,
-            "max_steps": SMOKE_STEPS if self.smoke else STEPS,
+            "max_steps": PLAN_STEPS if self.kind == "plans" else SMOKE_STEPS if self.smoke else STEPS,
             "max_length": self.max_length,
             "gradient_checkpointing": False if self.kind == "speed" else "auto",
         }
@@ -333,7 +334,7 @@ def plans_to_try(case: Case, placed: Placement) -> list[TrainingPlan]:
 
 
 def time_plan(request: TrainRequest, workdir: Path) -> dict[str, Any]:
-    """Some updates after some others, in this process."""
+    """Some seconds of updates after some others, in this process."""
     import torch
 
     from graft_worker.training import recipe
@@ -345,8 +346,8 @@ def time_plan(request: TrainRequest, workdir: Path) -> dict[str, Any]:
         recipe.probe(run)
         for _ in range(WARM_UP):
             recipe.update(run).read()
-        last = run.progress.step + TIMED
-        speed = _speed(run, lambda: run.progress.step < last)
+        last, ends_at = run.progress.step + TIMED, time.monotonic() + TIMED_SECONDS
+        speed = _speed(run, lambda: run.progress.step < last or time.monotonic() < ends_at)
     except torch.cuda.OutOfMemoryError as error:
         return {"tokens_per_second": 0.0, "error": str(error).splitlines()[0]}
     return {"tokens_per_second": speed, "memory": run.footprint.peak(run.optimizer.paged_bytes)}

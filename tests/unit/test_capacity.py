@@ -26,6 +26,7 @@ from graft_shared.memory import (
     estimate,
     loading_bytes,
     pinned_bytes,
+    room_used_again,
     shared_columns,
     size_for,
 )
@@ -333,6 +334,19 @@ def test_memory_never_falls_with_tokens_or_rank(shape: ModelShape, recompute: Re
     assert needed(tokens, r) <= needed(tokens + 1, r)
     if sharing(r) == sharing(r + 1):  # else adapters are too wide to share columns, which may need less
         assert needed(tokens, r) <= needed(tokens, r + 1)
+
+
+SIZES = st.integers(0, 2**33)
+
+
+@given(loss=SIZES, evaluation=SIZES, more=SIZES)
+def test_room_that_is_used_again_outweighs_no_growth(loss: int, evaluation: int, more: int) -> None:
+    def between(loss: int, evaluation: int) -> int:
+        return loss + evaluation - room_used_again(loss, evaluation)
+
+    assert between(loss, evaluation) >= max(loss, evaluation)
+    assert between(loss + more, evaluation) >= between(loss, evaluation) - 1
+    assert between(loss, evaluation + more) >= between(loss, evaluation) - 1
 
 
 @given(shape=SHAPES, tokens=st.integers(64, 30_000), evaluated=st.integers(64, 30_000))

@@ -101,6 +101,7 @@ def test_the_runs_that_nothing_was_fitted_to_are_as_far_off_as_the_page_says() -
     errors = golden.errors_of(runs)
     assert len(runs) == len(golden.HELD_OUT) == 10
     assert f"{-min(errors):.1%} less to {max(errors):.1%} more was expected".replace("%", " %") in PAGE
+    assert f"fitted to {len(golden.FITTED)} of them" in PAGE
 
 
 def chosen(run: dict[str, Any]) -> dict[str, Any]:

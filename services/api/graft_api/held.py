@@ -15,18 +15,33 @@ Value = TypeVar("Value")
 
 @dataclass
 class Held(Generic[Key, Value]):
-    """What `read` tells of each key, read again after so many seconds, by one thread for all that wait."""
+    """What `read` tells of each key, asked again after so many seconds, by one thread for all that wait.
+
+    Whoever waited for a read that failed gets its error: asked by one after the other, a store that is away would
+    hold up the last of them for as long as all of these took.
+    """
 
     read: Callable[[Key], Value]
     seconds: float
-    found: dict[Key, tuple[float, Value]] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    _found: dict[Key, tuple[float, Value]] = field(default_factory=dict)
+    _failed: dict[Key, tuple[float, Exception]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def get(self, key: Key) -> Value:
-        """The value, no older than that."""
-        with self.lock:
-            at, value = self.found.get(key, (-math.inf, None))
-            if value is None or monotonic() - at > self.seconds:
+        """The value, as some read told it that began no longer ago than that; raises what `read` does."""
+        asked = monotonic()
+        with self._lock:
+            if key in self._found and asked - self._found[key][0] <= self.seconds:
+                return self._found[key][1]
+            failed_at, error = self._failed.get(key, (-math.inf, None))
+            if error is not None and asked < failed_at:
+                raise error
+            began = monotonic()
+            try:
                 value = self.read(key)
-                self.found[key] = monotonic(), value
+            except Exception as error:
+                self._failed[key] = monotonic(), error
+                raise
+            self._failed.pop(key, None)
+            self._found[key] = began, value
             return value

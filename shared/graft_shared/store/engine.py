@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -19,7 +19,7 @@ from sqlalchemy.sql.functions import GenericFunction
 
 from graft_shared.errors import StoreUnavailable
 from graft_shared.store import postgres
-from graft_shared.store.forks import ForkGate
+from graft_shared.store.forks import GATE
 
 BUSY_TIMEOUT_SECONDS = 30  # a SQLite writer waits this long for another; our transactions take milliseconds
 
@@ -88,7 +88,7 @@ class Database:
     """An opened database. Every foreign exception leaves as StoreUnavailable."""
 
     engine: Engine
-    gate: ForkGate | None = None  # of a SQLite file
+    passage: Callable[[], AbstractContextManager[None]] = nullcontext  # that a transaction takes
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
@@ -97,7 +97,7 @@ class Database:
         Raises:
             StoreUnavailable: Nothing is kept; with the fact `in_commit` nobody can tell.
         """
-        with _translated(), self._passage(), self.engine.connect() as connection:
+        with _translated(), self.passage(), self.engine.connect() as connection:
             connection.begin()
             yield connection
             try:
@@ -111,7 +111,7 @@ class Database:
     def reading(self) -> Iterator[Connection]:
         """A look: on SQLite at one moment and not in a writer's way, on PostgreSQL each statement at its own."""
         look = _LOOKS[self.engine.name]
-        with _translated(), self._passage(), self.engine.connect().execution_options(**look) as connection:
+        with _translated(), self.passage(), self.engine.connect().execution_options(**look) as connection:
             yield connection
 
     def ping(self) -> None:
@@ -130,9 +130,6 @@ class Database:
     def close(self) -> None:
         """Give all connections back."""
         self.engine.dispose()
-
-    def _passage(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.gate is None else self.gate.passage()
 
 
 def open_database(url: str, *, answers_within: timedelta | None = postgres.ANSWERS_WITHIN) -> Database:
@@ -154,7 +151,10 @@ def open_database(url: str, *, answers_within: timedelta | None = postgres.ANSWE
         engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_SECONDS}, **pool)
         event.listen(engine, "connect", _configure_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
-        return Database(engine, ForkGate(engine.dispose) if parsed.database else None)
+        if not parsed.database:
+            return Database(engine)
+        GATE.guard(engine)
+        return Database(engine, GATE.passage)
     if backend == "postgresql":
         engine = create_engine(parsed, **POOL)
         event.listen(engine, "checkout", postgres.ask_after_silence(engine.dialect))

@@ -11,7 +11,9 @@ from typing import Any, TypeVar, cast
 import psycopg
 from psycopg.abc import PQGen
 from sqlalchemy import Dialect
-from sqlalchemy.exc import InvalidatePoolError
+from sqlalchemy.exc import DisconnectionError, InvalidatePoolError
+
+from graft_shared.clock import boottime
 
 # That a transaction may stand still before it loses its locks, as that of a lost or frozen machine does; ours take
 # milliseconds. So short that nobody's lease runs out behind them.
@@ -56,12 +58,15 @@ def ask_after_silence(dialect: Dialect) -> Callable[[Connection, object, object]
     """What a pool does with a connection before it lends it: one that has long been silent is asked first."""
 
     def ask(connection: Connection, _record: object, _loan: object) -> None:
-        if time.monotonic() - connection.answered_at < TRUSTED_SECONDS:
+        if boottime() - connection.answered_at < TRUSTED_SECONDS:
             return
+        asked = cast(Any, connection)
         try:
-            dialect.do_ping(cast(Any, connection))
+            dialect.do_ping(asked)
         except psycopg.Error as error:
-            raise InvalidatePoolError from error  # the pool makes another, and trusts none that is older
+            if dialect.is_disconnect(cast(Any, error), asked, None):
+                raise InvalidatePoolError from error  # the pool makes another, and trusts none that is older
+            raise DisconnectionError from error
 
     return ask
 
@@ -70,24 +75,24 @@ class Connection(psycopg.Connection[Any]):
     """One that ends when an answer takes too long: of a server that hangs, the kernel acknowledges all it is sent."""
 
     answers_within: timedelta | None = None
-    answered_at = -math.inf  # by the monotonic clock
+    answered_at = -math.inf  # by `boottime`: a machine may have slept since
 
     def wait(self, gen: PQGen[Answer], *args: Any, **kwargs: Any) -> Answer:
-        """Every question to the server comes by here, and those of its transactions' ends."""
-        limit = self.answers_within
-        answer = super().wait(gen if limit is None else self._in_time(gen, limit), *args, **kwargs)
-        self.answered_at = time.monotonic()
-        return answer
+        """Every question to the server comes by here, and those of its transactions' ends; some need no answer."""
+        return super().wait(self._in_time(gen), *args, **kwargs)
 
-    def _in_time(self, gen: PQGen[Answer], limit: timedelta) -> PQGen[Answer]:
-        give_up_at = time.monotonic() + limit.total_seconds()
+    def _in_time(self, gen: PQGen[Answer]) -> PQGen[Answer]:
+        limit = math.inf if self.answers_within is None else self.answers_within.total_seconds()
+        give_up_at = time.monotonic() + limit
         try:
             wanted = next(gen)
             while True:
                 ready = yield wanted
-                if not ready and time.monotonic() > give_up_at:
+                if ready:
+                    self.answered_at = boottime()
+                elif time.monotonic() > give_up_at:
                     self.close()
-                    raise psycopg.OperationalError(f"no answer within {limit.total_seconds():g} s")
+                    raise psycopg.OperationalError(f"no answer within {limit:g} s")
                 wanted = gen.send(ready)
         except StopIteration as end:
             answer: Answer = end.value

@@ -1,0 +1,56 @@
+"""What the API holds for a moment."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from graft_api.held import Held
+from graft_shared.errors import StoreUnavailable
+
+THREADS = 8
+
+
+def test_many_that_ask_at_once_read_once_and_again_when_it_is_too_old() -> None:
+    reads: list[str] = []
+
+    def read(key: str) -> int:
+        reads.append(key)
+        time.sleep(0.05)
+        return len(reads)
+
+    held = Held[str, int](read, 0.3)
+    with ThreadPoolExecutor(THREADS) as threads:
+        assert set(threads.map(held.get, ["a"] * THREADS)) == {1}
+    assert held.get("b") == 2
+    time.sleep(0.35)
+    assert held.get("a") == 3
+    assert reads == ["a", "b", "a"]
+
+
+def test_all_that_waited_for_a_read_that_failed_fail_with_it_and_who_comes_later_reads_anew() -> None:
+    reads = 0
+    all_wait = threading.Barrier(THREADS)
+
+    def read(_key: None) -> str:
+        nonlocal reads
+        reads += 1
+        if reads == 1:
+            time.sleep(0.5)
+            raise StoreUnavailable(reason="it is away")
+        return "back"
+
+    held = Held[None, str](read, 60)
+
+    def ask(_number: int) -> None:
+        all_wait.wait()
+        with pytest.raises(StoreUnavailable):
+            held.get(None)
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        list(threads.map(ask, range(THREADS)))
+    assert reads == 1
+    assert held.get(None) == "back"
