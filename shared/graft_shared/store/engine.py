@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Double, create_engine, event, func, make_url, select, text
+from sqlalchemy import Double, ScalarSelect, create_engine, event, func, make_url, select, text
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import InterfaceError, InternalError, OperationalError, ProgrammingError, TimeoutError
 from sqlalchemy.ext.compiler import compiles
@@ -44,6 +44,11 @@ def _now_sqlite(element: now, compiler: Any, **kw: Any) -> str:
 @compiles(now, "postgresql")
 def _now_postgresql(element: now, compiler: Any, **kw: Any) -> str:
     return "(extract(epoch from clock_timestamp())::double precision)"
+
+
+def now_once() -> ScalarSelect[float]:
+    """The same for conditions on many rows: a statement asks for it once, and PostgreSQL asks `now` for each row."""
+    return select(now()).scalar_subquery()
 
 
 class day_began(GenericFunction[float]):  # noqa: N801

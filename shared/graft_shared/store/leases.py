@@ -27,7 +27,7 @@ from graft_shared.jobs import (
     after_failure,
 )
 from graft_shared.logs import log_event
-from graft_shared.store.engine import Database, now, wait_at_most
+from graft_shared.store.engine import Database, now, now_once, wait_at_most
 from graft_shared.store.outbox import put_in_outbox
 from graft_shared.store.quotas import NO_QUOTAS, Quotas, Standing, count_run, held_seconds, may_run_another
 from graft_shared.store.rows import add_event, checkpoint_values, compare_and_set, job_from
@@ -288,7 +288,7 @@ class Leases:
 
     def release_expired(self) -> list[Job]:
         """Give back every lease that has run out, by the database's clock."""
-        return self._fence(jobs.c.lease_expires_at < now(), "The worker was not heard of for a whole lease.")
+        return self._fence(jobs.c.lease_expires_at < now_once(), "The worker was not heard of for a whole lease.")
 
     def take_lost_bells(self, older_than: timedelta, idle: Sequence[LiveWorker]) -> list[LostBell]:
         """Return queued jobs whose bell is old, at most one for each of these workers, and one that it may take.
@@ -367,7 +367,7 @@ def _due(kind: _Kind, older_than: timedelta, limit: int) -> Any:
     due = select(jobs.c.id, jobs.c.stage, jobs.c.gpu_class, jobs.c.priority, jobs.c.created_at).where(
         _may_be_claimed(stage),
         jobs.c.gpu_class == gpu_class if gpu_class is not None else true(),
-        or_(jobs.c.bell_rung_at.is_(None), jobs.c.bell_rung_at < now() - older_than.total_seconds()),
+        or_(jobs.c.bell_rung_at.is_(None), jobs.c.bell_rung_at < now_once() - older_than.total_seconds()),
     )
     due = due.order_by(jobs.c.priority.desc(), jobs.c.created_at).limit(limit)
     return due.with_for_update(skip_locked=True)
@@ -406,7 +406,7 @@ def _may_be_claimed(stage: Stage) -> ColumnElement[bool]:
     return and_(
         jobs.c.state == JobState.QUEUED.value,
         jobs.c.stage == stage.value,
-        jobs.c.not_before <= now(),
+        jobs.c.not_before <= now_once(),
         ~jobs.c.pause_requested,
     )
 

@@ -11,7 +11,7 @@ from sqlalchemy import BindParameter, ColumnElement, Select, Subquery, and_, bin
 from sqlalchemy.engine import Connection, RowMapping
 
 from graft_shared.jobs import Job, JobState, Stage
-from graft_shared.store.engine import now
+from graft_shared.store.engine import now_once
 from graft_shared.store.quotas import Quota, Quotas, Reached, Standing
 from graft_shared.store.tables import jobs
 
@@ -149,7 +149,7 @@ def _waiting(stage: Stage, standing: Standing) -> Select[tuple[object, ...]]:
     one = jobs.alias()
     created = select(one.c.created_at).where(one.c.id == this).scalar_subquery()
     same = jobs.c.priority == rank
-    ready = or_(jobs.c.not_before <= now(), jobs.c.id == this)
+    ready = or_(jobs.c.not_before <= now_once(), jobs.c.id == this)
     before = and_(same, or_(jobs.c.created_at < created, and_(jobs.c.created_at == created, jobs.c.id < this)))
     counts = {"higher": jobs.c.priority > rank, "same": same, "older": before}
     query = (
@@ -168,7 +168,7 @@ def _waits(stage: Stage) -> ColumnElement[bool]:
 
 def _queue(stage: Stage, standing: Standing) -> Select[tuple[object, ...]]:
     """Each job that waits in a queue, oldest first, and its tenant's standing."""
-    is_ready = (jobs.c.not_before <= now()).label("is_ready")
+    is_ready = (jobs.c.not_before <= now_once()).label("is_ready")
     query = select(jobs.c.tenant, jobs.c.id, jobs.c.priority, jobs.c.created_at, is_ready).where(_waits(stage))
     waiting = query.subquery("waiting")
     return _with_standing(waiting, standing).order_by(waiting.c.created_at, waiting.c.id)

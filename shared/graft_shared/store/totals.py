@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from sqlalchemy import and_, case, false, func, select
 
 from graft_shared.jobs import TERMINAL_STATES, JobState, JobStatus, Stage, status_of
-from graft_shared.store.engine import Database, now
+from graft_shared.store.engine import Database, now, now_once
 from graft_shared.store.reports import ReportState
 from graft_shared.store.tables import jobs, reports
 from graft_shared.store.workers import name_of
@@ -72,7 +72,7 @@ class Totals:
             waiting.c.stage,
             waiting.c.gpu_class,
             func.count().label("length"),
-            func.sum(case((waiting.c.not_before > now(), 1), else_=0)).label("delayed"),
+            func.sum(case((waiting.c.not_before > now_once(), 1), else_=0)).label("delayed"),
             (now() - func.min(waiting.c.created_at)).label("oldest_seconds"),
         ).group_by(waiting.c.stage, waiting.c.gpu_class)
         with self._database.reading() as connection:

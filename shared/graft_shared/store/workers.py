@@ -12,7 +12,7 @@ from sqlalchemy.exc import IntegrityError
 
 from graft_shared.errors import WorkerNameTaken
 from graft_shared.jobs import JobState, Stage
-from graft_shared.store.engine import Database, as_datetime, now
+from graft_shared.store.engine import Database, as_datetime, now, now_once
 from graft_shared.store.tables import jobs, workers
 
 ALIVE_FOR = timedelta(seconds=45)  # three missed beats of 15 s
@@ -151,7 +151,7 @@ def name_of(holder: str) -> str:
     return holder.partition("/")[0]
 
 
-_SEEN_LATELY = workers.c.seen_at > now() - ALIVE_FOR.total_seconds()
+_SEEN_LATELY = workers.c.seen_at > now_once() - ALIVE_FOR.total_seconds()
 _STAGES = cast(workers.c.stages, Text)  # PostgreSQL groups by no JSON
 _CREWS = select(workers.c.gpu_class, _STAGES, func.count()).where(_SEEN_LATELY).group_by(workers.c.gpu_class, _STAGES)
 
