@@ -251,7 +251,7 @@ FAILURES = [
         _LEASES,
         "retries-do-not-wait",
         "a charged failure is tried again at once",
-        "        jobs.c.not_before <= now(),\n        ~jobs.c.pause_requested,\n",
+        "        jobs.c.not_before <= now_once(),\n        ~jobs.c.pause_requested,\n",
         "        ~jobs.c.pause_requested,\n",
     ),
     _of(

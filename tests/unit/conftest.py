@@ -28,3 +28,4 @@ def api(tmp_path: Path, template: Path) -> Iterator[ApiService]:
 def nothing_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the API holds for a moment is too old at once."""
     monkeypatch.setattr("graft_api.held.monotonic", itertools.count(10**12, 1000).__next__)
+    monkeypatch.setattr("graft_api.held.HELD_TIMES", 0)

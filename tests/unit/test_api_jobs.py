@@ -389,7 +389,7 @@ def test_a_finished_job_cannot_be_cancelled(api: ApiService) -> None:
     assert answer.headers["x-should-retry"] == "false"
 
 
-def test_a_paused_job_says_so_and_is_rung_for_when_it_is_resumed(api: ApiService) -> None:
+def test_a_paused_job_says_so_and_is_rung_for_when_it_is_resumed(api: ApiService, nothing_is_held: None) -> None:
     first, second = api.new_job()["id"], api.new_job()["id"]
     wait_until(lambda: len(api.doorbell.rung) == 2, what="the bells of both")
     for _ in range(2):

@@ -19,7 +19,7 @@ def test_many_that_ask_at_once_read_once_and_again_when_it_is_too_old() -> None:
 
     def read(key: str) -> int:
         reads.append(key)
-        time.sleep(0.05)
+        time.sleep(0.01)
         return len(reads)
 
     held = Held[str, int](read, 0.3)
@@ -54,3 +54,20 @@ def test_all_that_waited_for_a_read_that_failed_fail_with_it_and_who_comes_later
         list(threads.map(ask, range(THREADS)))
     assert reads == 1
     assert held.get(None) == "back"
+
+
+def test_what_took_long_to_read_is_held_longer() -> None:
+    reads = 0
+
+    def read(_key: None) -> int:
+        nonlocal reads
+        time.sleep(0.1)
+        reads += 1
+        return reads
+
+    held = Held[None, int](read, 0.01)
+    assert held.get(None) == 1
+    time.sleep(0.3)
+    assert held.get(None) == 1
+    held.forget(None)
+    assert held.get(None) == 2

@@ -24,6 +24,7 @@ from graft_api.jobs import endpoints as job_routes
 from graft_api.jobs import merged as merged_routes
 from graft_api.jobs.bells import Bells
 from graft_api.jobs.fleet import Fleet
+from graft_api.jobs.lines import HeldLines
 from graft_api.jobs.starts import Starts
 from graft_api.jobs.watch import Watch
 from graft_api.keys.ring import KeyRing
@@ -113,6 +114,7 @@ def neighbours_of(
         workers=workers,
         totals=totals,
         fleet=Fleet(workers),
+        lines=HeldLines(jobs),
         starts=Starts(workers, totals, capacity),
         bells=Bells(doorbell, Leases(database, settings.lease)),
         watch=Watch(jobs),

@@ -14,6 +14,7 @@ from fastapi import Depends, Request
 from graft_api.errors import BodyTooLarge, RouteNotFound, UnsupportedEncoding, UnsupportedMediaType
 from graft_api.jobs.bells import Bells
 from graft_api.jobs.fleet import Fleet
+from graft_api.jobs.lines import HeldLines
 from graft_api.jobs.starts import Starts
 from graft_api.jobs.watch import Watch
 from graft_api.keys.ring import KeyRing
@@ -46,6 +47,7 @@ class Neighbours:
     workers: Workers
     totals: Totals
     fleet: Fleet
+    lines: HeldLines
     starts: Starts
     bells: Bells
     watch: Watch

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Generic, TypeVar
 
+HELD_TIMES = 20  # as long as reading took
+
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
@@ -17,21 +19,23 @@ Value = TypeVar("Value")
 class Held(Generic[Key, Value]):
     """What `read` tells of each key, asked again after so many seconds, by one thread for all that wait.
 
+    What took long to read is held longer, so that reading takes no more than a twentieth of anybody's time.
+
     Whoever waited for a read that failed gets its error: asked by one after the other, a store that is away would
     hold up the last of them for as long as all of these took.
     """
 
     read: Callable[[Key], Value]
     seconds: float
-    _found: dict[Key, tuple[float, Value]] = field(default_factory=dict)
+    _found: dict[Key, tuple[float, Value]] = field(default_factory=dict)  # with when it is too old
     _failed: dict[Key, tuple[float, Exception]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def get(self, key: Key) -> Value:
-        """The value, as some read told it that began no longer ago than that; raises what `read` does."""
+        """The value, as a read of late told it; raises what `read` does."""
         asked = monotonic()
         with self._lock:
-            if key in self._found and asked - self._found[key][0] <= self.seconds:
+            if key in self._found and asked < self._found[key][0]:
                 return self._found[key][1]
             failed_at, error = self._failed.get(key, (-math.inf, None))
             if error is not None and asked < failed_at:
@@ -43,5 +47,10 @@ class Held(Generic[Key, Value]):
                 self._failed[key] = monotonic(), error
                 raise
             self._failed.pop(key, None)
-            self._found[key] = began, value
+            self._found[key] = began + max(self.seconds, HELD_TIMES * (monotonic() - began)), value
             return value
+
+    def forget(self, key: Key) -> None:
+        """Read it anew when it is asked for next."""
+        with self._lock:
+            self._found.pop(key, None)

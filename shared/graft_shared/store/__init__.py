@@ -5,7 +5,7 @@ from graft_shared.store.files import Files, Order, StoredFile, Upload
 from graft_shared.store.jobs import JobQuery, Jobs, NewJob
 from graft_shared.store.keys import Keys, StoredKey
 from graft_shared.store.leases import Leases, Orders
-from graft_shared.store.line import PlaceInLine
+from graft_shared.store.line import Line, PlaceInLine, QueueName, queue_of
 from graft_shared.store.merges import Merges
 from graft_shared.store.outbox import Outbox, Webhook
 from graft_shared.store.quotas import Quota, Quotas, Reached
@@ -29,6 +29,7 @@ __all__ = [
     "Jobs",
     "Keys",
     "Leases",
+    "Line",
     "LiveWorker",
     "Merges",
     "NewJob",
@@ -36,6 +37,7 @@ __all__ = [
     "Orders",
     "Outbox",
     "PlaceInLine",
+    "QueueName",
     "Quota",
     "Quotas",
     "Reached",
@@ -54,4 +56,5 @@ __all__ = [
     "Webhook",
     "Workers",
     "open_database",
+    "queue_of",
 ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cache
 from typing import Any
 
 from sqlalchemy import ColumnElement, and_, bindparam, func, insert, or_, select, true, tuple_
@@ -22,7 +23,7 @@ from graft_shared.errors import (
 )
 from graft_shared.jobs import TERMINAL_STATES, FailureReason, Job, JobEvent, JobState, JobStatus, Stage
 from graft_shared.store.engine import Database, as_datetime, now, one_at_a_time
-from graft_shared.store.line import Line, PlaceInLine
+from graft_shared.store.line import Line, Lines, PlaceInLine, QueueName, queue_of
 from graft_shared.store.merges import forget_merged
 from graft_shared.store.outbox import put_in_outbox
 from graft_shared.store.quotas import NO_QUOTAS, Quotas, require_place
@@ -80,7 +81,7 @@ class Jobs:
     def __init__(self, database: Database, quotas: Quotas = NO_QUOTAS) -> None:
         self._database = database
         self._quotas = quotas
-        self._line = Line(quotas)
+        self._lines = Lines(quotas)
 
     def submit(self, new: NewJob) -> tuple[Job, bool]:
         """Commit a job; return it, and whether it is new. From here on it cannot be lost.
@@ -292,22 +293,29 @@ class Jobs:
             gone = {"deleted_at": now(), "sweep_at": now(), "idempotency_key": None}
             compare_and_set(connection, job_id, row["epoch"], state, **gone)
 
+    def line(self, name: QueueName) -> Line:
+        """All that waits in one queue now."""
+        with self._database.reading() as connection:
+            return self._lines.look(connection, name)
+
     def place_in_line(self, job: Job) -> PlaceInLine | None:
         """This job's place among those of its stage and class that wait for a worker; None if it does not."""
         return self.places_in_line([job]).get(job.id)
 
-    def places_in_line(self, seen: Sequence[Job]) -> dict[str, PlaceInLine]:
-        """The places of those that wait for a worker, by their ids; many cost little more than one."""
-        waiting = [job for job in seen if job.may_be_claimed]
-        if not waiting:
-            return {}
-        priorities = {job.id: PRIORITY_RANKS[job.spec["priority"]] for job in waiting}
-        with self._database.reading() as connection:
-            if len(waiting) == 1:
-                (job,) = waiting
-                return {job.id: self._line.place(connection, job, priorities[job.id])}
-            places = self._line.places(connection, waiting, priorities)
-        return {job.id: place for job, place in zip(waiting, places, strict=True)}
+    def places_in_line(
+        self, seen: Sequence[Job], line_of: Callable[[Job], Line] | None = None
+    ) -> dict[str, PlaceInLine]:
+        """The places of those that wait for a worker, by their ids.
+
+        Args:
+            line_of: Where a job's queue was read not long ago; else each is read now.
+        """
+        look = cache(self.line)
+        return {
+            job.id: (line_of(job) if line_of else look(queue_of(job))).place(job, PRIORITY_RANKS[job.spec["priority"]])
+            for job in seen
+            if job.may_be_claimed
+        }
 
     def waits_until(self, job: Job) -> datetime | None:
         """When a job that went back to the queue after a failed run may be tried again; None when it may be now."""

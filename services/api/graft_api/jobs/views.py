@@ -34,7 +34,7 @@ def job_bodies(jobs: Sequence[Job], here: Neighbours) -> list[JobBody]:
     waiting = any(job.state is JobState.QUEUED or job.status is JobStatus.VALIDATING_FILES for job in jobs)
     crews = here.fleet.crews() if waiting else []
     moment = here.database.now() if any(job.is_training for job in jobs) else None
-    places = here.jobs.places_in_line(jobs)
+    places = here.jobs.places_in_line(jobs, here.lines.of)
 
     def queue(job: Job) -> Queue | None:
         return queue_of(job, places.get(job.id), here.jobs, crews, here.capacity, here.starts)
