@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import psycopg
 from psycopg.abc import PQGen
-from sqlalchemy import Dialect
-from sqlalchemy.exc import DisconnectionError, InvalidatePoolError
-
-from graft_shared.clock import boottime
 
 # That a transaction may stand still before it loses its locks, as that of a lost or frozen machine does; ours take
 # milliseconds. So short that nobody's lease runs out behind them.
@@ -33,10 +27,6 @@ _SILENCE = {
     "tcp_user_timeout": 20_000,
 }
 
-# How long after its last answer a connection is taken to be there still. Each request looks some times within that: to
-# ask before each look whether anybody is there made looking nearly twice as dear.
-TRUSTED_SECONDS = 1.0
-
 Answer = TypeVar("Answer")
 
 
@@ -54,45 +44,25 @@ def connect(answers_within: timedelta | None, *address: Any, **parameters: Any) 
     return connection
 
 
-def ask_after_silence(dialect: Dialect) -> Callable[[Connection, object, object], None]:
-    """What a pool does with a connection before it lends it: one that has long been silent is asked first."""
-
-    def ask(connection: Connection, _record: object, _loan: object) -> None:
-        if boottime() - connection.answered_at < TRUSTED_SECONDS:
-            return
-        asked = cast(Any, connection)
-        try:
-            dialect.do_ping(asked)
-        except psycopg.Error as error:
-            if dialect.is_disconnect(cast(Any, error), asked, None):
-                raise InvalidatePoolError from error  # the pool makes another, and trusts none that is older
-            raise DisconnectionError from error
-
-    return ask
-
-
 class Connection(psycopg.Connection[Any]):
     """One that ends when an answer takes too long: of a server that hangs, the kernel acknowledges all it is sent."""
 
     answers_within: timedelta | None = None
-    answered_at = -math.inf  # by `boottime`: a machine may have slept since
 
     def wait(self, gen: PQGen[Answer], *args: Any, **kwargs: Any) -> Answer:
-        """Every question to the server comes by here, and those of its transactions' ends; some need no answer."""
-        return super().wait(self._in_time(gen), *args, **kwargs)
+        """Every question to the server comes by here, and those of its transactions' ends."""
+        limit = self.answers_within
+        return super().wait(gen if limit is None else self._in_time(gen, limit), *args, **kwargs)
 
-    def _in_time(self, gen: PQGen[Answer]) -> PQGen[Answer]:
-        limit = math.inf if self.answers_within is None else self.answers_within.total_seconds()
-        give_up_at = time.monotonic() + limit
+    def _in_time(self, gen: PQGen[Answer], limit: timedelta) -> PQGen[Answer]:
+        give_up_at = time.monotonic() + limit.total_seconds()
         try:
             wanted = next(gen)
             while True:
                 ready = yield wanted
-                if ready:
-                    self.answered_at = boottime()
-                elif time.monotonic() > give_up_at:
+                if not ready and time.monotonic() > give_up_at:
                     self.close()
-                    raise psycopg.OperationalError(f"no answer within {limit:g} s")
+                    raise psycopg.OperationalError(f"no answer within {limit.total_seconds():g} s")
                 wanted = gen.send(ready)
         except StopIteration as end:
             answer: Answer = end.value
