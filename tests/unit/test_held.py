@@ -56,6 +56,14 @@ def test_all_that_waited_for_a_read_that_failed_fail_with_it_and_who_comes_later
     assert held.get(None) == "back"
 
 
+def test_one_slow_read_is_not_held_for_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.0, 30.0, 41.0, 41.0, 41.0])  # asked, began and read, twice
+    monkeypatch.setattr("graft_api.held.monotonic", clock.__next__)
+    values = iter("ab")
+    held = Held[None, str](lambda _: next(values), 1)
+    assert [held.get(None), held.get(None)] == ["a", "b"]
+
+
 def test_what_took_long_to_read_is_held_longer() -> None:
     reads = 0
 

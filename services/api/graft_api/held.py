@@ -10,6 +10,7 @@ from time import monotonic
 from typing import Generic, TypeVar
 
 HELD_TIMES = 20  # as long as reading took
+SLOW_HELD_SECONDS = 10.0  # at most for that: it may have been slow for a lock, once
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -19,7 +20,7 @@ Value = TypeVar("Value")
 class Held(Generic[Key, Value]):
     """What `read` tells of each key, asked again after so many seconds, by one thread for all that wait.
 
-    What took long to read is held longer, so that reading takes no more than a twentieth of anybody's time.
+    What takes long to read is held a little longer, so that reading takes no more than a twentieth of anybody's time.
 
     Whoever waited for a read that failed gets its error: asked by one after the other, a store that is away would
     hold up the last of them for as long as all of these took.
@@ -47,7 +48,8 @@ class Held(Generic[Key, Value]):
                 self._failed[key] = monotonic(), error
                 raise
             self._failed.pop(key, None)
-            self._found[key] = began + max(self.seconds, HELD_TIMES * (monotonic() - began)), value
+            slow = min(SLOW_HELD_SECONDS, HELD_TIMES * (monotonic() - began))
+            self._found[key] = began + max(self.seconds, slow), value
             return value
 
     def forget(self, key: Key) -> None:
