@@ -24,6 +24,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -68,7 +69,7 @@ UPDATE_TOKENS = 4096
 PLAN_SEQUENCES = 16  # what a user's job has
 PLAN_STEPS = 10_000  # never reached
 WARM_UP, TIMED, TIMED_SECONDS = 4, 6, 15.0
-NEXT_PLANS = 3  # of the planner's list, the chosen one included
+NEXT_PLANS = 3  # of the planner's list
 WORTH = 0.95  # the chosen plan is no slower than this share of the fastest that was tried
 GRACE_SECONDS = 60.0  # a run ends by itself after the step in which its time was over
 
@@ -157,6 +158,8 @@ def main() -> int:
     arguments.out_dir.mkdir(parents=True, exist_ok=True)
     found = list(run_cases(list(cases_of(arguments)), arguments))
     print(plans_table(found) if arguments.plans else cases_table(found))
+    if arguments.plans:
+        print("\n".join(f"{case['name']}: {case['verdict']}" for case in found))
     return 0 if found and all(case["verdict"] == "kept" for case in found) else 1
 
 
@@ -312,7 +315,7 @@ def compare_plans(case: Case, folder: Path, until: float) -> dict[str, Any]:
 
 
 def plans_to_try(case: Case, placed: Placement) -> list[TrainingPlan]:
-    """The chosen plan, the next that fit, the first of each other way to recompute, and ways that are not listed."""
+    """The chosen plan, the first that fit, the first of each way to recompute, and ways that are not listed."""
     spec, shape = case.spec, case.shape
 
     def fits(plan: TrainingPlan) -> bool:
@@ -329,8 +332,7 @@ def plans_to_try(case: Case, placed: Placement) -> list[TrainingPlan]:
     ]
     fitting = [plan for plan in unlisted if fits(plan)]
     largest = {plan.recompute_every_n: plan for plan in reversed(fitting)}
-    assert placed.plan == listed[0]
-    return list(dict.fromkeys([*listed[:NEXT_PLANS], *others, *largest.values()]))
+    return list(dict.fromkeys([placed.plan, *listed[:NEXT_PLANS], *others, *largest.values()]))
 
 
 def time_plan(request: TrainRequest, workdir: Path) -> dict[str, Any]:
@@ -450,17 +452,26 @@ def cases_table(found: list[dict[str, Any]]) -> str:
 
 
 def plans_table(found: list[dict[str, Any]]) -> str:
-    """One line a plan; the first of each base is the chosen one."""
-    lines = ["| base and class | plan | tokens/s | × the chosen plan |", "|---|---|---|---|"]
-    for case in found:
-        tried = case.get("tried", [])
-        for one in tried:
-            speed, chosen = one["tokens_per_second"], tried[0]["tokens_per_second"]
-            lines.append(
-                f"| {case['name']} | {words_of(one['plan'])} | {speed:,.0f} | {speed / max(chosen, 1e-9):.2f} |"
-            )
-        lines.append(f"| {case['name']} | {case['verdict']} | | |")
-    return "\n".join(lines)
+    """A column a base and a line a way to recompute, of `microbatch: tokens/s`; the chosen plan's is bold."""
+    titles = [f"{case['base_model'].rpartition('/')[2]}, {case['gpu_class']}" for case in found]
+    lines: dict[tuple[str, int], list[str]] = {}
+    for column, case in enumerate(found):
+        seen = Counter[str]()
+        for rank, one in enumerate(case.get("tried", [])):
+            way, _, tokens = words_of(one["plan"]).partition(", ")
+            cells = lines.setdefault((way, seen[way]), ["–"] * len(found))
+            figure = f"{tokens}: {one['tokens_per_second']:,.0f}"
+            cells[column] = figure if rank else f"**{figure}**"
+            seen[way] += 1
+    rows = [["computed twice", *titles], ["---"] * (1 + len(found))]
+    rows += [[way, *cells] for (way, _), cells in sorted(lines.items(), key=_leanest_last)]
+    rows.append(["chosen ÷ fastest", *(f"{case.get('share_of_fastest', 0):.2f}" for case in found)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _leanest_last(line: tuple[tuple[str, int], list[str]]) -> tuple[int, str, int]:
+    (way, rank), _ = line
+    return [*Recompute].index(Recompute(way.partition(" ")[0])), way, rank
 
 
 def words_of(plan: dict[str, Any]) -> str:

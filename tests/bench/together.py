@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -86,10 +87,11 @@ def run_together(
 
 
 def card_bytes() -> int:
-    """What is free on the first GPU; enough for tiny runs where there is none."""
+    """What is free on the GPU that runs will see first; enough for tiny runs where there is none."""
     if shutil.which("nvidia-smi") is None:
         return 8 * GIB
-    query = ["nvidia-smi", "--id=0", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0] or "0"
+    query = ["nvidia-smi", f"--id={card}", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
     return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout) * 2**20
 
 

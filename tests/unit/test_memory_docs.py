@@ -127,15 +127,20 @@ def test_the_runs_under_hard_caps_are_those_of_the_page_and_kept_what_was_promis
     }
 
 
-def test_the_chosen_plans_are_the_fastest_of_those_that_the_page_names() -> None:
+def test_the_chosen_plans_are_the_fastest_of_those_that_the_page_names_or_nearly() -> None:
     compared = results("h200-plans")
-    for lines in zip(*(found["tried"] for found in compared), strict=True):
-        speeds = [f"{tried['tokens_per_second']:,.0f}" for tried in lines]
-        assert f"| {caps.words_of(lines[0]['plan'])} | {' | '.join(speeds)} |" in PAGE
+    assert [(found["gpu_class"], found["base_model"]) for found in compared] == list(caps.GUIDE.items())
+    assert caps.plans_table(compared) in PAGE
     for found in compared:
         speeds = [tried["tokens_per_second"] for tried in found["tried"]]
-        assert speeds[0] == max(speeds)
+        assert speeds[0] >= caps.WORTH * max(speeds)
         assert chosen(found) == found["tried"][0]["plan"]
+        case = caps.Case(**{fact: found[fact] for fact in ("gpu_class", "base_model", "kind", "max_length")})
+        assert [tried["plan"] for tried in found["tried"]] == [
+            plan.to_dict() for plan in caps.plans_to_try(case, case.place())
+        ]
+    least = min(found["share_of_fastest"] for found in compared)
+    assert f"at least {least:.0%} of".replace("%", " %") in PAGE
 
 
 def test_the_largest_bases_are_what_the_table_says() -> None:
