@@ -45,14 +45,17 @@ def test_each_row_is_a_run_that_broke_no_promise(title: str, name: str) -> None:
     assert f"`reliability-{name}.json`" in PAGE
 
 
-def test_the_long_run_with_short_leases_is_as_the_page_says() -> None:
-    run = report("chaos-sqlite")
+@pytest.mark.parametrize(("name", "database"), [("chaos-sqlite", "SQLite"), ("chaos-postgres", "PostgreSQL")])
+def test_the_long_runs_with_short_leases_are_as_the_page_says(name: str, database: str) -> None:
+    run = report(name)
     jobs, steps, faults = run["jobs"], run["steps"], run["faults"]
     assert run["violations"] == {} and run["promises"] and not any(run["promises"].values())
     poisoned = sum(count for ended, count in jobs.items() if ended in ("failed: worker_lost", "failed: drained"))
     assert jobs["succeeded"] + jobs["cancelled"] + poisoned == jobs["accepted"]
-    assert f"With leases of {run['wanted']['lease_seconds']:g} s on SQLite" in PAGE
+    assert f"With leases of {run['wanted']['lease_seconds']:g} s on {database}" in PAGE
+    assert run["wanted"]["jobs"] >= 1000 and jobs["accepted"] >= 1000 and faults["kill_9"] >= 3000
     fewest = min(run["faults_that_hit_a_running_job"].values())
+    assert fewest >= 50
     assert (
         f"{run['wanted']['faults']:,} faults within {run['seconds']:,} s, {faults['kill_9']:,} of them kill -9, "
         f"each kind at least {fewest} times" in PAGE
@@ -64,7 +67,7 @@ def test_the_long_run_with_short_leases_is_as_the_page_says() -> None:
     assert f"{steps['made']:,} steps were made where {steps['needed']:,} were needed" in PAGE
     told = run["webhooks"]
     assert f"told in {told['taken']:,} messages, {told['of_them_twice']} of them repetitions" in PAGE
-    assert "`reliability-chaos-sqlite.json`" in PAGE
+    assert f"`reliability-{name}.json`" in PAGE
 
 
 def test_how_long_jobs_stood_still_is_what_was_measured() -> None:
