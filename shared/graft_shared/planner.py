@@ -62,13 +62,15 @@ def fastest_plan(
         cards: What will train it, if that is known: where memory is short, a card decides whether it dequantises
             weights for a small microbatch sooner than it computes layers twice.
     """
-    fitting = [
+    found = (
         (plan, needed)
         for plan in plans(shape, spec)
         if (needed := estimate(shape, spec, plan)).high_bytes <= limit_bytes
-    ]
-    if not fitting or not cards or fitting[0][0].microbatch_tokens >= MANY_TOKENS:
-        return fitting[0] if fitting else None
+    )
+    first = next(found, None)
+    if first is None or not cards or first[0].microbatch_tokens >= MANY_TOKENS:
+        return first  # what the others need is not worked out, as it takes longer than the rest of a submission
+    fitting = [first, *found]
     speeds = [_speed(shape, spec, plan, cards) for plan, _ in fitting]
     enough = AS_FAST * max(speeds)
     return next(found for found, speed in zip(fitting, speeds, strict=True) if speed >= enough)

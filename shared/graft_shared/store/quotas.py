@@ -12,7 +12,20 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement, FromClause, Select, Subquery, and_, case, func, or_, select, true
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    FromClause,
+    Select,
+    Subquery,
+    and_,
+    bindparam,
+    case,
+    func,
+    or_,
+    select,
+    true,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
@@ -27,6 +40,7 @@ LATELY = timedelta(days=1)  # before the present day: what was used by then coun
 LONGEST_MONTH = timedelta(days=31)
 AGAIN_SECONDS = 30  # after which a full queue may have moved
 _INSERTS: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
+_OF_ONE_TENANT = select(tenants).where(tenants.c.name == bindparam("tenant"))  # made once: every submission asks
 
 
 class Quota(StrEnum):
@@ -108,7 +122,7 @@ class Standing:
 
 def quotas_of(connection: Connection, tenant: str, defaults: Quotas) -> Quotas:
     """The quotas in force for a tenant."""
-    row = connection.execute(select(tenants).where(tenants.c.name == tenant)).mappings().one_or_none()
+    row = connection.execute(_OF_ONE_TENANT, {"tenant": tenant}).mappings().one_or_none()
     if row is None:
         return defaults
     own = {quota.value: row[quota.value] for quota in Quota}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,18 +15,25 @@ from graft_shared.logs import log_event
 from graft_shared.store import Leases, Report
 
 MAX_WAITING = 100  # bells; a dead broker takes seconds for each, and the reconciler rings whatever was dropped
+MARKED_AFTER_SECONDS = 0.25  # all that were rung meanwhile, in one transaction, because each waits for the disk
 
 logger = logging.getLogger(__name__)
 
 
 class Bells:
-    """Rings for committed jobs, in order, on a thread of its own."""
+    """Rings for committed jobs, in order, on a thread of its own; a second one tells the store which were rung.
+
+    Between the two the reconciler may ring again for a job: that wakes a worker for nothing.
+    """
 
     def __init__(self, doorbell: Doorbell, leases: Leases) -> None:
         self._doorbell = doorbell
         self._leases = leases
         self._ringer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="bells")
+        self._marker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="bells-rung")
         self._waiting: deque[Job] = deque()
+        self._rung: deque[str] = deque()  # and not marked
+        self._closed = threading.Event()
 
     def ring(self, job: Job) -> None:
         """Wake a worker soon. Never raises and never waits."""
@@ -41,20 +49,28 @@ class Bells:
             self._ringer.submit(self._doorbell.ring, report.id, queue_for(Stage.PREPARE, ""))
 
     def close(self) -> None:
-        """Drop what has not been rung."""
+        """Drop what has not been rung, and leave what has unmarked."""
+        self._closed.set()
         self._waiting.clear()
-        self._ringer.shutdown(wait=False, cancel_futures=True)
+        for thread in (self._ringer, self._marker):
+            thread.shutdown(wait=False, cancel_futures=True)
 
     def _ring_all(self) -> None:
-        """Ring for all that wait by now, and mark them in one transaction, because each waits for the disk."""
-        rung = []
+        """Ring for all that wait by now."""
         with contextlib.suppress(IndexError):  # closed meanwhile
             for _ in range(len(self._waiting)):
                 job = self._waiting.popleft()
                 if self._doorbell.ring(job.id, queue_for(job.stage, job.gpu_class)):
-                    rung.append(job.id)
-        if not rung:
+                    self._rung.append(job.id)
+        if self._rung:
+            with contextlib.suppress(RuntimeError):  # closed meanwhile
+                self._marker.submit(self._mark_all)
+
+    def _mark_all(self) -> None:
+        """Mark all that were rung, a moment later; whoever comes after that finds nothing to do."""
+        if not self._rung or self._closed.wait(MARKED_AFTER_SECONDS):
             return
+        rung = [self._rung.popleft() for _ in range(len(self._rung))]
         try:
             self._leases.mark_rung(*rung)
         except NeighbourUnavailable as error:
