@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -11,10 +12,11 @@ from graft_shared.catalogue import Catalogue, ModelShape
 from graft_shared.errors import GraftError, InvalidParameter, VramCapacityExceeded
 from graft_shared.memory import GIB, HALF, MemoryEstimate, TrainingPlan
 from graft_shared.planner import cheaper_plan, fastest_plan, leanest_plan, plan_for_smaller_host
-from graft_shared.specs import JobSpec
+from graft_shared.specs import DEFAULT_REVISION, JobSpec
 from graft_shared.speed import Rates
 
 LENGTH_STEP = 256  # tokens: `max_length` is offered in whole steps of this
+SHORT_LENGTHS = (128, 64)  # or, where no step fits, as one of these
 CLASS_TOLERANCE = 0.93  # cards report less than their name: a "24 GB" card 22.5 to 24 GiB
 FITS_HERE = 5
 TABLE_MAX_LENGTH = 512  # tokens: what the table's "largest base" is trained at
@@ -178,8 +180,8 @@ class CapacityTable:
             self._check(shape, spec)
         except GraftError:
             return False
-        least = leanest_plan(shape, spec)[1].high_bytes
-        return any(gpu.takes(shape) and least <= gpu.usable_bytes for gpu in self._allowed(spec))
+        rooms = [gpu.usable_bytes for gpu in self._allowed(spec) if gpu.takes(shape)]
+        return bool(rooms) and leanest_plan(shape, spec)[1].high_bytes <= max(rooms)
 
     def _refusal(
         self, shape: ModelShape, spec: JobSpec, catalogue: Catalogue, registered: Iterable[ModelShape]
@@ -218,11 +220,10 @@ class CapacityTable:
     def _changes(self, shape: ModelShape, spec: JobSpec, *bases: list[ModelShape]) -> Iterator[dict[str, Any]]:
         """Single changes after which the job is accepted, each tried by placing it; the gentlest first.
 
-        Of each list of `bases`, the largest first, one may be offered instead of the job's.
+        Of each list of `bases`, the largest first, one may be offered instead of the job's. To a job that goes on from
+        an earlier adapter neither another base nor another form is offered, and no base to one that names a commit.
         """
-        length = within_positions(shape, spec).training.max_length
-        lengths = range(LENGTH_STEP * ((length - 1) // LENGTH_STEP), 0, -LENGTH_STEP)
-        yield from self._first("training.max_length", length, lengths, shape, spec)
+        yield from self._shorter(shape, spec)
         if spec.training.gradient_checkpointing is False:
             yield from self._first("training.gradient_checkpointing", False, ["auto"], shape, spec)
         if not spec.quantization.load_in_4bit:
@@ -232,14 +233,29 @@ class CapacityTable:
         if "8bit" not in spec.training.optim:
             optim = spec.training.optim.value
             yield from self._first("training.optim", optim, ["paged_adamw_8bit"], shape, spec)
-        halves = [spec.lora.r >> shift for shift in range(1, 8) if spec.lora.r >> shift]
-        yield from self._first("lora.r", spec.lora.r, halves, shape, spec)
-        if spec.lora.target_modules == "all-linear":
-            yield from self._first("lora.target_modules", "all-linear", ["auto"], shape, spec)
+        if spec.adapter is None:
+            halves = [spec.lora.r >> shift for shift in range(1, 8) if spec.lora.r >> shift]
+            yield from self._first("lora.r", spec.lora.r, halves, shape, spec)
+            if spec.lora.target_modules != "auto":
+                yield from self._first("lora.target_modules", _plain(spec.lora.target_modules), ["auto"], shape, spec)
         if spec.gpu.gpu_class != "auto":
             yield from self._first("gpu.class", spec.gpu.gpu_class, [gpu.name for gpu in self.classes], shape, spec)
-        for listed in bases:
-            yield from self._smaller_base(shape, spec, listed)
+        if spec.adapter is None and spec.revision == DEFAULT_REVISION:
+            for listed in bases:
+                yield from self._smaller_base(shape, spec, listed)
+
+    def _shorter(self, shape: ModelShape, spec: JobSpec) -> Iterator[dict[str, Any]]:
+        """The longest sequences of those offered that fit: memory only grows with them, so that a few tries find it."""
+        now = within_positions(shape, spec).training.max_length
+        steps = range(LENGTH_STEP * ((now - 1) // LENGTH_STEP), 0, -LENGTH_STEP)
+        lengths = [*steps, *(length for length in SHORT_LENGTHS if length < now)]
+
+        def of(length: int) -> JobSpec:
+            return with_change(spec, "training.max_length", length)
+
+        longest = bisect_left(lengths, True, key=lambda length: self._fits(shape, of(length)))
+        if longest < len(lengths):
+            yield self._change("training.max_length", now, lengths[longest], shape, of(lengths[longest]))
 
     def _first(
         self, param: str, now: Any, values: Iterable[Any], shape: ModelShape, spec: JobSpec
@@ -254,16 +270,15 @@ class CapacityTable:
         """The largest listed base that fits with the same settings, of the same architecture if there is one."""
         smaller = [base for base in listed if base.parameters < shape.parameters]
         smaller.sort(key=lambda base: base.model_type != shape.model_type)
-        for base in smaller:
-            changed = with_change(spec, "base_model", base.base_model)
-            if self._fits(base, changed):
-                yield self._change("base_model", shape.base_model, base.base_model, base, changed)
-                return
+        found = next((base for base in smaller if self._fits(base, spec)), None)
+        if found is not None:
+            changed = with_change(spec, "base_model", found.base_model)
+            yield self._change("base_model", shape.base_model, found.base_model, found, changed)
 
     def _change(self, param: str, now: Any, value: Any, shape: ModelShape, spec: JobSpec) -> dict[str, Any]:
         spec = within_positions(shape, spec)
         for gpu in self._allowed(spec):
-            chosen = fastest_plan(shape, spec, gpu.usable_bytes) if gpu.takes(shape) else None
+            chosen = fastest_plan(shape, spec, gpu.usable_bytes, gpu.cards) if gpu.takes(shape) else None
             if chosen is not None:
                 needed = chosen[1].high_bytes
                 return {"param": param, "from": now, "to": value, "needed_bytes": needed, "gpu_class": gpu.name}
@@ -295,6 +310,10 @@ def _warnings(shape: ModelShape, spec: JobSpec) -> tuple[dict[str, str], ...]:
     experts = HALF * shape.num_hidden_layers * shape.expert_parameters
     message = f"4-bit loading leaves the experts of {shape.base_model} in 16 bits: {_gib(experts)} of them."
     return ({"code": "experts_not_quantised", "message": message},)
+
+
+def _plain(targets: str | tuple[str, ...]) -> str | list[str]:
+    return targets if isinstance(targets, str) else list(targets)
 
 
 def _any_class(spec: JobSpec) -> JobSpec:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graft_shared.errors import InvalidParameter, UnsupportedBaseModel
+from graft_shared.specs import SHORTEST_MAX_LENGTH
 
 LARGEST_SIZE = 2**31 - 1  # of anything that a config.json counts; the largest published one has some ten million
 
@@ -247,6 +248,10 @@ def _positions(config: Mapping[str, Any]) -> int:
     first trained on: packed with others, a sequence would not be what it is alone.
     """
     positions = _size(config, "max_position_embeddings", 2048)
+    if positions < SHORTEST_MAX_LENGTH:
+        raise ValueError(
+            f"has max_position_embeddings = {positions}, and no sequence here is under {SHORTEST_MAX_LENGTH}"
+        )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, Mapping) or rope.get("rope_type", rope.get("type")) != "longrope":
         return positions

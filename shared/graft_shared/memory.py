@@ -57,7 +57,7 @@ CONTEXT_BYTES = int(0.85 * GIB)  # outside the allocator: CUDA context and kerne
 HOST_BOUND = 2e12
 MOST_GRAPH_TOKENS = 16_384  # beyond, no layer is so small that launching it would matter
 LOW, HIGH = 0.93, 1.08
-# Admission tries the same plans for each job: a spec asks for 30 of them at most, a refusal for some of each base.
+# Admission tries the same plans for each job: a spec asks for some 30, and 72 at most, a refusal for some of each base.
 ESTIMATES_REMEMBERED = 4096
 
 

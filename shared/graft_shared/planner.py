@@ -10,6 +10,7 @@ from graft_shared.speed import Rates, likely_length, tokens_per_second
 LARGEST_MICROBATCH_TOKENS = 16_384  # beyond this a larger product is no faster on any card
 ENOUGH_TOKENS = 6_144  # from here on little is gained: weights are dequantised and kernels launched once per microbatch
 
+FEW_TOKENS = 256
 MANY_TOKENS = 2048  # of a microbatch: from here on no card is faster by computing layers twice for a larger one
 AS_FAST = 0.97  # forecasts know no smaller difference: of plans that are as fast, the earlier one is taken
 
@@ -126,12 +127,15 @@ def leanest_plan(shape: ModelShape, spec: JobSpec) -> tuple[TrainingPlan, Memory
 
 
 def _budgets(spec: JobSpec) -> list[int]:
-    """Token budgets of a microbatch, largest first: whole rows of the longest sequence, by quarters down to one."""
+    """Token budgets of a microbatch, largest first: whole rows of the longest sequence, by quarters down to one.
+
+    Between few tokens and one row there is none: that would free next to nothing.
+    """
     longest = spec.training.max_length
     rows = min(spec.training.sequences_per_update, max(1, LARGEST_MICROBATCH_TOKENS // longest))
     rows = min(rows, max(spec.training.per_device_train_batch_size, ENOUGH_TOKENS // longest))
     budgets = []
-    while rows > 1:
+    while rows > 1 and rows * longest >= FEW_TOKENS:
         budgets.append(rows * longest)
         rows = min(rows - 1, -(-rows * 3 // 4))
     return [*budgets, longest]

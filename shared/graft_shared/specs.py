@@ -28,12 +28,14 @@ METADATA_KEY_PATTERN = rf"^[^\s\[\]\x00]{{1,{MAX_METADATA_KEY}}}$"
 REVISION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$"
 HUB_DATASET_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$"
 
+DEFAULT_REVISION = "main"
 DEFAULT_MAX_LENGTH = 1024
 DEFAULT_SEED = 42
 
 BaseModelName = Annotated[str, Field(pattern=BASE_MODEL_PATTERN, max_length=200)]
 FileId = Annotated[str, Field(pattern=FILE_ID_PATTERN)]
-MaxLength = Annotated[int, Field(ge=8, le=1_048_576)]
+SHORTEST_MAX_LENGTH = 8
+MaxLength = Annotated[int, Field(ge=SHORTEST_MAX_LENGTH, le=1_048_576)]
 CompletionOnlyLoss = bool | Literal["auto"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -274,7 +276,7 @@ class JobSpec(_Part):
     model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
 
     base_model: BaseModelName
-    revision: Annotated[str, Field(pattern=REVISION_PATTERN)] = "main"
+    revision: Annotated[str, Field(pattern=REVISION_PATTERN)] = DEFAULT_REVISION
     dataset: DatasetSource
     validation: Validation | None = None
     adapter: AdapterSource | None = None
@@ -317,7 +319,7 @@ class ReportSpec(_Part):
     """What a report of data depends on beside the rows: the base that reads them, and how they are cut and split."""
 
     base_model: BaseModelName
-    revision: Annotated[str, Field(pattern=REVISION_PATTERN)] = "main"
+    revision: Annotated[str, Field(pattern=REVISION_PATTERN)] = DEFAULT_REVISION
     validation: Validation | None = None
     max_length: MaxLength = DEFAULT_MAX_LENGTH
     completion_only_loss: CompletionOnlyLoss = "auto"

@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graft_shared import planner
+from graft_shared import capacity, planner
 from graft_shared.capacity import CapacityTable, with_change, within_positions
 from graft_shared.catalogue import ModelShape
 from graft_shared.defaults import load_capacity, load_catalogue
@@ -179,20 +179,81 @@ def test_a_70b_job_on_a_24gb_fleet_is_refused_with_the_numbers() -> None:
     assert "GiB" in refused.message
 
 
-@pytest.mark.parametrize("changes", [{}, {"training": {"max_length": 4096, "gradient_checkpointing": False}}])
+@pytest.mark.parametrize(
+    ("base_model", "positions", "changes"),
+    [
+        ("meta-llama/Llama-2-70b-hf", 4096, {}),
+        ("meta-llama/Llama-2-70b-hf", 4096, {"training": {"max_length": 4096, "gradient_checkpointing": False}}),
+        ("meta-llama/Llama-3.1-70B", 131_072, {"training": {"max_length": 131_072}}),
+        ("meta-llama/Llama-3.1-8B", 1_048_576, {"training": {"max_length": 1_048_576}}),
+    ],
+)
 def test_a_refusal_adds_up_a_few_hundred_plans_at_most(
-    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+    monkeypatch: pytest.MonkeyPatch, base_model: str, positions: int, changes: dict[str, Any]
 ) -> None:
     """Milliseconds are for tests/bench/refusal.py; this is what they are made of."""
     added_up: list[TrainingPlan] = []
+    read: list[str] = []
 
     def counted(shape: ModelShape, spec: JobSpec, plan: TrainingPlan) -> MemoryEstimate:
         added_up.append(plan)
         return estimate(shape, spec, plan)
 
+    def read_again(spec: JobSpec, param: str, value: Any) -> JobSpec:
+        read.append(param)
+        return with_change(spec, param, value)
+
     monkeypatch.setattr(planner, "estimate", counted)
-    refusal("meta-llama/Llama-2-70b-hf", **changes)
+    monkeypatch.setattr(capacity, "with_change", read_again)
+    long = dataclasses.replace(shape(base_model), max_position_embeddings=positions)
+    with pytest.raises(VramCapacityExceeded):
+        SMALL_FLEET.place(long, spec(base_model, **changes), CATALOGUE)
     assert 0 < len(added_up) < 400
+    assert len(read) < 100
+
+
+@given(
+    max_length=st.sampled_from([8, 64, 100, 512, 2048, 4096, 30_000]),
+    batch=st.sampled_from([1, 3, 16, 1024]),
+    sequences=st.sampled_from([1, 16, 1024]),
+)
+def test_a_spec_has_as_many_plans_as_the_cache_of_estimates_was_made_for(
+    max_length: int, batch: int, sequences: int
+) -> None:
+    training = {"max_length": max_length, "per_device_train_batch_size": batch}
+    job = spec(training={**training, "gradient_accumulation_steps": sequences})
+    budgets = [plan.microbatch_tokens for plan in plans(shape(LLAMA_7B), job)]
+    assert len(budgets) <= 72
+    assert min(budgets) == max_length
+
+
+REFUSED_FOR_ITS_FORM = {
+    "lora": {"r": 256, "target_modules": "all-linear"},
+    "training": {"max_length": 1024, "optim": "adamw_torch", "gradient_checkpointing": False},
+    "gpu": {"class": "16gb"},
+}
+
+
+@pytest.mark.parametrize(
+    ("named", "kept"),
+    [
+        ({}, set()),
+        ({"revision": "3aba440b59558f995867ba6e1f58f21d0336b5bb"}, {"base_model"}),
+        ({"adapter": {"job": "ftjob-a"}}, {"base_model", "lora.r", "lora.target_modules"}),
+    ],
+)
+def test_what_a_job_goes_on_from_or_pins_is_not_offered_otherwise(named: dict[str, Any], kept: set[str]) -> None:
+    refused = refusal(LLAMA_7B, **REFUSED_FOR_ITS_FORM, **named)
+    offered = {change["param"] for change in refused.facts["changes"]}
+    everything = {"base_model", "lora.r", "lora.target_modules"}
+    assert offered & everything == everything - kept
+
+
+def test_where_no_step_of_lengths_fits_a_shorter_one_is_offered() -> None:
+    base = "huggyllama/llama-30b"
+    changes = {"training": {"max_length": 2048, "gradient_checkpointing": False}, "gpu": {"class": "24gb"}}
+    offered = [change for change in refusal(base, **changes).facts["changes"] if change["param"].endswith("max_length")]
+    assert [change["to"] for change in offered] == [128]
 
 
 @given(
@@ -296,12 +357,23 @@ def test_longrope_takes_no_sequence_that_would_turn_its_neighbours_otherwise(nam
     assert positions(**{named: {"rope_type": "linear", "factor": 4.0}}) == 131_072
 
 
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 512,
+}
+
+
 @pytest.mark.parametrize(
     ("config", "says"),
     [
         ({"model_type": "t5"}, "'t5' is not one of"),
         ({"model_type": "llama", "hidden_size": 64}, "has no 'num_attention_heads'"),
         ({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}, "quantised already"),
+        ({**TINY, "max_position_embeddings": 7}, "has max_position_embeddings = 7, and no sequence here is under 8"),
     ],
 )
 def test_a_config_that_cannot_be_trained_says_why(config: dict[str, Any], says: str) -> None:
