@@ -25,6 +25,8 @@ from graft_shared.memory import (
     TrainingPlan,
     estimate,
     loading_bytes,
+    loss_chunk_tokens,
+    most_graph_tokens,
     pinned_bytes,
     room_used_again,
     shared_columns,
@@ -406,6 +408,58 @@ def test_memory_never_falls_with_tokens_or_rank(shape: ModelShape, recompute: Re
     assert needed(tokens, r) <= needed(tokens + 1, r)
     if sharing(r) == sharing(r + 1):  # else adapters are too wide to share columns, which may need less
         assert needed(tokens, r) <= needed(tokens, r + 1)
+
+
+GROWING = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 1024,
+}  # by so much at a time
+
+
+@given(
+    config=st.fixed_dictionaries(
+        {
+            "hidden_size": st.sampled_from([1024, 2048, 4096, 8192]),
+            "intermediate_size": st.sampled_from([2816, 8192, 14_336, 28_672]),
+            "num_hidden_layers": st.integers(4, 80),
+            "num_attention_heads": st.sampled_from([16, 32, 64]),
+            "num_key_value_heads": st.sampled_from([4, 8, 16]),
+            "vocab_size": st.sampled_from([32_000, 49_152, 128_256, 256_000]),
+            "tie_word_embeddings": st.booleans(),
+        }
+    ),
+    size=st.sampled_from(sorted(GROWING)),
+    recompute=st.sampled_from(Recompute),
+    tokens=st.sampled_from([512, 2048, 6144, 16_384]),
+    in_4bit=st.booleans(),
+)
+def test_memory_grows_with_every_size_of_a_base(
+    config: dict[str, Any], size: str, recompute: Recompute, tokens: int, in_4bit: bool
+) -> None:
+    """But where the trainer does otherwise with the larger base: it stops capturing graphs, or cuts its loss finer."""
+    plan = TrainingPlan(
+        recompute=recompute, recompute_every_n=2, microbatch_tokens=tokens, packing=True, optim=Optim.PAGED_ADAMW_8BIT
+    )
+    fixed = {"model_type": "llama", "head_dim": 128, "max_position_embeddings": 32_768}
+
+    def of(config: dict[str, Any]) -> ModelShape:
+        return ModelShape.from_config({**fixed, **config}, base_model="org/name", revision="main")
+
+    def done(shape: ModelShape) -> tuple[int, int]:
+        captured = min(size_for(tokens), most_graph_tokens(shape.linear_parameters))
+        return captured, loss_chunk_tokens(shape.vocab_size, size_for(tokens))
+
+    smaller, larger = of(config), of({**config, size: config[size] + GROWING[size]})
+    job = spec(quantization={"load_in_4bit": in_4bit})
+    needed = [estimate(shape, job, plan).expected_bytes for shape in (smaller, larger)]
+    if done(smaller) == done(larger):
+        assert needed[0] < needed[1]
+    else:
+        assert needed[0] < 1.1 * needed[1]
 
 
 SIZES = st.integers(0, 2**33)
