@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -35,6 +36,11 @@ class GpuClass:
     max_parameters: int | None = None  # larger bases are not put here, whatever their bytes
     cards: tuple[Rates, ...] = ()  # the slowest and the fastest of the class, for forecasts
     calibrated: bool = False  # forecasts were measured on these cards
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What a job keeps of it."""
+        return asdict(self)
 
     def takes(self, shape: ModelShape) -> bool:
         """Whether this class is meant for bases of that size at all."""

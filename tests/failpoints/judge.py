@@ -33,7 +33,7 @@ class Evidence:
     save_steps: int
     kept_within_seconds: float  # a checkpoint may be lost that was made so shortly before its run was interrupted
     steps_under_way: int = 0  # that may come late: their deadline was checked before trainer and worker stood still
-    store_stood_still_seconds: float = 0.0  # nobody could renew: a run is counted to its lease's end at least
+    stood_still_seconds: float = 0.0  # when nobody renewed, and a run is counted to its lease's end at least
 
 
 def violations(evidence: Evidence) -> list[str]:
@@ -156,7 +156,7 @@ def attempts_count_charged_runs_alone(evidence: Evidence) -> None:
 
 def gpu_time_was_counted_once(evidence: Evidence) -> None:
     """The time that training held a GPU is the sum over its runs, each from claim to end."""
-    held, since, unseen = 0.0, None, evidence.store_stood_still_seconds
+    held, since, unseen = 0.0, None, evidence.stood_still_seconds
     runs = 0
     for event in evidence.events:
         if event["type"] == "claimed" and event["data"]["stage"] == "train":

@@ -319,7 +319,7 @@ class _Trial:
             save_steps=self._scenario.save_steps,
             kept_within_seconds=KEPT_WITHIN_SECONDS,
             steps_under_way=self._case.steps_under_way,
-            store_stood_still_seconds=FROZEN_SECONDS if self._store_may_stand_still else 0.0,
+            stood_still_seconds=FROZEN_SECONDS if self._case.fault in (Fault.FREEZE, Fault.SUSPEND) else 0.0,
         )
         strike = self._strike
         verdict.struck = strike is not None
@@ -333,12 +333,6 @@ class _Trial:
         verdict.steps_late = len(steps_late(evidence.steps))
         if strike is not None:
             verdict.recovery_seconds = recovery_seconds(events, strike.at)
-
-    @property
-    def _store_may_stand_still(self) -> bool:
-        """Whether somebody is frozen in a transaction, which on SQLite holds up all others."""
-        is_sqlite = self._database.engine.dialect.name == "sqlite"
-        return is_sqlite and self._case.fault is Fault.FREEZE and self._point.name.startswith("in_")
 
     def _also_wrong(self, job: Job) -> list[str]:
         wrong = []

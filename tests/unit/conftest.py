@@ -18,7 +18,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def api(tmp_path: Path, template: Path) -> Iterator[ApiService]:
+def api(tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiService]:
+    monkeypatch.setattr("graft_api.jobs.bells.MARKED_AFTER_SECONDS", 0.0)  # no row changes while a test looks at it
     service = make_service(tmp_path, template)
     yield service
     service.database.close()

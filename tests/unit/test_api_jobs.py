@@ -15,6 +15,7 @@ from sqlalchemy import select, update
 
 from graft_shared.jobs import Failure, FailureReason, Stage
 from graft_shared.memory import TrainingPlan
+from graft_shared.store import Leases
 from graft_shared.store.tables import jobs
 from tests.api_service import LLAMA, ApiService, error_of, make_service, register_base
 from tests.store_factories import a_beat, a_new_job, a_placement
@@ -62,6 +63,18 @@ def test_a_committed_job_is_rung_for_once_and_marked(api: ApiService) -> None:
     job_id = api.new_job()["id"]
     wait_until(lambda: api.doorbell.rung == [(job_id, "prepare")], what="the bell of a CPU worker, which prepares data")
     wait_until(lambda: _bell_rung_at(api, job_id) is not None, what="the mark")
+
+
+def test_bells_that_were_rung_one_after_the_other_are_marked_together(
+    api: ApiService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(Leases, "mark_rung", lambda _, *job_ids: marked.append(job_ids))
+    monkeypatch.setattr("graft_api.jobs.bells.MARKED_AFTER_SECONDS", 2.0)
+    spec = api.spec()
+    ids = [api.post(spec).json()["id"] for _ in range(3)]
+    wait_until(lambda: marked, what="the mark")
+    assert marked == [tuple(ids)]
 
 
 def test_a_broker_that_hangs_holds_up_no_post(api: ApiService) -> None:

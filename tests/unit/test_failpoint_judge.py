@@ -143,7 +143,7 @@ def test_time_may_end_at_a_lease_that_nobody_could_renew_or_whose_end_was_seen_l
         (0, -1.5, False),
         (0, -3, True),
     ):
-        changed = replace(with_job(gpu_seconds=counted + seconds)(trial), store_stood_still_seconds=stood_still)
+        changed = replace(with_job(gpu_seconds=counted + seconds)(trial), stood_still_seconds=stood_still)
         assert bool(violations(changed)) is is_wrong
 
 

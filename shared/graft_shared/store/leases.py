@@ -486,7 +486,7 @@ def _made_progress(row: RowMapping, failed_epoch: int) -> bool:
 
 
 def _replanned(row: RowMapping, placement: Placement) -> dict[str, Any]:
-    estimated = {"estimate": placement.estimate.to_dict(), "gpu": asdict(placement.gpu_class)}
+    estimated = {"estimate": placement.estimate.to_dict(), "gpu": placement.gpu_class.facts}
     warning = {"code": "replanned", "message": placement.summary}
     return {
         "plan": placement.plan.to_dict(),

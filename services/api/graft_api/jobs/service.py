@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from graft_api.deps import Neighbours
@@ -146,7 +146,7 @@ def _new_job(
             "target_modules": list(placement.target_modules),
             "max_position_embeddings": shape.max_position_embeddings,
             "estimate": placement.estimate.to_dict(),
-            "gpu": asdict(placement.gpu_class),
+            "gpu": placement.gpu_class.facts,
         },
         gpu_class=placement.gpu_class.name,
         request_sha256=request_sha256,
