@@ -95,6 +95,12 @@ class ApiService:
     def post(self, spec: dict[str, Any] | None = None, **headers: str) -> Any:
         return self.http.post("/jobs", json=spec or self.spec(), headers=headers)
 
+    def let_bells_ring(self) -> None:
+        """Wait until the bells of all jobs so far are rung and marked, which changes their rows."""
+        bells = self.http.app.state.neighbours.bells
+        for thread in (bells._ringer, bells._marker):
+            thread.submit(int).result()
+
     def new_job(self, **changes: Any) -> dict[str, Any]:
         answer = self.post(self.spec(**changes))
         assert answer.status_code == 202, answer.text

@@ -225,6 +225,7 @@ def all_that_is_stored(api: ApiService) -> list[Any]:
 )
 def test_what_is_anothers_or_deleted_answers_as_what_never_was(api: ApiService, owner: str, state: str) -> None:
     theirs = made_by(api, owner, state)
+    api.let_bells_ring()
     become(api, BLUE)
     document, before, nobodys = api.http.get("/openapi.json").json(), all_that_is_stored(api), ids_of_nobody()
     tried = list(zip(requests_naming(document, theirs), requests_naming(document, nobodys), strict=True))
