@@ -25,6 +25,7 @@ from graft_shared.store import Database, Files, Jobs, Leases, Workers, open_data
 from graft_shared.store.migrate import migrate
 from tests.factories import EMPTY_WEIGHTS
 from tests.fakes.doorbell import FakeDoorbell
+from tests.store_factories import a_beat
 
 LLAMA = "meta-llama/Llama-2-7b-hf"
 ROWS = b'{"text": "one"}\n{"text": "two"}\n'
@@ -94,6 +95,11 @@ class ApiService:
 
     def post(self, spec: dict[str, Any] | None = None, **headers: str) -> Any:
         return self.http.post("/jobs", json=spec or self.spec(), headers=headers)
+
+    def idle_workers(self, stage: Stage = Stage.PREPARE, count: int = 10) -> None:
+        """Have workers of this stage be alive, which bells are rung for."""
+        for number in range(count):
+            self.workers.beat(**a_beat(f"{stage}-{number}", stages=(stage,)))
 
     def let_bells_ring(self) -> None:
         """Wait until the bells of all jobs so far are rung and marked, which changes their rows."""

@@ -1,10 +1,13 @@
 """`python -m tests.bench.load_fleet N`: so many simulated workers, each with a job in training, until stdin is closed.
 
-They call the store as real workers do, at the intervals that these have by default; only the training is missing.
+They call the store as real workers do, at the intervals that these have by default; only the training is missing. Of
+the look for orders, which is most of what they ask, they do what reaches the database and no more: real workers have
+machines of their own, these share one with what is measured.
 """
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import json
 import sys
@@ -14,10 +17,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from graft_shared.errors import GraftError
+from graft_shared.errors import GraftError, LeaseLost
 from graft_shared.jobs import Job, Stage
 from graft_shared.settings import SharedSettings
-from graft_shared.store import Leases, Workers, open_database
+from graft_shared.store import Database, Leases, Workers, open_database
+from graft_shared.store.leases import _ORDERS
 from graft_worker.celery_app import BEAT_SECONDS
 from graft_worker.settings import WorkerSettings
 
@@ -26,10 +30,40 @@ LATE_SECONDS = 1.0  # after it was due
 GPU_CLASS = "24gb"
 
 
+class Looks:
+    """One thread's looks for orders: the statements that `Leases.orders` sends, over a connection that is kept."""
+
+    def __init__(self, database: Database) -> None:
+        dialect = database.engine.dialect
+        self._ping = dialect.do_ping
+        self._statement = _ORDERS.compile(dialect=dialect)
+        self._fairy = database.engine.raw_connection()
+        self._connection: Any = self._fairy.dbapi_connection
+        if dialect.name == "postgresql":
+            self._connection.autocommit = True
+
+    def look(self, job: Job) -> None:
+        """Raise LeaseLost if the job is no longer this epoch's."""
+        self._ping(self._connection)
+        wanted: Any = self._statement.construct_params({"job": job.id, "by": job.epoch})
+        if self._statement.positional:
+            wanted = [wanted[name] for name in self._statement.positiontup or ()]
+        cursor = self._connection.cursor()
+        try:
+            if cursor.execute(str(self._statement), wanted).fetchone() is None:
+                raise LeaseLost(job_id=job.id, epoch=job.epoch)
+        finally:
+            cursor.close()
+
+    def close(self) -> None:
+        self._fairy.close()
+
+
 @dataclass
 class Fleet:
     """Simulated workers and what became of their beats."""
 
+    database: Database
     leases: Leases
     workers: Workers
     count: int
@@ -86,15 +120,19 @@ class Fleet:
             due.append((began + share * self.heartbeat, number, "renew", self.heartbeat))
             due.append((began + share * self.orders, number, "orders", self.orders))
         heapq.heapify(due)
+        with contextlib.closing(Looks(self.database)) as looks:
+            self._keep(due, looks)
+
+    def _keep(self, due: list[tuple[float, int, str, float]], looks: Looks) -> None:
         while due:
             moment, number, kind, every = due[0]
             if self._end.wait(max(0.0, moment - time.monotonic())):
                 return
-            self._act(number, kind)
+            self._act(number, kind, looks)
             self._count(kind, time.monotonic() - moment)
             heapq.heapreplace(due, (moment + every, number, kind, every))
 
-    def _act(self, number: int, kind: str) -> None:
+    def _act(self, number: int, kind: str, looks: Looks) -> None:
         job = self.held.get(number)
         if job is None:
             return  # it has lost its lease, and said so
@@ -104,7 +142,7 @@ class Fleet:
             elif kind == "renew":
                 self.leases.renew(job.id, job.epoch)
             else:
-                self.leases.orders(job.id, job.epoch)
+                looks.look(job)
         except GraftError as error:
             self.held.pop(number)
             self.violations.append(f"{kind} of worker {number}: {error.message}")
@@ -131,6 +169,7 @@ def main() -> None:
     settings = SharedSettings()
     database = open_database(settings.database)
     fleet = Fleet(
+        database=database,
         leases=Leases(database, settings.lease),
         workers=Workers(database),
         count=int(sys.argv[1]),

@@ -259,6 +259,7 @@ def _before_the_migration(api: ApiService) -> None:
 
 
 def _one_job_whole(api: ApiService, broker_url: str) -> None:
+    api.idle_workers(count=1)
     job = api.new_job(metadata={"team": "search"})
     with redis.Redis.from_url(broker_url) as broker:
         wait_until(lambda: broker.llen("prepare") == 1, what="the bell, in Celery's list of that queue")

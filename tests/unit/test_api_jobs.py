@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from sqlalchemy import select, update
 
+from graft_shared.errors import StoreUnavailable
 from graft_shared.jobs import Failure, FailureReason, Stage
 from graft_shared.memory import TrainingPlan
-from graft_shared.store import Leases
+from graft_shared.store import Leases, LiveWorker, Workers
 from graft_shared.store.tables import jobs
 from tests.api_service import LLAMA, ApiService, error_of, make_service, register_base
 from tests.store_factories import a_beat, a_new_job, a_placement
@@ -60,6 +61,7 @@ def test_an_accepted_job_is_stored_and_shown_whole(api: ApiService) -> None:
 
 
 def test_a_committed_job_is_rung_for_once_and_marked(api: ApiService) -> None:
+    api.idle_workers(count=1)
     job_id = api.new_job()["id"]
     wait_until(lambda: api.doorbell.rung == [(job_id, "prepare")], what="the bell of a CPU worker, which prepares data")
     wait_until(lambda: _bell_rung_at(api, job_id) is not None, what="the mark")
@@ -71,13 +73,41 @@ def test_bells_that_were_rung_one_after_the_other_are_marked_together(
     marked: list[tuple[str, ...]] = []
     monkeypatch.setattr(Leases, "mark_rung", lambda _, *job_ids: marked.append(job_ids))
     monkeypatch.setattr("graft_api.jobs.bells.MARKED_AFTER_SECONDS", 2.0)
+    api.idle_workers()
     spec = api.spec()
     ids = [api.post(spec).json()["id"] for _ in range(3)]
     wait_until(lambda: marked, what="the mark")
     assert marked == [tuple(ids)]
 
 
+def test_no_bell_is_rung_where_nobody_would_hear_it(api: ApiService) -> None:
+    """Who is at work looks for more by itself, and so does a worker that comes."""
+    api.idle_workers(Stage.TRAIN)
+    first = api.new_job()["id"]
+    api.let_bells_ring()
+    assert api.doorbell.rung == []
+    api.idle_workers(Stage.PREPARE, count=2)
+    held = api.leases.claim("prepare-1/prepare", stage=Stage.PREPARE, gpu_classes=[])
+    assert held is not None and held.id == first
+    second, third = api.new_job()["id"], api.new_job()["id"]
+    api.let_bells_ring()
+    assert [job_id for job_id, _ in api.doorbell.rung] in ([second], [second, third]), "one of two workers is idle"
+    assert "prepare" in dict(api.doorbell.rung)[second]
+
+
+def test_where_the_store_does_not_tell_who_is_idle_all_are_rung_for(
+    api: ApiService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(_: Workers) -> list[LiveWorker]:
+        raise StoreUnavailable(reason="away")
+
+    monkeypatch.setattr(Workers, "idle", away)
+    job_id = api.new_job()["id"]
+    wait_until(lambda: api.doorbell.rung == [(job_id, "prepare")], what="the bell")
+
+
 def test_a_broker_that_hangs_holds_up_no_post(api: ApiService) -> None:
+    api.idle_workers()
     spec, released = api.spec(), threading.Event()
     ring = api.doorbell.ring
     api.doorbell.ring = lambda job_id, queue: released.wait(60) and ring(job_id, queue)  # type: ignore[method-assign]
@@ -342,6 +372,7 @@ def test_an_estimate_of_what_does_not_fit_names_the_changes(small: ApiService) -
 
 
 def test_the_same_key_and_body_give_the_same_job_and_ring_once(api: ApiService) -> None:
+    api.idle_workers()
     spec = api.spec(training={"num_train_epochs": 3})
     first = api.post(spec, **{"idempotency-key": "k1"})
     reordered = dict(reversed({**spec, "training": {"num_train_epochs": 3.0}}.items()))
@@ -403,6 +434,7 @@ def test_a_finished_job_cannot_be_cancelled(api: ApiService) -> None:
 
 
 def test_a_paused_job_says_so_and_is_rung_for_when_it_is_resumed(api: ApiService, nothing_is_held: None) -> None:
+    api.idle_workers()
     first, second = api.new_job()["id"], api.new_job()["id"]
     wait_until(lambda: len(api.doorbell.rung) == 2, what="the bells of both")
     for _ in range(2):
@@ -624,8 +656,7 @@ def _let_run(api: ApiService, job_id: str, seconds: float) -> None:
 
 def _lost_bells(api: ApiService) -> list[str]:
     """The jobs whose bell a reconciler would ring now; asking marks them, as a reconciler does."""
-    for number in range(10):
-        api.workers.beat(**a_beat(f"prepare-{number}", stages=(Stage.PREPARE,)))
+    api.idle_workers()
     return [bell.job_id for bell in api.leases.take_lost_bells(timedelta(seconds=30), api.workers.idle())]
 
 

@@ -116,7 +116,7 @@ def neighbours_of(
         fleet=Fleet(workers),
         lines=HeldLines(jobs),
         starts=Starts(workers, totals, capacity),
-        bells=Bells(doorbell, Leases(database, settings.lease)),
+        bells=Bells(doorbell, Leases(database, settings.lease), workers),
         watch=Watch(jobs),
         outbox=Outbox(database),
         postman=Postman.of(settings),

@@ -1,10 +1,15 @@
-"""Bells rung beside the requests: a broker that is away must cost neither an answer nor a thread that answers."""
+"""Bells rung beside the requests: a broker that is away must cost neither an answer nor a thread that answers.
+
+Who is at work goes on until nothing is left to do, and needs no bell: it would lie in a queue and wake it for nothing.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
+import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,23 +17,26 @@ from graft_shared.dispatch import Doorbell, queue_for
 from graft_shared.errors import NeighbourUnavailable
 from graft_shared.jobs import Job, Stage
 from graft_shared.logs import log_event
-from graft_shared.store import Leases, Report
+from graft_shared.store import Leases, Report, Workers
 
 MAX_WAITING = 100  # bells; a dead broker takes seconds for each, and the reconciler rings whatever was dropped
+LOOKS_APART_SECONDS = 0.1  # at the fleet: whoever is committed meanwhile is rung for together
 MARKED_AFTER_SECONDS = 0.25  # all that were rung meanwhile, in one transaction, because each waits for the disk
 
 logger = logging.getLogger(__name__)
 
 
 class Bells:
-    """Rings for committed jobs, in order, on a thread of its own; a second one tells the store which were rung.
+    """Rings for committed jobs, in order, on a thread of its own, as far as there are idle workers to hear it.
 
-    Between the two the reconciler may ring again for a job: that wakes a worker for nothing.
+    A second thread tells the store which were rung. Until then the reconciler may ring again for a job.
     """
 
-    def __init__(self, doorbell: Doorbell, leases: Leases) -> None:
+    def __init__(self, doorbell: Doorbell, leases: Leases, workers: Workers) -> None:
         self._doorbell = doorbell
         self._leases = leases
+        self._workers = workers
+        self._look_at = -math.inf  # monotonic; not before
         self._ringer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="bells")
         self._marker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="bells-rung")
         self._waiting: deque[Job] = deque()
@@ -56,15 +64,36 @@ class Bells:
             thread.shutdown(wait=False, cancel_futures=True)
 
     def _ring_all(self) -> None:
-        """Ring for all that wait by now."""
+        """Ring for all that wait by now; whoever comes after that finds nothing to do."""
+        if not self._waiting or self._closed.wait(max(0.0, self._look_at - time.monotonic())):
+            return
+        waiting = []
         with contextlib.suppress(IndexError):  # closed meanwhile
-            for _ in range(len(self._waiting)):
-                job = self._waiting.popleft()
-                if self._doorbell.ring(job.id, queue_for(job.stage, job.gpu_class)):
-                    self._rung.append(job.id)
+            waiting += [self._waiting.popleft() for _ in range(len(self._waiting))]
+        for job in self._heard(waiting):
+            if self._doorbell.ring(job.id, queue_for(job.stage, job.gpu_class)):
+                self._rung.append(job.id)
+        self._look_at = time.monotonic() + LOOKS_APART_SECONDS
         if self._rung:
             with contextlib.suppress(RuntimeError):  # closed meanwhile
                 self._marker.submit(self._mark_all)
+
+    def _heard(self, waiting: list[Job]) -> list[Job]:
+        """Those for which a worker is idle, each another one, after they were committed.
+
+        One that goes idle later has looked for work since; of a store that does not tell, all are rung for.
+        """
+        try:
+            idle = self._workers.idle()
+        except NeighbourUnavailable:
+            return waiting
+        heard = []
+        for job in waiting:
+            able = next((worker for worker in idle if worker.takes(job.stage, job.gpu_class)), None)
+            if able is not None:
+                idle.remove(able)
+                heard.append(job)
+        return heard
 
     def _mark_all(self) -> None:
         """Mark all that were rung, a moment later; whoever comes after that finds nothing to do."""
