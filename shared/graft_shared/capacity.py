@@ -108,8 +108,10 @@ class CapacityTable:
         """
         fitted = within_positions(shape, spec)
         self._check(shape, fitted)
+        least = leanest_plan(shape, fitted)[1].high_bytes  # so that not every plan is tried where none fits
         for gpu in self._allowed(fitted):
-            chosen = fastest_plan(shape, fitted, gpu.usable_bytes, gpu.cards) if gpu.takes(shape) else None
+            fits = gpu.takes(shape) and least <= gpu.usable_bytes
+            chosen = fastest_plan(shape, fitted, gpu.usable_bytes, gpu.cards) if fits else None
             if chosen is not None:
                 return self._placement(gpu, *chosen, shape, fitted)
         raise self._refusal(shape, spec, catalogue, registered)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from graft_shared.errors import InvalidParameter, UnsupportedBaseModel
@@ -23,7 +24,7 @@ class Linear:
     in_features: int
     out_features: int
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """Weights, biases left out: they are small and stay in 16 bits."""
         return self.in_features * self.out_features
@@ -122,7 +123,7 @@ class ModelShape:
         widths = [linear.out_features for linear in self.linears if linear.name in first]
         return sum(widths) or 2 * self.intermediate_size  # experts are no linear layers; theirs have a gate
 
-    @property
+    @cached_property
     def linear_parameters(self) -> int:
         """Weights of one layer that 4-bit loading quantises."""
         return sum(linear.parameters for linear in self.linears)
@@ -147,7 +148,7 @@ class ModelShape:
         family = FAMILIES[self.model_type]
         return self.hidden_size * (family.norms_per_layer * self.num_hidden_layers + 1)
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """All of them, biases left out."""
         layers = self.num_hidden_layers * (self.linear_parameters + self.expert_parameters)
