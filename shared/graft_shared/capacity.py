@@ -201,7 +201,7 @@ class CapacityTable:
         own = {base.base_model: base for base in _largest_first(registered)}
         listed = [base for base in _largest_first(catalogue) if base.base_model not in own]
         changes = list(self._changes(shape, spec, list(own.values()), listed))
-        fitting = (base.base_model for base in (*own.values(), *listed) if self._fits(base, spec))
+        fitting = (base.base_model for base in (*own.values(), *listed) if _is_open(spec) and self._fits(base, spec))
         fits_here = list(islice(fitting, FITS_HERE))
         which = "the largest GPU class here" if spec.gpu.gpu_class == "auto" else "the class you asked for"
         asked = f"{shape.base_model} ({shape.parameters / 1e9:.1f}B)"
@@ -248,7 +248,7 @@ class CapacityTable:
                 yield from self._first("lora.target_modules", _plain(spec.lora.target_modules), ["auto"], shape, spec)
         if spec.gpu.gpu_class != "auto":
             yield from self._first("gpu.class", spec.gpu.gpu_class, [gpu.name for gpu in self.classes], shape, spec)
-        if spec.adapter is None and spec.revision == DEFAULT_REVISION:
+        if _is_open(spec):
             for listed in bases:
                 yield from self._smaller_base(shape, spec, listed)
 
@@ -318,6 +318,11 @@ def _warnings(shape: ModelShape, spec: JobSpec) -> tuple[dict[str, str], ...]:
     experts = HALF * shape.num_hidden_layers * shape.expert_parameters
     message = f"4-bit loading leaves the experts of {shape.base_model} in 16 bits: {_gib(experts)} of them."
     return ({"code": "experts_not_quantised", "message": message},)
+
+
+def _is_open(spec: JobSpec) -> bool:
+    """Whether the job could have another base: not the one that its earlier adapter or its commit belongs to."""
+    return spec.adapter is None and spec.revision == DEFAULT_REVISION
 
 
 def _plain(targets: str | tuple[str, ...]) -> str | list[str]:

@@ -74,7 +74,7 @@ def fastest_plan(
     fitting = [first, *found]
     speeds = [_speed(shape, spec, plan, cards) for plan, _ in fitting]
     enough = AS_FAST * max(speeds)
-    return next(found for found, speed in zip(fitting, speeds, strict=True) if speed >= enough)
+    return next(chosen for chosen, speed in zip(fitting, speeds, strict=True) if speed >= enough)
 
 
 def _speed(shape: ModelShape, spec: JobSpec, plan: TrainingPlan, cards: tuple[Rates, ...]) -> float:

@@ -163,7 +163,8 @@ def gpu_time_was_counted_once(evidence: Evidence) -> None:
             since, runs = event["at"], runs + 1
         elif since is not None and event["type"] in ("requeued", *TERMINAL_TYPES):
             held, since = held + event["at"] - since, None
-            unseen += LOST_NOTICED_WITHIN_SECONDS * (event["data"].get("reason") == FailureReason.WORKER_LOST)
+            if event["data"].get("reason") == FailureReason.WORKER_LOST:
+                unseen += LOST_NOTICED_WITHIN_SECONDS
     counted, tolerance = evidence.job.gpu_seconds, GPU_SECONDS_TOLERANCE * runs
     assert held - unseen - tolerance <= counted <= held + tolerance, (counted, held)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 import time
@@ -93,6 +94,38 @@ def test_no_bell_is_rung_where_nobody_would_hear_it(api: ApiService) -> None:
     api.let_bells_ring()
     assert [job_id for job_id, _ in api.doorbell.rung] in ([second], [second, third]), "one of two workers is idle"
     assert "prepare" in dict(api.doorbell.rung)[second]
+
+
+def test_one_bell_that_fails_costs_no_other_and_the_smaller_worker_takes_the_smaller_job(api: ApiService) -> None:
+    api.workers.beat(**a_beat("a-large", gpu_class="80gb", takes_classes=("80gb", "24gb")))
+    api.workers.beat(**a_beat("b-small", gpu_class="24gb"))
+    bells, tried = api.http.app.state.neighbours.bells, list[str]()
+
+    def fails(job_id: str, queue: str) -> bool:
+        tried.append(queue)
+        raise RuntimeError("unforeseen")
+
+    api.doorbell.ring = fails  # type: ignore[method-assign]
+    job = api.jobs.get("default", api.new_job()["id"])
+    api.let_bells_ring()
+    bells._look_at = time.monotonic() + 1  # both of them wait for the same look
+    for gpu_class in ("24gb", "80gb"):
+        bells.ring(dataclasses.replace(job, stage=Stage.TRAIN, gpu_class=gpu_class))
+    wait_until(lambda: tried == ["24gb", "80gb"], what="a try of both")
+
+
+def test_a_broker_that_is_slow_at_the_end_holds_it_up_for_one_bell(api: ApiService) -> None:
+    api.idle_workers()
+    rung, released = list[str](), threading.Event()
+    api.doorbell.ring = lambda job_id, queue: not rung.append(job_id) and released.wait(60)  # type: ignore[method-assign]
+    bells = api.http.app.state.neighbours.bells
+    for _ in range(3):
+        api.new_job()
+    wait_until(lambda: rung, what="the first bell")
+    bells.close()
+    released.set()
+    bells._ringer.shutdown(wait=True)
+    assert len(rung) == 1
 
 
 def test_where_the_store_does_not_tell_who_is_idle_all_are_rung_for(

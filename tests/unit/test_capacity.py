@@ -249,6 +249,7 @@ def test_what_a_job_goes_on_from_or_pins_is_not_offered_otherwise(named: dict[st
     offered = {change["param"] for change in refused.facts["changes"]}
     everything = {"base_model", "lora.r", "lora.target_modules"}
     assert offered & everything == everything - kept
+    assert bool(refused.facts["fits_here"]) == ("base_model" not in kept)
 
 
 def test_where_no_step_of_lengths_fits_a_shorter_one_is_offered() -> None:

@@ -11,7 +11,9 @@ import math
 import threading
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from graft_shared.dispatch import Doorbell, queue_for
 from graft_shared.errors import NeighbourUnavailable
@@ -22,6 +24,8 @@ from graft_shared.store import Leases, Report, Workers
 MAX_WAITING = 100  # bells; a dead broker takes seconds for each, and the reconciler rings whatever was dropped
 LOOKS_APART_SECONDS = 0.1  # at the fleet: whoever is committed meanwhile is rung for together
 MARKED_AFTER_SECONDS = 0.25  # all that were rung meanwhile, in one transaction, because each waits for the disk
+
+Item = TypeVar("Item")
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +51,14 @@ class Bells:
         """Wake a worker soon. Never raises and never waits."""
         if len(self._waiting) < MAX_WAITING:
             self._waiting.append(job)
-            self._ringer.submit(self._ring_all)
+            _hand_to(self._ringer, self._ring_for_the_idle)
         else:
             log_event(logger, "bell_dropped", level=logging.WARNING, job_id=job.id)
 
     def ring_for_report(self, report: Report) -> None:
         """Wake a worker that prepares data; a bell that is lost costs the time until one looks for work by itself."""
         if len(self._waiting) < MAX_WAITING:
-            self._ringer.submit(self._doorbell.ring, report.id, queue_for(Stage.PREPARE, ""))
+            _hand_to(self._ringer, self._doorbell.ring, report.id, queue_for(Stage.PREPARE, ""))
 
     def close(self) -> None:
         """Drop what has not been rung, and leave what has unmarked."""
@@ -63,20 +67,15 @@ class Bells:
         for thread in (self._ringer, self._marker):
             thread.shutdown(wait=False, cancel_futures=True)
 
-    def _ring_all(self) -> None:
-        """Ring for all that wait by now; whoever comes after that finds nothing to do."""
-        if not self._waiting or self._closed.wait(max(0.0, self._look_at - time.monotonic())):
+    def _ring_for_the_idle(self) -> None:
+        """Look who is idle, for all that wait by now; whoever comes after that finds nothing to do."""
+        if not self._waiting:
             return
-        waiting = []
-        with contextlib.suppress(IndexError):  # closed meanwhile
-            waiting += [self._waiting.popleft() for _ in range(len(self._waiting))]
+        self._closed.wait(max(0.0, self._look_at - time.monotonic()))
+        waiting = _taken_from(self._waiting)
         for job in self._heard(waiting):
-            if self._doorbell.ring(job.id, queue_for(job.stage, job.gpu_class)):
-                self._rung.append(job.id)
+            _hand_to(self._ringer, self._ring_one, job)  # one by one: none is lost with another, none holds up the end
         self._look_at = time.monotonic() + LOOKS_APART_SECONDS
-        if self._rung:
-            with contextlib.suppress(RuntimeError):  # closed meanwhile
-                self._marker.submit(self._mark_all)
 
     def _heard(self, waiting: list[Job]) -> list[Job]:
         """Those for which a worker is idle, each another one, after they were committed.
@@ -87,6 +86,7 @@ class Bells:
             idle = self._workers.idle()
         except NeighbourUnavailable:
             return waiting
+        idle.sort(key=lambda worker: len(worker.takes_classes))  # who could take more is left for more
         heard = []
         for job in waiting:
             able = next((worker for worker in idle if worker.takes(job.stage, job.gpu_class)), None)
@@ -95,12 +95,37 @@ class Bells:
                 heard.append(job)
         return heard
 
+    def _ring_one(self, job: Job) -> None:
+        if self._doorbell.ring(job.id, queue_for(job.stage, job.gpu_class)):
+            self._rung.append(job.id)
+            _hand_to(self._marker, self._mark_all)
+
     def _mark_all(self) -> None:
         """Mark all that were rung, a moment later; whoever comes after that finds nothing to do."""
         if not self._rung or self._closed.wait(MARKED_AFTER_SECONDS):
             return
-        rung = [self._rung.popleft() for _ in range(len(self._rung))]
+        rung = _taken_from(self._rung)
         try:
             self._leases.mark_rung(*rung)
         except NeighbourUnavailable as error:
             log_event(logger, "bells_not_marked", level=logging.WARNING, job_ids=rung, reason=error.message)
+
+
+def _hand_to(thread: ThreadPoolExecutor, work: Callable[..., Any], *arguments: Any) -> None:
+    """Have it done there; what it raises is logged, and the reconciler rings for what was not."""
+    with contextlib.suppress(RuntimeError):  # closed meanwhile
+        thread.submit(work, *arguments).add_done_callback(_tell)
+
+
+def _tell(done: Future[Any]) -> None:
+    if not done.cancelled() and (error := done.exception()) is not None:
+        logger.error("bells_failed", exc_info=error)
+
+
+def _taken_from(waiting: deque[Item]) -> list[Item]:
+    """All that are there by now; whoever closes may empty it meanwhile."""
+    taken: list[Item] = []
+    with contextlib.suppress(IndexError):
+        while True:
+            taken.append(waiting.popleft())
+    return taken
