@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -205,9 +206,9 @@ class CapacityTable:
         fits_here = list(islice(fitting, FITS_HERE))
         which = "the largest GPU class here" if spec.gpu.gpu_class == "auto" else "the class you asked for"
         asked = f"{shape.base_model} ({shape.parameters / 1e9:.1f}B)"
+        wanted, there_is = _gib_apart(needed.high_bytes, largest.usable_bytes)
         reason = (
-            f"{asked} with these settings needs {_gib(needed.high_bytes)}; "
-            f"{which}, {largest.name}, has {_gib(largest.usable_bytes)}."
+            f"{asked} with these settings needs {wanted}; {which}, {largest.name}, has {there_is}."
             if largest.takes(shape)
             else f"{asked} has too many parameters; "
             f"{which}, {largest.name}, takes bases of up to {(largest.max_parameters or 0) / 1e9:.1f}B."
@@ -372,5 +373,18 @@ def _gib(size: int) -> str:
     return f"{size / GIB:.1f} GiB"
 
 
+def _gib_apart(needed: int, available: int) -> tuple[str, str]:
+    """Both with as many digits as it takes to tell them apart."""
+    for digits in range(1, 9):
+        texts = tuple(f"{size / GIB:.{digits}f} GiB" for size in (needed, available))
+        if texts[0] != texts[1]:
+            break
+    return texts[0], texts[1]
+
+
 def _sentence(changes: list[dict[str, Any]]) -> str:
-    return ", or ".join(f"{change['param']}={change['to']}" for change in changes[:3])
+    return ", or ".join(f"{change['param']}={_as_json(change['to'])}" for change in changes[:3])
+
+
+def _as_json(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -88,14 +88,14 @@ class ModelShape:
         config = config.get("text_config") or config
         if not isinstance(config, Mapping):
             raise UnsupportedBaseModel(base_model=base_model, reason="the text_config of its config.json is no object")
-        model_type = str(config.get("model_type"))[:50]
+        model_type = _shown(config.get("model_type"))
         family = FAMILIES.get(model_type)
         if family is None:
             known = ", ".join(sorted(FAMILIES))
             raise UnsupportedBaseModel(
                 base_model=base_model, reason=f"its architecture '{model_type}' is not one of {known}"
             )
-        if "quantization_config" in config:
+        if config.get("quantization_config") is not None:
             raise UnsupportedBaseModel(
                 base_model=base_model, reason="it is quantised already; name its 16-bit original"
             )
@@ -249,15 +249,12 @@ def _positions(config: Mapping[str, Any]) -> int:
     first trained on: packed with others, a sequence would not be what it is alone.
     """
     positions = _size(config, "max_position_embeddings", 2048)
-    if positions < SHORTEST_MAX_LENGTH:
-        raise ValueError(
-            f"has max_position_embeddings = {positions}, and no sequence here is under {SHORTEST_MAX_LENGTH}"
-        )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping) or rope.get("rope_type", rope.get("type")) != "longrope":
-        return positions
-    first = {**config, **rope}
-    return min(positions, _size(first, "original_max_position_embeddings", positions))
+    if isinstance(rope, Mapping) and rope.get("rope_type", rope.get("type")) == "longrope":
+        positions = min(positions, _size({**config, **rope}, "original_max_position_embeddings", positions))
+    if positions < SHORTEST_MAX_LENGTH:
+        raise ValueError(f"has {positions} positions, and no sequence here is under {SHORTEST_MAX_LENGTH} tokens")
+    return positions
 
 
 def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
@@ -269,8 +266,13 @@ def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> i
     """
     size = config[name] if default is None else config.get(name) or default
     if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= LARGEST_SIZE:
-        raise ValueError(f"has {name} = {str(size)[:50]}, and a whole number from 1 to {LARGEST_SIZE} is wanted")
+        raise ValueError(f"has {name} = {_shown(size)}, and a whole number from 1 to {LARGEST_SIZE} is wanted")
     return size
+
+
+def _shown(value: Any) -> str:
+    """The beginning of what a config.json says, as text that can be sent: half a surrogate pair cannot."""
+    return str(value)[:50].encode("utf-8", "backslashreplace").decode()
 
 
 def _linear(name: str, sizes: Mapping[str, int]) -> Linear:

@@ -97,7 +97,15 @@ def card_bytes() -> int:
 
 def _start(task: Task, out_dir: Path) -> _Started:
     with (out_dir / f"{task.name}.log").open("w") as errors:
-        return _Started(task, subprocess.Popen(task.command, stdout=subprocess.PIPE, stderr=errors, text=True))
+        return _Started(
+            task, subprocess.Popen(task.command, stdout=subprocess.PIPE, stderr=errors, text=True, env=_environment())
+        )
+
+
+def _environment() -> dict[str, str]:
+    """This one, in which a script finds its neighbours."""
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def _read(run: _Started) -> Done:

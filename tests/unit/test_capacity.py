@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,17 @@ def test_what_a_job_goes_on_from_or_pins_is_not_offered_otherwise(named: dict[st
     assert bool(refused.facts["fits_here"]) == ("base_model" not in kept)
 
 
+def test_a_refusal_tells_two_sizes_apart_and_offers_what_can_be_sent() -> None:
+    training = {"max_length": 2560, "gradient_checkpointing": False}
+    long = dataclasses.replace(shape("meta-llama/Llama-2-70b-hf"), max_position_embeddings=8192)
+    with pytest.raises(VramCapacityExceeded) as refused:
+        TABLE.place(long, spec(long.base_model, training=training, gpu={"class": "80gb"}), CATALOGUE)
+    needed, available = re.findall(r"(\d+\.\d+) GiB", refused.value.message)[:2]
+    assert float(needed) > float(available)
+    plain = refusal("meta-llama/Llama-2-13b-hf", quantization={"load_in_4bit": False})
+    assert "quantization.load_in_4bit=true" in plain.message
+
+
 def test_where_no_step_of_lengths_fits_a_shorter_one_is_offered() -> None:
     base = "huggyllama/llama-30b"
     changes = {"training": {"max_length": 2048, "gradient_checkpointing": False}, "gpu": {"class": "24gb"}}
@@ -376,7 +388,9 @@ TINY = {
         ({"model_type": "t5"}, "'t5' is not one of"),
         ({"model_type": "llama", "hidden_size": 64}, "has no 'num_attention_heads'"),
         ({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}, "quantised already"),
-        ({**TINY, "max_position_embeddings": 7}, "has max_position_embeddings = 7, and no sequence here is under 8"),
+        ({**TINY, "max_position_embeddings": 7}, "has 7 positions, and no sequence here is under 8 tokens"),
+        ({**TINY, "rope_scaling": {"type": "longrope", "original_max_position_embeddings": 4}}, "has 4 positions"),
+        ({"model_type": "\ud800"}, r"its architecture '\\ud800' is not one of"),
     ],
 )
 def test_a_config_that_cannot_be_trained_says_why(config: dict[str, Any], says: str) -> None:
