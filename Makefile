@@ -116,8 +116,8 @@ test-chart: $(VENV)/.ready-dev ## the chart by Helm's own command, HELM=…, or 
 test-gpu: $(VENV)/.ready-dev ## on a CUDA machine: the trainer's kernels, compiled layers, and resuming to the last digit
 	@$(BIN)/python -m pytest tests/gpu --timeout 600
 
-bench: $(VENV)/.ready-dev ## the CPU part of the benchmarks: how long a refusal takes, and the trainer on a tiny base
-	@PYTHONPATH=. $(BIN)/python tests/bench/refusal.py --out .graft/bench/refusal.json
+bench: $(VENV)/.ready-dev ## the CPU part of the benchmarks: what estimates and refusals cost, and the trainer on a tiny base
+	@PYTHONPATH=. $(BIN)/python tests/bench/admission.py --out .graft/bench/admission.json
 	@PYTHONPATH=. $(BIN)/python tests/bench/compare.py --set tiny --out-dir .graft/bench
 
 bench-data: $(VENV)/.ready-dev ## a report on a file of 200,000 chats, in a minute and half a GiB: [ROWS=] [OUT=]

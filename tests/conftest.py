@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from graft_shared.store import Database, open_database
 from graft_shared.store.migrate import migrate
 from tests.servers import PostgresServer, RedisServer, SwiftServer
 
 _numbers = itertools.count()
+settings.register_profile("untimed", deadline=None)  # what takes long is for tests/bench to say
+settings.load_profile("untimed")
 
 
 def pytest_configure() -> None:

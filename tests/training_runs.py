@@ -36,6 +36,7 @@ def a_request(
     body["training"] = {**usual_training, **body.get("training", {})}
     made = JobSpec.model_validate(body)
     usual = {"recompute": "none", "recompute_every_n": 0, "microbatch_tokens": 64, "packing": made.training.packing}
+    usual["cuda_graphs"] = True  # as any plan of so few tokens
     return TrainRequest(
         job_id="ftjob-test",
         epoch=2,

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
-from itertools import islice
+from functools import cache, cached_property
+from itertools import chain, islice
 from typing import Any
 
 from graft_shared.catalogue import Catalogue, ModelShape
 from graft_shared.errors import GraftError, InvalidParameter, VramCapacityExceeded
 from graft_shared.memory import GIB, HALF, MemoryEstimate, TrainingPlan
-from graft_shared.planner import cheaper_plan, fastest_plan, leanest_plan, plan_for_smaller_host
+from graft_shared.planner import cheaper_plan, fastest_plan, fits, leanest_plan, plan_for_smaller_host
 from graft_shared.specs import DEFAULT_REVISION, JobSpec
 from graft_shared.speed import Rates
 
@@ -109,12 +109,9 @@ class CapacityTable:
         """
         fitted = within_positions(shape, spec)
         self._check(shape, fitted)
-        least = leanest_plan(shape, fitted)[1].high_bytes  # so that not every plan is tried where none fits
-        for gpu in self._allowed(fitted):
-            fits = gpu.takes(shape) and least <= gpu.usable_bytes
-            chosen = fastest_plan(shape, fitted, gpu.usable_bytes, gpu.cards) if fits else None
-            if chosen is not None:
-                return self._placement(gpu, *chosen, shape, fitted)
+        chosen = self._chosen(shape, fitted)
+        if chosen is not None:
+            return self._placement(*chosen, shape, fitted)
         raise self._refusal(shape, spec, catalogue, registered)
 
     def after_out_of_memory(
@@ -182,15 +179,25 @@ class CapacityTable:
         wanted = spec.gpu.gpu_class
         yield from (gpu for gpu in self.classes if wanted in ("auto", gpu.name))
 
+    def _chosen(self, shape: ModelShape, spec: JobSpec) -> tuple[GpuClass, TrainingPlan, MemoryEstimate] | None:
+        """The cheapest class where some plan fits, and the fastest of these."""
+        least = leanest_plan(shape, spec)[1].high_bytes  # so that not every plan is tried where none fits
+        for gpu in self._allowed(spec):
+            if gpu.takes(shape) and least <= gpu.usable_bytes:
+                found = fastest_plan(shape, spec, gpu.usable_bytes, gpu.cards)
+                if found is not None:
+                    return gpu, *found
+        return None
+
     def _fits(self, shape: ModelShape, spec: JobSpec) -> bool:
-        """Whether `place` would accept it, at the price of one plan a mode."""
+        """Whether `place` would accept it."""
         spec = within_positions(shape, spec)
         try:
             self._check(shape, spec)
         except GraftError:
             return False
-        rooms = [gpu.usable_bytes for gpu in self._allowed(spec) if gpu.takes(shape)]
-        return bool(rooms) and leanest_plan(shape, spec)[1].high_bytes <= max(rooms)
+        room = max((gpu.usable_bytes for gpu in self._allowed(spec) if gpu.takes(shape)), default=0)
+        return fits(shape, spec, room)
 
     def _refusal(
         self, shape: ModelShape, spec: JobSpec, catalogue: Catalogue, registered: Iterable[ModelShape]
@@ -198,12 +205,13 @@ class CapacityTable:
         largest = max(self._allowed(spec), key=lambda gpu: gpu.usable_bytes)
         _, needed = leanest_plan(shape, within_positions(shape, spec))
         everywhere = sorted({*self.classes, *self.known}, key=lambda gpu: gpu.usable_bytes)
-        required = next((gpu for gpu in everywhere if CapacityTable((gpu,))._fits(shape, _any_class(spec))), None)
+        required = next((gpu for gpu in everywhere if gpu.takes(shape) and needed.high_bytes <= gpu.usable_bytes), None)
+        fits_here = cache(lambda base: self._fits(base, spec))
         own = {base.base_model: base for base in _largest_first(registered)}
         listed = [base for base in _largest_first(catalogue) if base.base_model not in own]
-        changes = list(self._changes(shape, spec, list(own.values()), listed))
-        fitting = (base.base_model for base in (*own.values(), *listed) if _is_open(spec) and self._fits(base, spec))
-        fits_here = list(islice(fitting, FITS_HERE))
+        bases = (list(own.values()), listed) if _is_open(spec) else ()
+        changes = list(self._changes(shape, spec, bases, fits_here))
+        fitting = (base.base_model for base in chain(*bases) if fits_here(base))
         which = "the largest GPU class here" if spec.gpu.gpu_class == "auto" else "the class you asked for"
         asked = f"{shape.base_model} ({shape.parameters / 1e9:.1f}B)"
         wanted, there_is = _gib_apart(needed.high_bytes, largest.usable_bytes)
@@ -222,15 +230,21 @@ class CapacityTable:
             **(_memory_facts(largest, needed) if largest.takes(shape) else {}),
             largest_class=largest.name,
             required_class=required.name if required else None,
-            fits_here=fits_here,
+            fits_here=list(islice(fitting, FITS_HERE)),
             changes=changes,
         )
 
-    def _changes(self, shape: ModelShape, spec: JobSpec, *bases: list[ModelShape]) -> Iterator[dict[str, Any]]:
+    def _changes(
+        self,
+        shape: ModelShape,
+        spec: JobSpec,
+        bases: tuple[list[ModelShape], ...],
+        fits_here: Callable[[ModelShape], bool],
+    ) -> Iterator[dict[str, Any]]:
         """Single changes after which the job is accepted, each tried by placing it; the gentlest first.
 
         Of each list of `bases`, the largest first, one may be offered instead of the job's. To a job that goes on from
-        an earlier adapter neither another base nor another form is offered, and no base to one that names a commit.
+        an earlier adapter no other form is offered.
         """
         yield from self._shorter(shape, spec)
         if spec.training.gradient_checkpointing is False:
@@ -249,9 +263,8 @@ class CapacityTable:
                 yield from self._first("lora.target_modules", _plain(spec.lora.target_modules), ["auto"], shape, spec)
         if spec.gpu.gpu_class != "auto":
             yield from self._first("gpu.class", spec.gpu.gpu_class, [gpu.name for gpu in self.classes], shape, spec)
-        if _is_open(spec):
-            for listed in bases:
-                yield from self._smaller_base(shape, spec, listed)
+        for listed in bases:
+            yield from self._smaller_base(shape, spec, listed, fits_here)
 
     def _shorter(self, shape: ModelShape, spec: JobSpec) -> Iterator[dict[str, Any]]:
         """The longest sequences of those offered that fit: memory only grows with them, so that a few tries find it."""
@@ -275,22 +288,23 @@ class CapacityTable:
                 yield self._change(param, now, value, shape, changed)
                 return
 
-    def _smaller_base(self, shape: ModelShape, spec: JobSpec, listed: list[ModelShape]) -> Iterator[dict[str, Any]]:
+    def _smaller_base(
+        self, shape: ModelShape, spec: JobSpec, listed: list[ModelShape], fits_here: Callable[[ModelShape], bool]
+    ) -> Iterator[dict[str, Any]]:
         """The largest listed base that fits with the same settings, of the same architecture if there is one."""
         smaller = [base for base in listed if base.parameters < shape.parameters]
         smaller.sort(key=lambda base: base.model_type != shape.model_type)
-        found = next((base for base in smaller if self._fits(base, spec)), None)
+        found = next(filter(fits_here, smaller), None)
         if found is not None:
             changed = with_change(spec, "base_model", found.base_model)
             yield self._change("base_model", shape.base_model, found.base_model, found, changed)
 
     def _change(self, param: str, now: Any, value: Any, shape: ModelShape, spec: JobSpec) -> dict[str, Any]:
         spec = within_positions(shape, spec)
-        for gpu in self._allowed(spec):
-            chosen = fastest_plan(shape, spec, gpu.usable_bytes, gpu.cards) if gpu.takes(shape) else None
-            if chosen is not None:
-                needed = chosen[1].high_bytes
-                return {"param": param, "from": now, "to": value, "needed_bytes": needed, "gpu_class": gpu.name}
+        chosen = self._chosen(shape, spec)
+        if chosen is not None:
+            gpu, _, needed = chosen
+            return {"param": param, "from": now, "to": value, "needed_bytes": needed.high_bytes, "gpu_class": gpu.name}
         raise AssertionError("a change is only described after it was seen to fit")
 
 
@@ -328,10 +342,6 @@ def _is_open(spec: JobSpec) -> bool:
 
 def _plain(targets: str | tuple[str, ...]) -> str | list[str]:
     return targets if isinstance(targets, str) else list(targets)
-
-
-def _any_class(spec: JobSpec) -> JobSpec:
-    return with_change(spec, "gpu.class", "auto")
 
 
 def _memory_facts(gpu: GpuClass, needed: MemoryEstimate) -> dict[str, Any]:

@@ -78,6 +78,10 @@ class ModelShape:
     num_experts_per_tok: int = 0
     linears: tuple[Linear, ...]
 
+    def __hash__(self) -> int:
+        """Of its name alone: it is looked up for each plan of each base that a refusal thinks of."""
+        return hash((self.base_model, self.revision))
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, base_model: str, revision: str) -> ModelShape:
         """Read a config.json.

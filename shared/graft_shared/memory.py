@@ -7,7 +7,7 @@ to runs on an H100 and an H200 (tests/bench/golden.py; docs/memory.md shows how 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
 from typing import Any
@@ -55,7 +55,9 @@ CONTEXT_BYTES = int(0.85 * GIB)  # outside the allocator: CUDA context and kerne
 # compiled layer takes 1 to 2 ms to launch, each way; on an H200 a layer of 202 million weights takes as long for some
 # 2,500 tokens, and at 3,500 of them the device was still idle for 15 % of the time.
 HOST_BOUND = 2e12
-MOST_GRAPH_TOKENS = 16_384  # beyond, no layer is so small that launching it would matter
+# Beyond, no layer is so small that launching it would matter: on an H200 a 1B with microbatches of 16,384 tokens was
+# 1.35 times as fast launched, as sizes have to be captured, and held 0.8 GiB less (h200-graphs.json).
+MOST_GRAPH_TOKENS = 8192
 LOW, HIGH = 0.93, 1.08
 # Admission tries the same plans for each job: a spec asks for some 30, and 72 at most, a refusal for some of each base.
 ESTIMATES_REMEMBERED = 4096
@@ -79,6 +81,7 @@ class TrainingPlan:
     microbatch_tokens: int  # most tokens of one packed row, or of rows × longest when they are padded
     packing: bool
     optim: Optim
+    cuda_graphs: bool = False  # microbatches are captured and replayed: see `runs_as_graphs`
 
     @property
     def mode(self) -> str:
@@ -94,17 +97,23 @@ class TrainingPlan:
             Recompute.FULL: "every layer computed twice",
             Recompute.OFFLOAD: "every layer computed twice, their inputs kept in the host's memory",
         }
-        return f"with microbatches of {self.microbatch_tokens:,} tokens, {words[self.recompute]}"
+        replayed = " as CUDA graphs" if self.cuda_graphs else ""
+        return f"with microbatches of {self.microbatch_tokens:,} tokens{replayed}, {words[self.recompute]}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
-        return asdict(self)
+        return dict(vars(self))
 
     @classmethod
     def from_dict(cls, plan: dict[str, Any]) -> TrainingPlan:
         """Read what `to_dict` wrote."""
         facts = {key: plan[key] for key in ("recompute_every_n", "microbatch_tokens", "packing")}
-        return cls(recompute=Recompute(plan["recompute"]), optim=Optim(plan["optim"]), **facts)
+        return cls(
+            recompute=Recompute(plan["recompute"]),
+            optim=Optim(plan["optim"]),
+            cuda_graphs=plan.get("cuda_graphs", False),  # plans had no such word once
+            **facts,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,41 +169,82 @@ def estimate(
         evaluation_tokens: Of the largest microbatch that only a loss is wanted of; the plan's own if not given.
     """
     evaluated = size_for(plan.microbatch_tokens) if evaluation_tokens is None else evaluation_tokens
-    most = _estimate(shape, spec.lora, spec.quantization, plan, evaluated)
-    largest_graph = most_graph_tokens(shape.linear_parameters)
-    if not 0 < largest_graph < size_for(plan.microbatch_tokens):
-        return most
-    # Data that do not fill their microbatches may run as graphs after all, whose memory nothing else shares.
-    less = replace(plan, microbatch_tokens=largest_graph)
-    as_graphs = _estimate(shape, spec.lora, spec.quantization, less, evaluated)
-    return replace(max(most, as_graphs, key=lambda found: found.expected_bytes), host=most.host)
+    return _estimate(shape, spec.lora, spec.quantization, plan, evaluated)
 
 
 @lru_cache(maxsize=ESTIMATES_REMEMBERED)
 def _estimate(
     shape: ModelShape, lora: Lora, quantization: Quantization, plan: TrainingPlan, evaluated: int
 ) -> MemoryEstimate:
+    sizes = _sizes(shape, lora, quantization)
+    components = _components(sizes, plan, evaluated)
+    kept_on_disk = min(SHARD_BYTES, sizes.weights + sizes.rest) if sizes.in_4bit else 0
+    host = host_bytes(shape, plan, optimizer=components["optimizer"], loading=kept_on_disk)
+    return MemoryEstimate(components=components, host=host)
+
+
+def least_bytes(shape: ModelShape, quantization: Quantization) -> int:
+    """What the high end of no estimate is below, whatever the adapter and the plan: the base has to be loaded."""
+    quantised = shape.num_hidden_layers * shape.linear_parameters
+    weights = int(_bytes_per_weight(quantization) * quantised) + HALF * (shape.parameters - quantised)
+    return int(HIGH * (weights + loading_bytes(shape) + CONTEXT_BYTES))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    """What all plans for one base and one kind of adapter have in common: bytes, if nothing else is said."""
+
+    shape: ModelShape
+    in_4bit: bool
+    weights: int  # of the quantised layers
+    rest: int  # of what stays in 16 bits
+    adapter: int  # numbers
+    copies: int  # of one layer's adapters
+    activations_per_token: int  # of one layer
+    backward_per_token: float
+    evaluation_per_token: int
+    scratch: int
+    loading: int
+
+
+@lru_cache(maxsize=ESTIMATES_REMEMBERED)
+def _sizes(shape: ModelShape, lora: Lora, quantization: Quantization) -> _Sizes:
     targets = shape.resolve_targets(lora.target_modules)
-    adapter = adapter_parameters(shape, targets, lora.r)
     weights, rest = base_bytes(shape, lora, quantization, targets)
-    on_host = embeddings_on_host(shape, plan)
-    tokens = size_for(plan.microbatch_tokens)
+    return _Sizes(
+        shape=shape,
+        in_4bit=quantization.load_in_4bit,
+        weights=weights,
+        rest=rest,
+        adapter=adapter_parameters(shape, targets, lora.r),
+        copies=HALF * adapter_copies(shape, targets, lora.r),
+        activations_per_token=activation_bytes_per_token(shape, targets, lora.r),
+        backward_per_token=backward_bytes_per_token(shape, targets),
+        evaluation_per_token=evaluation_bytes_per_token(shape),
+        scratch=scratch_bytes(shape, lora, quantization, targets),
+        loading=weights + rest + loading_bytes(shape),
+    )
+
+
+def _components(sizes: _Sizes, plan: TrainingPlan, evaluated: int) -> dict[str, int]:
+    """Bytes on the device by component; `evaluated` are tokens."""
+    shape, tokens = sizes.shape, size_for(plan.microbatch_tokens)
     kept, checkpoints = _layers_kept(shape, plan)
-    copies = adapter_copies(shape, targets, lora.r)
-    per_layer = tokens * activation_bytes_per_token(shape, targets, lora.r)
+    per_layer = tokens * sizes.activations_per_token
+    gradients = BYTES_PER_ADAPTER_GRADIENT * sizes.adapter
     held = {
-        "base_weights": weights,
-        "unquantised_weights": rest - on_host,
-        "adapters": BYTES_PER_ADAPTER_WEIGHT * adapter + int(HALF * copies * max(1, kept)),
-        "gradients": BYTES_PER_ADAPTER_GRADIENT * adapter,
-        "optimizer": int(OPTIMIZER_BYTES[plan.optim] * adapter),
-        "dequantisation_scratch": scratch_bytes(shape, lora, quantization, targets),
+        "base_weights": sizes.weights,
+        "unquantised_weights": sizes.rest - embeddings_on_host(shape, plan),
+        "adapters": BYTES_PER_ADAPTER_WEIGHT * sizes.adapter + int(sizes.copies * max(1, kept)),
+        "gradients": gradients,
+        "optimizer": int(OPTIMIZER_BYTES[plan.optim] * sizes.adapter),
+        "dequantisation_scratch": sizes.scratch,
     }
-    backward = int(tokens * backward_bytes_per_token(shape, targets))
+    backward = int(tokens * sizes.backward_per_token)
     if checkpoints and not kept:  # else a layer that was kept is done with when the first is computed again
         backward += per_layer
-    loss, evaluation = loss_bytes(shape, tokens), evaluated * evaluation_bytes_per_token(shape)
-    if runs_as_graphs(tokens, shape.linear_parameters):
+    loss, evaluation = loss_bytes(shape, tokens), evaluated * sizes.evaluation_per_token
+    if plan.cuda_graphs:
         between = loss + evaluation - room_used_again(loss, evaluation)  # and neither may use what graphs hold
     else:
         between = max(0, max(loss, evaluation) - backward)  # the one is over when the other begins
@@ -205,16 +255,13 @@ def _estimate(
         "loss_or_evaluation": between,
         "backward_pass": backward,  # of one layer, with what it computes again
     }
-    loading = weights + rest + loading_bytes(shape)
-    making = sum(held.values()) + 2 * held["gradients"]  # weights and gradients are put by while the moments are made
-    components["loading"] = max(0, max(loading, making) - sum(components.values()))
-    body = sum(components.values())
-    slack = ALLOCATOR_BYTES + int(ALLOCATOR_SHARE * body + PUT_BY_SHARE * held["gradients"])
-    if not quantization.load_in_4bit:
-        slack += int(RELAID_SHARE * weights)
-    kept_on_disk = min(SHARD_BYTES, weights + rest) if quantization.load_in_4bit else 0
-    host = host_bytes(shape, plan, optimizer=held["optimizer"], loading=kept_on_disk)
-    return MemoryEstimate(components={**components, "context_and_allocator": CONTEXT_BYTES + slack}, host=host)
+    making = sum(held.values()) + 2 * gradients  # weights and gradients are put by while the moments are made
+    components["loading"] = max(0, max(sizes.loading, making) - sum(components.values()))
+    slack = ALLOCATOR_BYTES + int(ALLOCATOR_SHARE * sum(components.values()) + PUT_BY_SHARE * gradients)
+    if not sizes.in_4bit:
+        slack += int(RELAID_SHARE * sizes.weights)
+    components["context_and_allocator"] = CONTEXT_BYTES + slack
+    return components
 
 
 def host_bytes(shape: ModelShape, plan: TrainingPlan, *, optimizer: int, loading: int) -> dict[str, int]:
@@ -292,17 +339,33 @@ def shared_columns(names: Iterable[str], r: int) -> dict[tuple[str, ...], int]:
     return {tuple(group): -(-len(group) * r // COLUMN_STEP) * COLUMN_STEP for group in groups.values()}
 
 
+@lru_cache(maxsize=ESTIMATES_REMEMBERED)
+def _sharing(targets: tuple[str, ...], r: int) -> list[dict[tuple[str, ...], int]]:
+    """The `shared_columns` of adapters of this rank, and of the largest below it that share more.
+
+    To share may need more than not to; a rank is promised no less than those below it.
+    """
+    edges = (MOST_SHARED_RANK // len(group) for group in SHARED_INPUTS)
+    return [shared_columns(targets, rank) for rank in (r, *(edge for edge in edges if edge < r))]
+
+
 def _columns_by_name(targets: tuple[str, ...], r: int) -> dict[str, int]:
-    return {name: columns for group, columns in shared_columns(targets, r).items() for name in group}
+    """The columns by which each target is widened, at most."""
+    widths = [{name: columns for group, columns in shared.items() for name in group} for shared in _sharing(targets, r)]
+    return {name: max(each[name] for each in widths) for name in targets}
 
 
 def adapter_copies(shape: ModelShape, targets: tuple[str, ...], r: int) -> int:
     """16-bit numbers that one layer keeps of its adapters for the backward pass, as wide as products take them."""
     ends = {linear.name: linear for linear in shape.linears}
-    return sum(
-        columns * (ends[group[0]].in_features + sum(ends[name].out_features for name in group))
-        for group, columns in shared_columns(targets, r).items()
-    )
+
+    def copies(shared: dict[tuple[str, ...], int]) -> int:
+        return sum(
+            columns * (ends[group[0]].in_features + sum(ends[name].out_features for name in group))
+            for group, columns in shared.items()
+        )
+
+    return max(copies(shared) for shared in _sharing(targets, r))
 
 
 def base_bytes(shape: ModelShape, lora: Lora, quantization: Quantization, targets: tuple[str, ...]) -> tuple[int, int]:
@@ -316,9 +379,14 @@ def base_bytes(shape: ModelShape, lora: Lora, quantization: Quantization, target
         columns = _columns_by_name(targets, lora.r)
         room = sum(linear.out_features * columns.get(linear.name, 0) for linear in shape.linears)
         return HALF * (quantised + shape.num_hidden_layers * room), HALF * plain
+    return int(_bytes_per_weight(quantization) * quantised), HALF * plain
+
+
+def _bytes_per_weight(quantization: Quantization) -> float:
+    if not quantization.load_in_4bit:
+        return HALF
     double = quantization.bnb_4bit_use_double_quant
-    per_weight = BYTES_PER_4BIT_WEIGHT_DOUBLE_QUANTISED if double else BYTES_PER_4BIT_WEIGHT
-    return int(per_weight * quantised), HALF * plain
+    return BYTES_PER_4BIT_WEIGHT_DOUBLE_QUANTISED if double else BYTES_PER_4BIT_WEIGHT
 
 
 def scratch_bytes(shape: ModelShape, lora: Lora, quantization: Quantization, targets: tuple[str, ...]) -> int:
@@ -381,8 +449,14 @@ def loss_chunk_tokens(vocab_size: int, tokens: int) -> int:
 
 
 def loss_bytes(shape: ModelShape, tokens: int) -> int:
-    """Cross-entropy a chunk at a time: its logits and their gradient, and all hidden states and theirs, twice."""
-    chunk = 2 * HALF * shape.vocab_size * min(tokens, loss_chunk_tokens(shape.vocab_size, tokens))
+    """Cross-entropy a chunk at a time: its logits and their gradient, and all hidden states and theirs, twice.
+
+    A vocabulary that is a little too large for a tile of tokens more has smaller chunks than one that is not; it is
+    promised no less.
+    """
+    per_token = 2 * HALF * shape.vocab_size
+    uncut = per_token * min(tokens, loss_chunk_tokens(1, tokens))  # as that of the smallest vocabulary is
+    chunk = min(uncut, max(LOSS_CHUNK_BYTES, per_token * LOSS_TILE_TOKENS))
     return chunk + 4 * HALF * tokens * shape.hidden_size
 
 

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from graft_shared.catalogue import ModelShape
-from graft_shared.memory import MemoryEstimate, Recompute, TrainingPlan, estimate
+from graft_shared.memory import (
+    MemoryEstimate,
+    Recompute,
+    TrainingPlan,
+    estimate,
+    least_bytes,
+    runs_as_graphs,
+    size_for,
+)
 from graft_shared.specs import JobSpec
 from graft_shared.speed import Rates, likely_length, tokens_per_second
 
@@ -21,6 +31,7 @@ __all__ = [
     "TrainingPlan",
     "cheaper_plan",
     "fastest_plan",
+    "fits",
     "leanest_plan",
     "plan_for_smaller_host",
     "plans",
@@ -34,24 +45,30 @@ def plans(shape: ModelShape, spec: JobSpec) -> tuple[TrainingPlan, ...]:
     microbatch less. When every layer is recomputed, the larger microbatch comes first, its inputs on the device if they
     fit and else in the host's memory: the copies take less time than the layers.
     """
-    wanted, budgets = spec.training.gradient_checkpointing, _budgets(spec)
-    ladder: list[tuple[Recompute, int, int]] = []
+    return tuple(_plans(shape, spec, _budgets(spec)))
+
+
+def _plans(shape: ModelShape, spec: JobSpec, budgets: list[int]) -> Iterator[TrainingPlan]:
+    """Small microbatches are captured; the smallest are launched after all, where graphs of them are too large."""
+    wanted = spec.training.gradient_checkpointing
+    rungs = [(budget, _is_captured(shape, budget)) for budget in budgets]
+    rungs += [(budget, False) for budget, is_captured in rungs[-1:] if is_captured]
+    ladder: list[tuple[Recompute, int, tuple[int, bool]]] = []
     if wanted is not True:
-        ladder += [(Recompute.NONE, 0, budget) for budget in budgets]
+        ladder += [(Recompute.NONE, 0, rung) for rung in rungs]
     if wanted == "auto":
-        ladder += [(Recompute.EVERY_N, 2, budget) for budget in budgets]
+        ladder += [(Recompute.EVERY_N, 2, rung) for rung in rungs]
     if wanted is not False:
-        ladder += [(recompute, 1, budget) for budget in budgets for recompute in (Recompute.FULL, Recompute.OFFLOAD)]
-    return tuple(
-        TrainingPlan(
+        ladder += [(recompute, 1, rung) for rung in rungs for recompute in (Recompute.FULL, Recompute.OFFLOAD)]
+    for recompute, every_n, (budget, is_captured) in ladder:
+        yield TrainingPlan(
             recompute=recompute,
             recompute_every_n=every_n,
             microbatch_tokens=budget,
             packing=spec.training.packing,
             optim=spec.training.optim,
+            cuda_graphs=is_captured,
         )
-        for recompute, every_n, budget in ladder
-    )
 
 
 def fastest_plan(
@@ -65,16 +82,26 @@ def fastest_plan(
     """
     found = (
         (plan, needed)
-        for plan in plans(shape, spec)
+        for plan in _plans(shape, spec, _budgets(spec))
         if (needed := estimate(shape, spec, plan)).high_bytes <= limit_bytes
     )
     first = next(found, None)
-    if first is None or not cards or first[0].microbatch_tokens >= MANY_TOKENS:
+    if first is None or not cards or _is_as_fast_as_any(shape, first[0]):
         return first  # what the others need is not worked out, as it takes longer than the rest of a submission
     fitting = [first, *found]
     speeds = [_speed(shape, spec, plan, cards) for plan, _ in fitting]
     enough = AS_FAST * max(speeds)
     return next(chosen for chosen, speed in zip(fitting, speeds, strict=True) if speed >= enough)
+
+
+def _is_as_fast_as_any(shape: ModelShape, plan: TrainingPlan) -> bool:
+    """Whether no plan that follows is faster on any card."""
+    waits_for_the_host = not plan.cuda_graphs and _is_captured(shape, plan.microbatch_tokens)
+    return plan.microbatch_tokens >= MANY_TOKENS and not waits_for_the_host
+
+
+def _is_captured(shape: ModelShape, microbatch_tokens: int) -> bool:
+    return runs_as_graphs(size_for(microbatch_tokens), shape.linear_parameters)
 
 
 def _speed(shape: ModelShape, spec: JobSpec, plan: TrainingPlan, cards: tuple[Rates, ...]) -> float:
@@ -122,8 +149,20 @@ def plan_for_smaller_host(
 
 def leanest_plan(shape: ModelShape, spec: JobSpec) -> tuple[TrainingPlan, MemoryEstimate]:
     """Return the plan that needs least: one of those with the smallest microbatch, for nothing shrinks as it grows."""
-    smallest = [plan for plan in plans(shape, spec) if plan.microbatch_tokens == spec.training.max_length]
+    smallest = _smallest(shape, spec)
     return min(((plan, estimate(shape, spec, plan)) for plan in smallest), key=lambda pair: pair[1].high_bytes)
+
+
+def fits(shape: ModelShape, spec: JobSpec, limit_bytes: int) -> bool:
+    """Whether the leanest plan fits, at the price of as little arithmetic as tells."""
+    if least_bytes(shape, spec.quantization) > limit_bytes:
+        return False
+    return any(estimate(shape, spec, plan).high_bytes <= limit_bytes for plan in reversed(_smallest(shape, spec)))
+
+
+def _smallest(shape: ModelShape, spec: JobSpec) -> list[TrainingPlan]:
+    """Plans with the smallest microbatch, launched: none needs less than one of these."""
+    return [plan for plan in _plans(shape, spec, [spec.training.max_length]) if not plan.cuda_graphs]
 
 
 def _budgets(spec: JobSpec) -> list[int]:

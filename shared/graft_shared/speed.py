@@ -24,6 +24,9 @@ ELEMENTWISE_BYTES, ATTENTION_BYTES = 43, 106
 BYTES_PER_TOKEN = 4.0  # of text, with its JSON
 ELEMENTWISE_AGAIN, ATTENTION_AGAIN = 0.55, 0.29  # what a second forward pass adds to each
 SECONDS_PER_UPDATE, SECONDS_PER_MICROBATCH = 2e-3, 3e-3
+# That the host takes for one layer, each way, where it is part of no graph: 16 of them and the loss take 0.1 s, however
+# few their tokens are (h200-graphs.json).
+SECONDS_PER_LAUNCH = 3e-3
 # How far a run may be from the expected speed.
 CALIBRATED_SPREAD, DERIVED_SPREAD = 0.10, 0.25
 
@@ -147,6 +150,8 @@ def _speed(shape: ModelShape, spec: JobSpec, plan: TrainingPlan, card: Rates, me
     # Causal scores of the mean sequence, three and a half times: forward, and backward with the scores made again.
     scores = tokens * layers * 7 * mean_length * shape.query_size * (1 + ATTENTION_AGAIN * again)
     seconds = products + dequantised + moved + scores / (ATTENTION_SHARE * flops)
+    if not plan.cuda_graphs:  # the device waits for the host
+        seconds = max(seconds, count * layers * (2 + again) * SECONDS_PER_LAUNCH)
     return tokens / (seconds + SECONDS_PER_UPDATE + count * SECONDS_PER_MICROBATCH)
 
 

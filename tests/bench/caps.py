@@ -41,7 +41,7 @@ from safetensors.numpy import save_file
 from graft_shared.capacity import LENGTH_STEP, CapacityTable, GpuClass, Placement
 from graft_shared.catalogue import Catalogue, ModelShape
 from graft_shared.errors import InvalidParameter, VramCapacityExceeded
-from graft_shared.memory import CONTEXT_BYTES, GIB, Recompute, TrainingPlan, estimate
+from graft_shared.memory import CONTEXT_BYTES, GIB, Recompute, TrainingPlan, estimate, runs_as_graphs, size_for
 from graft_shared.planner import leanest_plan, plans
 from graft_shared.specs import JobSpec
 from graft_worker.protocol import TrainRequest
@@ -321,13 +321,17 @@ def plans_to_try(case: Case, placed: Placement) -> list[TrainingPlan]:
     def fits(plan: TrainingPlan) -> bool:
         return estimate(shape, spec, plan).high_bytes <= case.gpu.usable_bytes
 
-    listed = [plan for plan in plans(shape, spec) if fits(plan)]
+    def captures(plan: TrainingPlan) -> bool:
+        return runs_as_graphs(size_for(plan.microbatch_tokens), shape.linear_parameters)
+
+    worth = [plan for plan in plans(shape, spec) if plan.cuda_graphs is captures(plan)]  # none is faster launched
+    listed = [plan for plan in worth if fits(plan)]
     first_of_each = {plan.recompute: plan for plan in reversed(listed)}
     others = [first_of_each[recompute] for recompute in Recompute if recompute in first_of_each]
     unlisted = [
         replace(plan, recompute=Recompute.EVERY_N, recompute_every_n=every_n)
         for every_n in (3, 4)
-        for plan in plans(shape, spec)
+        for plan in worth
         if plan.recompute is Recompute.EVERY_N
     ]
     fitting = [plan for plan in unlisted if fits(plan)]

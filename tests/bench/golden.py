@@ -28,7 +28,17 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from graft_shared.catalogue import ModelShape
-from graft_shared.memory import GIB, HIGH, LOW, MemoryEstimate, Recompute, TrainingPlan, estimate
+from graft_shared.memory import (
+    GIB,
+    HIGH,
+    LOW,
+    MemoryEstimate,
+    Recompute,
+    TrainingPlan,
+    estimate,
+    runs_as_graphs,
+    size_for,
+)
 from graft_shared.specs import JobSpec, Optim
 from graft_worker.protocol import TrainRequest
 from graft_worker.training.guard import Guard
@@ -353,13 +363,6 @@ def make_rows(path: Path, case: Case) -> Path:
 def make_request(case: Case, data: Path) -> tuple[TrainRequest, ModelShape]:
     """The request of a job whose base is only made when it is loaded."""
     every_n = {"none": 0, "every_n_layers": 2}.get(case.recompute, 1)
-    plan = TrainingPlan(
-        recompute=Recompute(case.recompute),
-        recompute_every_n=every_n,
-        microbatch_tokens=case.tokens,
-        packing=True,
-        optim=Optim(case.optim),
-    )
     training = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": SEQUENCES, "max_steps": 10**6}
     spec = JobSpec.model_validate(
         {
@@ -373,6 +376,14 @@ def make_request(case: Case, data: Path) -> tuple[TrainRequest, ModelShape]:
     )
     config = {**asdict(DIMS[case.dims]), "model_type": "llama", "max_position_embeddings": 32_768}
     shape = ModelShape.from_config(config, base_model=spec.base_model, revision="random")
+    plan = TrainingPlan(
+        recompute=Recompute(case.recompute),
+        recompute_every_n=every_n,
+        microbatch_tokens=case.tokens,
+        packing=True,
+        optim=Optim(case.optim),
+        cuda_graphs=runs_as_graphs(size_for(case.tokens), shape.linear_parameters),
+    )
     request = TrainRequest(
         job_id="ftjob-golden",
         epoch=1,

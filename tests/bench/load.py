@@ -4,9 +4,9 @@
 
 Real processes on this machine: PostgreSQL with fsync (or a SQLite file), Redis, a reconciler, and API processes started
 as a cluster starts them. Clients post jobs without files over connections that they keep, each as soon as it has its
-answer, and beside that look at jobs at a fixed rate. Every simulated worker holds the lease of a job in training: it
-renews that, looks for orders and says that it is alive, as often as a real one. Afterwards every job that was answered
-with 202 must be in the database exactly once, and no worker may have lost its lease. Exit code 1 if not.
+answer, or at a fixed rate, and beside that look at jobs at another. Every simulated worker holds the lease of a job in
+training: it renews that, looks for orders and says that it is alive, as often as a real one. Afterwards every job that
+was answered with 202 must be in the database exactly once, and no worker may have lost its lease. Exit code 1 if not.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class Wanted:
     apis: int
     clients: int  # connections that post
     client_processes: int
+    posts_per_second: float | None
     gets_per_second: float
 
 
@@ -217,6 +218,7 @@ def _load(service: Service, wanted: Wanted, held: Sequence[str]) -> tuple[list[d
             "spec": SPEC,
             "seconds": wanted.seconds,
             "posting": wanted.clients // processes,
+            "posts_per_second": wanted.posts_per_second and wanted.posts_per_second / processes,
             "gets_per_second": wanted.gets_per_second / processes,
             "known": list(held),
         }
@@ -322,6 +324,9 @@ def _arguments() -> tuple[Wanted, Path | None]:
     parser.add_argument("--apis", type=int, default=2, help="API processes; clients spread over them")
     parser.add_argument("--clients", type=int, default=8, help="connections that post, each one job after the other")
     parser.add_argument("--client-processes", type=int, default=2)
+    parser.add_argument(
+        "--posts-per-second", type=float, help="all clients together; else as fast as there are answers"
+    )
     parser.add_argument("--gets-per-second", type=float, default=50.0)
     parser.add_argument("--out", type=Path)
     given = vars(parser.parse_args())

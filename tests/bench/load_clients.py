@@ -40,13 +40,14 @@ class Answers:
 
 @dataclass
 class Clients:
-    """Post as fast as there are answers, and look at a fixed rate, until the time is over."""
+    """Post as fast as there are answers or as is wanted, and look at a fixed rate, until the time is over."""
 
     number: int
     urls: list[str]
     spec: dict[str, Any]
     seconds: float
     posting: int
+    posts_per_second: float | None  # None: as fast as there are answers
     gets_per_second: float
     known: list[str]
     posts: Answers = field(default_factory=Answers)
@@ -55,13 +56,15 @@ class Clients:
     late: int = 0  # looks that began long after they were due: then the waits are too short
     _ends_at: float = 0.0
     _looks: int = 0
+    _posted: int = 0
 
     async def run(self) -> dict[str, Any]:
         """Do it; returns what was seen."""
         began = time.perf_counter()
         self._ends_at = began + self.seconds
         await asyncio.gather(
-            *(self._post(number) for number in range(self.posting)), *(self._look(n, began) for n in range(LOOKING))
+            *(self._post(number, began) for number in range(self.posting)),
+            *(self._look(n, began) for n in range(LOOKING)),
         )
         return {
             "seconds": time.perf_counter() - began,
@@ -72,10 +75,16 @@ class Clients:
             "late": self.late,
         }
 
-    async def _post(self, number: int) -> None:
+    async def _post(self, number: int, start: float) -> None:
         connection = Connection(self.urls[number % len(self.urls)])
         count = 0
-        while (began := time.perf_counter()) < self._ends_at:
+        while True:
+            if self.posts_per_second is not None:
+                due = start + self._posted / self.posts_per_second
+                self._posted += 1
+                await asyncio.sleep(min(due, self._ends_at) - time.perf_counter())
+            if (began := time.perf_counter()) >= self._ends_at:
+                return
             name, count = f"load-{self.number}-{number}-{count}", count + 1
             status, body = await connection.ask("POST", "/jobs", json.dumps({**self.spec, "name": name}).encode())
             self.posts.add(status, time.perf_counter() - began)

@@ -27,7 +27,7 @@ import httpx
 from graft_shared.capacity import CapacityTable, Placement
 from graft_shared.catalogue import ModelShape
 from graft_shared.defaults import load_capacity, load_catalogue
-from graft_shared.memory import CONTEXT_BYTES, GIB, runs_as_graphs
+from graft_shared.memory import CONTEXT_BYTES, GIB
 from graft_shared.specs import JobSpec
 from tests.bench.serve_once import TERMINAL, make_listed_base, serving
 from tests.bench.train_once import DIMS, command_line
@@ -120,7 +120,7 @@ def set_trap(table: CapacityTable, spec: JobSpec, dims: str, card: int) -> Trap:
     if following is None:
         raise SystemExit("no plan needs less than the first: choose a longer --max-length")
     tokens = first.plan.microbatch_tokens
-    if runs_as_graphs(tokens, shape.linear_parameters):
+    if first.plan.cuda_graphs:
         raise SystemExit(f"microbatches of {tokens} tokens are captured: choose larger --dims or a longer --max-length")
     limit = (first.estimate.expected_bytes + following.estimate.expected_bytes) // 2
     managed = first.estimate.components["optimizer"] if first.plan.optim.value.startswith("paged") else 0

@@ -25,8 +25,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from graft_shared.catalogue import ModelShape
-from graft_shared.memory import Recompute, TrainingPlan, estimate
-from graft_shared.planner import fastest_plan, leanest_plan
+from graft_shared.memory import Recompute, TrainingPlan, estimate, runs_as_graphs, size_for
+from graft_shared.planner import fastest_plan, plans
 from graft_shared.specs import JobSpec, Optim
 from graft_worker.protocol import (
     REQUEST_NAME,
@@ -151,10 +151,12 @@ def make_request(base: Path, data: Path, arguments: argparse.Namespace) -> Train
 
 def plan_of(spec: JobSpec, base: Path, arguments: argparse.Namespace) -> TrainingPlan:
     """The plan that a user's job would get: the fastest that fits the limit, or the leanest; or the one asked for."""
+    shape = shape_of(base, spec.base_model)
     if arguments.recompute is None:
-        shape = shape_of(base, spec.base_model)
         if arguments.mode == "memory":
-            return leanest_plan(shape, spec)[0]
+            every = plans(shape, spec)
+            captured = [plan for plan in every if plan.cuda_graphs] or every
+            return min(captured, key=lambda plan: estimate(shape, spec, plan).expected_bytes)
         found = fastest_plan(shape, spec, int(arguments.limit_gib * 2**30))
         assert found is not None, "no plan fits"
         return found[0]
@@ -164,6 +166,8 @@ def plan_of(spec: JobSpec, base: Path, arguments: argparse.Namespace) -> Trainin
         microbatch_tokens=arguments.microbatch_tokens,
         packing=True,
         optim=Optim(arguments.optim),
+        cuda_graphs=not arguments.launched
+        and runs_as_graphs(size_for(arguments.microbatch_tokens), shape.linear_parameters),
     )
 
 
@@ -257,11 +261,17 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--dims", choices=sorted(DIMS), default="llama-2-7b")
     parser.add_argument("--workload", choices=sorted(WORKLOADS), default="a")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--mode", choices=["speed", "memory"], default="speed", help="the planner's fastest or leanest")
+    parser.add_argument(
+        "--mode",
+        choices=["speed", "memory"],
+        default="speed",
+        help="the planner's fastest, or its leanest with CUDA graphs",
+    )
     parser.add_argument("--limit-gib", type=float, default=card_gib(), help="memory that the planner may use for speed")
     parser.add_argument("--recompute", choices=[mode.value for mode in Recompute], help="a plan of your own instead")
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--microbatch-tokens", type=int, default=4096)
+    parser.add_argument("--launched", action="store_true", help="no microbatch as a CUDA graph")
     parser.add_argument("--optim", choices=[optim.value for optim in Optim], default="paged_adamw_8bit")
     parser.add_argument("--all-linear", action="store_true")
     parser.add_argument("--bf16-base", action="store_true")

@@ -15,7 +15,7 @@ import psycopg
 from sqlalchemy import URL, event, make_url
 
 from graft_shared.jobs import Checkpoint, Failure, FailureReason, Phase, Stage, StoredObject
-from graft_shared.store import Database, Jobs, Leases, Workers, open_database
+from graft_shared.store import Database, Jobs, Leases, Workers, open_database, postgres
 from graft_shared.store.migrate import migrate
 from tests.servers import PostgresServer
 from tests.store_factories import a_beat, a_new_job
@@ -141,13 +141,15 @@ _TARGET: dict[str, str] = {}
 def _engine_of(server: URL) -> Database:
     database = open_database(server.render_as_string(hide_password=False))
 
-    @event.listens_for(database.engine, "do_connect", insert=True)  # before who connects
-    def redirect(_dialect: Any, _record: Any, arguments: list[Any], named: dict[str, Any]) -> None:
-        if server.get_backend_name() == "sqlite":
-            arguments[0] = _TARGET["database"]
-        else:
-            named["dbname"] = _TARGET["database"]
+    if server.get_backend_name() == "sqlite":
 
+        @event.listens_for(database.engine, "do_connect")
+        def redirect(_dialect: Any, _record: Any, arguments: list[Any], _named: dict[str, Any]) -> None:
+            arguments[0] = _TARGET["database"]
+
+    else:  # no listener comes before the one that connects
+        connect = postgres.connect
+        postgres.connect = lambda *arguments, **named: connect(*arguments, **named | {"dbname": _TARGET["database"]})
     return database
 
 

@@ -15,6 +15,7 @@ from graft_shared.memory import GIB, Recompute, TrainingPlan, estimate
 from graft_shared.planner import leanest_plan, plans
 from graft_shared.specs import JobSpec
 from tests.bench import caps, golden
+from tests.factories import plan_that_ran
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "memory.md").read_text()
@@ -104,9 +105,9 @@ def test_the_runs_that_nothing_was_fitted_to_are_as_far_off_as_the_page_says() -
     assert f"fitted to {len(golden.FITTED)} of them" in PAGE
 
 
-def chosen(run: dict[str, Any]) -> dict[str, Any]:
+def chosen(run: dict[str, Any]) -> TrainingPlan:
     """The plan that such a job is given today."""
-    return case_of(run).place().plan.to_dict()
+    return case_of(run).place().plan
 
 
 def case_of(run: dict[str, Any]) -> caps.Case:
@@ -116,7 +117,7 @@ def case_of(run: dict[str, Any]) -> caps.Case:
 def expected(run: dict[str, Any]) -> int:
     """By the arithmetic of today."""
     case = case_of(run)
-    return estimate(case.shape, case.spec, TrainingPlan.from_dict(run["plan"])).expected_bytes
+    return estimate(case.shape, case.spec, plan_that_ran(run["plan"], case.shape)).expected_bytes
 
 
 REFUSALS = {"short": None, "listed": "invalid_parameter", "speed": "vram_capacity_exceeded"}  # of one step more
@@ -128,7 +129,7 @@ def test_the_runs_under_hard_caps_are_those_of_the_page_and_kept_what_was_promis
         assert run["verdict"] == "kept"
         assert (run["steps"], run["versions"]["gpu"]) == (20, "NVIDIA H200")
         assert (run["refused"] or {}).get("code") == REFUSALS[run["kind"]]
-        assert chosen(run) == run["plan"]
+        assert chosen(run) == plan_that_ran(run["plan"], case_of(run).shape)
         held, name = run["memory"]["measured_peak_bytes"], run["base_model"].partition("/")[2]
         assert held <= run["usable_bytes"]
         sizes = (run["usable_bytes"], expected(run), held)
@@ -146,11 +147,10 @@ def test_the_chosen_plans_are_the_fastest_of_those_that_the_page_names_or_nearly
     for found in compared:
         speeds = [tried["tokens_per_second"] for tried in found["tried"]]
         assert speeds[0] >= caps.WORTH * max(speeds)
-        assert chosen(found) == found["tried"][0]["plan"]
         case = case_of(found)
-        assert [tried["plan"] for tried in found["tried"]] == [
-            plan.to_dict() for plan in caps.plans_to_try(case, case.place())
-        ]
+        tried = [plan_that_ran(tried["plan"], case.shape) for tried in found["tried"]]
+        assert chosen(found) == tried[0]
+        assert caps.plans_to_try(case, case.place()) == tried
     least = min(found["share_of_fastest"] for found in compared)
     assert f"at least {least:.0%} of".replace("%", " %") in PAGE
 

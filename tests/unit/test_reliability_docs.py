@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.failpoints.points import POINTS
+
 ROOT = Path(__file__).parents[2]
 LINES = (ROOT / "docs" / "reliability.md").read_text().splitlines()
 PAGE = " ".join(" ".join(LINES).split())
@@ -175,3 +177,14 @@ def test_the_trainer_that_was_killed_on_a_cpu_ended_in_the_bytes_that_the_page_s
     assert run["device"] == "CPU" and not run["deterministic"]
     assert f"--kills {run['kills']} --steps {run['steps']} --save-steps {run['save_steps']}" in PAGE
     assert f"after {len(run['killed'])} kills they were the same" in PAGE
+
+
+@pytest.mark.parametrize(("kind", "database", "least"), [("sqlite", "SQLite", 20), ("postgres", "PostgreSQL", 1)])
+def test_every_process_was_struck_at_every_point_as_the_page_says(kind: str, database: str, least: int) -> None:
+    run = report(f"failpoints-{kind}")
+    cells = {(cell["point"], cell["fault"]): cell for cell in run["cells"]}
+    assert set(cells) == {(point.name, fault) for point in POINTS for fault in point.faults}
+    assert all(cell["struck"] >= least and not cell["violations"] for cell in cells.values())
+    assert (run["database"], run["void"], run["violations"]) == (kind, 0, [])
+    assert f"on {database} {run['trials']:,} trials ({least} × {len(cells)})" in PAGE
+    assert f"`reliability-failpoints-{kind}.json`" in PAGE

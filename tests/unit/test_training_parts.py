@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +19,7 @@ from graft_shared.memory import SIZE_STEP, Recompute, TrainingPlan, estimate, pi
 from graft_shared.specs import JobSpec, Optim, Training
 from graft_worker.training import host_memory, layers
 from graft_worker.training.batches import Split, largest_microbatch, microbatches, update_rows
+from graft_worker.training.expectation import expectation_of
 from graft_worker.training.graphs import empty, fill, of_short_sequences
 from graft_worker.training.schedule import evaluation_is_due, save_is_due, warmup_steps
 from tests.factories import make_tiny_base
@@ -170,3 +172,38 @@ def test_the_trainer_pins_what_the_estimate_says_of_the_host(tmp_path: Path, mon
     assert pinned_bytes(asked[0]) == needed["embeddings"]
     assert sum(map(pinned_bytes, asked[1:])) == needed["parked_inputs"]
     assert needed["paged_optimizer"] == 0
+
+
+@pytest.mark.parametrize(
+    ("planned", "is_planned", "tokens", "is_captured"),
+    [
+        (4096, True, 4096, True),
+        (16_384, False, 16_384, False),
+        (16_384, False, 1024, True),  # the data are short: graphs of so few tokens need less than was planned
+        (8448, False, 8192, False),  # and of so many more
+        (512, False, 512, False),  # there was too little memory for graphs
+    ],
+)
+def test_microbatches_are_captured_as_planned_or_where_that_needs_no_more(
+    planned: int, is_planned: bool, tokens: int, is_captured: bool
+) -> None:
+    config = {
+        "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256, "tie_word_embeddings": True,
+    }  # fmt: skip
+    spec = JobSpec.model_validate({"base_model": "a/b", "dataset": {"file": "file-a"}})
+    plan = TrainingPlan(
+        recompute=Recompute.OFFLOAD,
+        recompute_every_n=1,
+        microbatch_tokens=planned,
+        packing=True,
+        optim=Optim.PAGED_ADAMW_8BIT,
+        cuda_graphs=is_planned,
+    )
+    found = expectation_of(config, spec, plan, tokens=tokens, evaluation_tokens=tokens)
+    assert found.plan == dataclasses.replace(plan, microbatch_tokens=tokens, cuda_graphs=is_captured)
+    shape = ModelShape.from_config(config, base_model="a/b", revision="main")
+    assert found.peak_bytes is not None
+    assert found.peak_bytes <= estimate(shape, spec, plan).expected_bytes
+    unknown = expectation_of({"model_type": "gpt2"}, spec, plan, tokens=tokens, evaluation_tokens=tokens)
+    assert unknown.peak_bytes is None

@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer, SecurityScopes
 
-from graft_api.deps import Here
+from graft_api.deps import Here, here_of
 from graft_api.errors import InsufficientScope, Unauthenticated
 from graft_api.keys.scopes import Scope
 from graft_api.loopback import check_own
@@ -20,7 +20,6 @@ _bearer = HTTPBearer(
 async def tenant(
     needed: SecurityScopes,
     request: Request,
-    here: Here,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)] = None,
 ) -> str:
     """The tenant of this request: the key's, or `default` in a service without keys.
@@ -31,6 +30,7 @@ async def tenant(
         RateLimited: The tenant has asked too often.
         InsufficientScope: The key does not allow what the route does.
     """
+    here = here_of(request)
     caller = await here.keys.caller(_shown(credentials))
     if caller is None:
         raise Unauthenticated

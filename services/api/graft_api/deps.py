@@ -1,6 +1,7 @@
 """What endpoints are handed: the neighbours that `app.py` chose, the JSON body, and checked query parameters.
 
 What never waits is `async` here: FastAPI hands each plain function to another thread, which costs more than it does.
+And what every request needs asks for the neighbours itself: a dependency of a dependency costs ten times the look.
 """
 
 from __future__ import annotations
@@ -62,16 +63,21 @@ class Neighbours:
     tracing: Tracing | None = None  # None: the operator names no collector
 
 
-async def neighbours(request: Request) -> Neighbours:
+def here_of(request: Request) -> Neighbours:
     """The neighbours of the app that serves this request."""
     found: Neighbours = request.app.state.neighbours
     return found
 
 
+async def neighbours(request: Request) -> Neighbours:
+    """The same, for endpoints."""
+    return here_of(request)
+
+
 Here = Annotated[Neighbours, Depends(neighbours)]
 
 
-async def json_body(request: Request, here: Here) -> Any:
+async def json_body(request: Request) -> Any:
     """The parsed body.
 
     Raises:
@@ -82,7 +88,7 @@ async def json_body(request: Request, here: Here) -> Any:
     kind = request.headers.get("content-type", "nothing")
     if kind.split(";")[0].strip().lower() != "application/json":
         raise UnsupportedMediaType(expected="application/json", found=kind)
-    limit = here.settings.max_body_bytes
+    limit = here_of(request).settings.max_body_bytes
     body = bytearray()
     async for chunk in limited(request, limit, BodyTooLarge(limit_bytes=limit)):
         body += chunk

@@ -36,7 +36,8 @@ def connect(answers_within: timedelta | None, *address: Any, **parameters: Any) 
     Raises:
         psycopg.OperationalError: Nobody answers.
     """
-    connection = Connection.connect(*address, **(parameters | _SILENCE | {"autocommit": True}))
+    parameters |= _SILENCE | {"autocommit": True, "cursor_factory": Cursor}
+    connection = Connection.connect(*address, **parameters)
     connection.answers_within = answers_within
     # A SET, and no startup parameter: PgBouncer refuses those, and a URL may bring `options` of its own.
     connection.execute(f"set idle_in_transaction_session_timeout = '{STILL_SECONDS}s'".encode())
@@ -67,3 +68,19 @@ class Connection(psycopg.Connection[Any]):
         except StopIteration as end:
             answer: Answer = end.value
             return answer
+
+
+class Cursor(psycopg.Cursor[Any]):
+    """One that tells of its columns what SQLAlchemy asks: a job has 45, and for each psycopg makes an object."""
+
+    @property
+    def description(self) -> list[Any] | None:
+        """The name and the type of each column, as PEP 249 orders them; None if the statement gives no rows."""
+        result = self.pgresult
+        if result is None or not result.nfields:
+            return super().description
+        encoding = self._encoding
+        return [
+            ((result.fname(column) or b"").decode(encoding), result.ftype(column), None, None, None, None, None)
+            for column in range(result.nfields)
+        ]

@@ -16,7 +16,7 @@ import torch
 import torch._inductor.config
 
 from graft_shared.jobs import Phase
-from graft_shared.memory import SIZE_STEP, Recompute, runs_as_graphs, size_for
+from graft_shared.memory import SIZE_STEP, Recompute, size_for
 from graft_shared.planner import TrainingPlan
 from graft_shared.specs import JobSpec
 from graft_worker.protocol import (
@@ -49,7 +49,7 @@ from graft_worker.training.checkpoint import (
     save_checkpoint,
 )
 from graft_worker.training.exactness import require_exactness, said_alone, sample
-from graft_worker.training.expectation import expected_peak_bytes
+from graft_worker.training.expectation import expectation_of
 from graft_worker.training.figures import Figures, NotFinite
 from graft_worker.training.footprint import Footprint
 from graft_worker.training.forward import Forward
@@ -164,6 +164,13 @@ def load(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guard
     sequences = spec.training.sequences_per_update
     largest = largest_microbatch(split, budget=plan.microbatch_tokens, sequences_per_update=sequences)
     largest = size_for(max(largest, row.real_tokens))
+    expected = expectation_of(
+        base.config.to_dict(),
+        spec,
+        plan,
+        tokens=largest,
+        evaluation_tokens=_largest_evaluated(split, validation, plan.microbatch_tokens),
+    )
     keys = torch.zeros(largest, dtype=torch.int32, device=precision.device)
     take_over(model, precision.compute, dropout=spec.lora.lora_dropout, keys=keys)
     if plan.recompute is Recompute.OFFLOAD and precision.device.type == "cuda" and not _is_tied(model):
@@ -178,7 +185,7 @@ def load(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guard
     require_exactness(model, forward, row, alone, precision.compute)
     require_input_gradients(model)
     layers = arrange_layers(forward.backbone, plan, backend=compiler, largest_microbatch=largest)
-    if compiler is not None and precision.device.type == "cuda" and runs_as_graphs(largest, layers.weights):
+    if compiler is not None and precision.device.type == "cuda" and expected.plan.cuda_graphs:
         forward.graphs = Graphs(forward.hidden, layers, largest)
     if request.adapter_path is not None and request.checkpoint_path is None:
         go_on_from(model, Path(request.adapter_path))
@@ -205,13 +212,7 @@ def load(workdir: Path, request: TrainRequest, events: EventWriter, guard: Guard
         saved_step=progress.step,
         layers=layers,
         footprint=footprint,
-        expected_peak_bytes=expected_peak_bytes(
-            base.config.to_dict(),
-            spec,
-            plan,
-            tokens=largest,
-            evaluation_tokens=_largest_evaluated(split, validation, plan.microbatch_tokens),
-        ),
+        expected_peak_bytes=expected.peak_bytes,
     )
 
 
