@@ -22,6 +22,7 @@ from graft_shared.jobs import Job, Stage
 from graft_shared.settings import SharedSettings
 from graft_shared.store import Database, Leases, Workers, open_database
 from graft_shared.store.leases import _ORDERS
+from graft_shared.store.postgres import ask_in_doubt
 from graft_worker.celery_app import BEAT_SECONDS
 from graft_worker.settings import WorkerSettings
 
@@ -35,7 +36,7 @@ class Looks:
 
     def __init__(self, database: Database) -> None:
         dialect = database.engine.dialect
-        self._ping = dialect.do_ping
+        self._ask = ask_in_doubt(dialect) if dialect.name == "postgresql" else None
         self._statement = _ORDERS.compile(dialect=dialect)
         self._fairy = database.engine.raw_connection()
         self._connection: Any = self._fairy.dbapi_connection
@@ -44,7 +45,8 @@ class Looks:
 
     def look(self, job: Job) -> None:
         """Raise LeaseLost if the job is no longer this epoch's."""
-        self._ping(self._connection)
+        if self._ask is not None:
+            self._ask(self._connection, None, None)  # as a pool does before it lends one
         wanted: Any = self._statement.construct_params({"job": job.id, "by": job.epoch})
         if self._statement.positional:
             wanted = [wanted[name] for name in self._statement.positiontup or ()]

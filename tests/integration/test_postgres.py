@@ -12,7 +12,7 @@ from sqlalchemy import make_url, text, update
 
 from graft_shared.errors import StoreUnavailable
 from graft_shared.jobs import Job, Stage
-from graft_shared.store import Database, Jobs, Leases, open_database
+from graft_shared.store import Database, Jobs, Leases, open_database, postgres
 from graft_shared.store.engine import now, one_at_a_time
 from graft_shared.store.migrate import migrate
 from graft_shared.store.quotas import count_run
@@ -91,10 +91,39 @@ def test_a_server_that_is_silent_is_given_up_in_time_and_asked_over_another_conn
     with database.writing() as connection:
         connection.execute(text("select 1"))
     proxy.switch(Mode.HALF_OPEN)
+    time.sleep(postgres.TRUSTED_SECONDS)
     with database.reading() as connection:
         assert connection.execute(text("select 1")).scalar_one() == 1, "the pool's connection was found silent"
     assert time.monotonic() - began < 15
     database.close()
+
+
+def test_a_session_that_ended_right_after_its_answer_fails_no_question(database: Database) -> None:
+    def session() -> int:
+        with database.reading() as connection:
+            return int(connection.execute(text("select pg_backend_pid()")).scalar_one())
+
+    other = database.engine.connect()
+    for _ in range(10):
+        ended = session()
+        other.execute(text("select pg_terminate_backend(:pid, 5000)"), {"pid": ended})
+        assert session() != ended
+    other.close()
+
+
+def test_a_connection_that_goes_on_answering_is_not_asked_whether_it_is_there(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(database.engine.dialect, "do_ping", asked.append)
+    for _ in range(3):
+        with database.reading() as connection:
+            connection.execute(text("select 1"))
+    assert len(asked) <= 1, "the first may be long silent"
+    time.sleep(postgres.TRUSTED_SECONDS)
+    with database.reading() as connection:
+        connection.execute(text("select 1"))
+    assert asked
 
 
 def test_a_server_that_has_vanished_is_given_up_by_the_kernel_whatever_a_statement_may_take(postgres_url: str) -> None:

@@ -103,8 +103,8 @@ BUDGETS = [
         _QUOTAS,
         "one-place-too-many",
         "a tenant has one job more in the queue than it may",
-        "if waiting >= quotas.queued_jobs:",
-        "if waiting > quotas.queued_jobs:",
+        "if others >= most_jobs:",
+        "if others > most_jobs:",
     ),
     _of(
         _QUOTAS,

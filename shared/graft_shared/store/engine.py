@@ -161,7 +161,8 @@ def open_database(url: str, *, answers_within: timedelta | None = postgres.ANSWE
         GATE.guard(engine)
         return Database(engine, GATE.passage)
     if backend == "postgresql":
-        engine = create_engine(parsed, pool_pre_ping=True, **POOL)
+        engine = create_engine(parsed, **POOL)
+        event.listen(engine, "checkout", postgres.ask_in_doubt(engine.dialect))
         event.listen(engine, "do_connect", lambda _dialect, _record, a, b: postgres.connect(answers_within, *a, **b))
         return Database(engine)
     raise ValueError(f"GRAFT_DATABASE_URL names {backend!r}: use postgresql+psycopg://… or sqlite:///…")

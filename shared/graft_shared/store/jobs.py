@@ -26,7 +26,7 @@ from graft_shared.store.engine import Database, as_datetime, now, one_at_a_time
 from graft_shared.store.line import Line, Lines, PlaceInLine, QueueName, queue_of
 from graft_shared.store.merges import forget_merged
 from graft_shared.store.outbox import put_in_outbox
-from graft_shared.store.quotas import NO_QUOTAS, Quotas, require_place
+from graft_shared.store.quotas import NO_QUOTAS, Quotas, own_quotas, require_place
 from graft_shared.store.resends import Sending, made_before
 from graft_shared.store.rows import (
     FRESH,
@@ -98,10 +98,10 @@ class Jobs:
                     made = made_before(connection, new.tenant, new.request_sha256, new.sending)
                     if made is not None:
                         return job_from(made), False
-                require_place(connection, new.tenant, self._quotas)
                 _hold_files(connection, new)
                 _hold_adapter(connection, new)
                 row = _insert_job(connection, new)
+                require_place(connection, row, self._quotas)
                 facts = {"gpu_class": new.gpu_class}
                 insert_event(connection, new.id, 1, 0, "submitted", "The job was accepted.", data=facts)
                 return job_from(row), True
@@ -337,7 +337,7 @@ class Jobs:
 
 
 # Built once, as `rows.py` says.
-_INSERT = insert(jobs).values(stage=Stage.PREPARE.value, **FRESH).returning(jobs)
+_INSERT = insert(jobs).values(stage=Stage.PREPARE.value, **FRESH).returning(jobs, *own_quotas())
 
 _READER = (  # the oldest job that has yet to copy the adapter of a job
     select(jobs.c.id)

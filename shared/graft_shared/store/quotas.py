@@ -16,6 +16,7 @@ from sqlalchemy import (
     Column,
     ColumnElement,
     FromClause,
+    Label,
     Select,
     Subquery,
     and_,
@@ -27,7 +28,7 @@ from sqlalchemy import (
     true,
 )
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, RowMapping
 
 from graft_shared.errors import QuotaExceeded
 from graft_shared.jobs import JobState, Stage
@@ -40,7 +41,7 @@ LATELY = timedelta(days=1)  # before the present day: what was used by then coun
 LONGEST_MONTH = timedelta(days=31)
 AGAIN_SECONDS = 30  # after which a full queue may have moved
 _INSERTS: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
-_OF_ONE_TENANT = select(tenants).where(tenants.c.name == bindparam("tenant"))  # made once: every submission asks
+_OF_ONE_TENANT = select(tenants).where(tenants.c.name == bindparam("tenant"))  # made once: every upload asks
 
 
 class Quota(StrEnum):
@@ -152,22 +153,35 @@ def count_run(connection: Connection, job_id: str, epoch: int) -> None:
     connection.execute(added.on_conflict_do_update(index_elements=key, set_=together))
 
 
-def require_place(connection: Connection, tenant: str, defaults: Quotas) -> None:
+def own_quotas() -> list[Label[Any]]:
+    """Columns for whoever writes a row of `jobs`: what `require_place` asks of its tenant, to spare a question."""
+    return [
+        select(tenants.c[quota.value]).where(tenants.c.name == jobs.c.tenant).scalar_subquery().label(f"own_{quota}")
+        for quota in (Quota.QUEUED_JOBS, Quota.GPU_HOURS)
+    ]
+
+
+def require_place(connection: Connection, written: RowMapping, defaults: Quotas) -> None:
     """Let a tenant's submissions wait for each other where they are counted, and refuse one that has no place.
 
+    Args:
+        written: The job's row, with the columns `own_quotas`; it counts as waiting already.
+
     Raises:
-        QuotaExceeded: As many jobs wait as may, or the month's GPU-hours are used up.
+        QuotaExceeded: As many others wait as may, or the month's GPU-hours are used up.
     """
-    quotas = quotas_of(connection, tenant, defaults)
-    if quotas.gpu_hours is not None:
+    tenant, most_hours, most_jobs = written["tenant"], written["own_gpu_hours"], written["own_queued_jobs"]
+    most_hours = defaults.gpu_hours if most_hours is None else most_hours
+    most_jobs = defaults.queued_jobs if most_jobs is None else most_jobs
+    if most_hours is not None:
         moment, hours = _moment_and_gpu_hours(connection, tenant)
-        if hours >= quotas.gpu_hours:
-            raise _hours_used_up(quotas.gpu_hours, hours, moment)
-    if quotas.queued_jobs is not None:
+        if hours >= most_hours:
+            raise _hours_used_up(most_hours, hours, moment)
+    if most_jobs is not None:
         one_at_a_time(connection, f"queue of {tenant}")
-        waiting = connection.execute(count_waiting(tenant)).scalar_one()
-        if waiting >= quotas.queued_jobs:
-            raise _queue_full(quotas.queued_jobs, waiting)
+        others = connection.execute(count_waiting(tenant)).scalar_one() - 1
+        if others >= most_jobs:
+            raise _queue_full(most_jobs, others)
 
 
 def require_room(
