@@ -111,7 +111,9 @@ class TrainingPlan:
         return cls(
             recompute=Recompute(plan["recompute"]),
             optim=Optim(plan["optim"]),
-            cuda_graphs=plan.get("cuda_graphs", False),  # plans had no such word once
+            cuda_graphs=plan.get(
+                "cuda_graphs", True
+            ),  # once plans had no such word, and all that was small was captured
             **facts,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from graft_shared.catalogue import ModelShape
 from graft_shared.memory import (
@@ -86,7 +87,7 @@ def fastest_plan(
         if (needed := estimate(shape, spec, plan)).high_bytes <= limit_bytes
     )
     first = next(found, None)
-    if first is None or not cards or _is_as_fast_as_any(shape, first[0]):
+    if first is None or not cards or _is_as_fast_as_any(shape, spec, first[0], cards):
         return first  # what the others need is not worked out, as it takes longer than the rest of a submission
     fitting = [first, *found]
     speeds = [_speed(shape, spec, plan, cards) for plan, _ in fitting]
@@ -94,14 +95,25 @@ def fastest_plan(
     return next(chosen for chosen, speed in zip(fitting, speeds, strict=True) if speed >= enough)
 
 
-def _is_as_fast_as_any(shape: ModelShape, plan: TrainingPlan) -> bool:
+def _is_as_fast_as_any(shape: ModelShape, spec: JobSpec, plan: TrainingPlan, cards: tuple[Rates, ...]) -> bool:
     """Whether no plan that follows is faster on any card."""
-    waits_for_the_host = not plan.cuda_graphs and _is_captured(shape, plan.microbatch_tokens)
-    return plan.microbatch_tokens >= MANY_TOKENS and not waits_for_the_host
+    if plan.microbatch_tokens < MANY_TOKENS:
+        return False
+    # Launched, a device may wait for the host.
+    return plan.cuda_graphs or not _speed(shape, spec, plan, cards) < _speed(
+        shape, spec, replace(plan, cuda_graphs=True), cards
+    )
 
 
 def _is_captured(shape: ModelShape, microbatch_tokens: int) -> bool:
     return runs_as_graphs(size_for(microbatch_tokens), shape.linear_parameters)
+
+
+def _fastest_first(shape: ModelShape, spec: JobSpec) -> list[TrainingPlan]:
+    """All plans, where no card is known: those last that do without the graphs which others of their size have."""
+    return sorted(
+        plans(shape, spec), key=lambda plan: not plan.cuda_graphs and _is_captured(shape, plan.microbatch_tokens)
+    )
 
 
 def _speed(shape: ModelShape, spec: JobSpec, plan: TrainingPlan, cards: tuple[Rates, ...]) -> float:
@@ -120,7 +132,7 @@ def cheaper_plan(
     enough = CHEAPER * estimate(shape, spec, plan).expected_bytes
     if free_bytes is not None:
         enough = min(enough, free_bytes)
-    for other in plans(shape, spec):
+    for other in _fastest_first(shape, spec):
         needed = estimate(shape, spec, other)
         if needed.expected_bytes <= enough:
             return other, needed
@@ -140,7 +152,7 @@ def plan_for_smaller_host(
     now = estimate(shape, spec, plan)
     held = now.host_held_bytes
     enough = min(int(CHEAPER * held), held - 1, held if free_bytes is None else free_bytes)
-    for other in plans(shape, spec):
+    for other in _fastest_first(shape, spec):
         needed = estimate(shape, spec, other)
         if needed.host_held_bytes <= enough and needed.expected_bytes <= now.expected_bytes:
             return other, needed

@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -214,6 +215,23 @@ def test_what_the_operator_says_of_one_tenant_goes_before_the_settings(database:
     with pytest.raises(QuotaExceeded):
         jobs.submit(a_new_job(tenant="a"))
     assert [use.name for use in tenants.list()] == ["a"]
+
+
+def test_each_tenant_is_held_to_its_own_limits_whatever_others_may(database: Database) -> None:
+    quotas = Quotas(queued_jobs=3)
+    jobs, tenants = Jobs(database, quotas), Tenants(database, quotas)
+    for tenant, limit in {"low": 1, "high": 4, "none": None}.items():
+        tenants.set(tenant, {"queued_jobs": limit, "gpu_hours": 10.0 * (limit or 1)})
+    most = {"low": 1, "high": 4, "none": 3, "unheard of": 3}
+    for number in range(4):
+        for tenant, limit in most.items():
+            with nullcontext() if number < limit else pytest.raises(QuotaExceeded, match=f"{limit}"):
+                jobs.submit(a_new_job(tenant=tenant))
+    tenants.set("high", {"queued_jobs": 100, "gpu_hours": 0.0})
+    tenants.set("low", {"queued_jobs": 100})
+    with pytest.raises(QuotaExceeded, match="GPU-hours"):
+        jobs.submit(a_new_job(tenant="high"))
+    jobs.submit(a_new_job(tenant="low"))
 
 
 def test_while_tenants_wait_each_claim_is_for_the_one_of_which_less_runs(timed: Database, clock: FakeClock) -> None:

@@ -11,12 +11,13 @@ from graft_shared.capacity import GpuClass
 from graft_shared.catalogue import ModelShape
 from graft_shared.defaults import load_capacity, load_catalogue
 from graft_shared.memory import MOST_GRAPH_TOKENS, Recompute, TrainingPlan, estimate
-from graft_shared.planner import fastest_plan, plans
+from graft_shared.planner import CHEAPER, cheaper_plan, fastest_plan, plans
 from graft_shared.specs import JobSpec, Optim
 from graft_shared.speed import Forecast, forecast, tokens_per_second
 
 CATALOGUE, TABLE = load_catalogue(), load_capacity()
 LLAMA_7B, LLAMA_8B = "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-3.1-8B"
+SMALLEST = "HuggingFaceTB/SmolLM2-135M"
 
 
 def shape(base_model: str) -> ModelShape:
@@ -99,20 +100,36 @@ def test_no_plan_that_comes_first_is_much_slower_than_a_later_one() -> None:
 
 def test_the_chosen_plan_is_as_fast_by_the_forecast_as_any_that_fits() -> None:
     seen = 0
-    for gpu, base_model, length in itertools.product(
+    for gpu, base_model, length, batch in itertools.product(
         (gpu for gpu in TABLE.classes if gpu.cards),
-        (LLAMA_7B, "huggyllama/llama-30b", "huggyllama/llama-65b", "meta-llama/Llama-2-70b-hf"),
-        (128, 256, 512, 1024, 4096),
+        (SMALLEST, "Qwen/Qwen2.5-1.5B", LLAMA_7B, "huggyllama/llama-65b", "meta-llama/Llama-2-70b-hf"),
+        (128, 256, 512, 1024, 2048),
+        (4, 32),
     ):
-        base, job = shape(base_model), spec(base_model, training={"max_length": length})
+        training = {"max_length": length, "per_device_train_batch_size": batch}
+        base, job = shape(base_model), spec(base_model, training=training)
         chosen = fastest_plan(base, job, gpu.usable_bytes, gpu.cards)
         if chosen is None:
             continue
         fitting = [how for how in plans(base, job) if estimate(base, job, how).high_bytes <= gpu.usable_bytes]
-        best = max(speed(base_model, gpu.name, how, length / 2) for how in fitting)
-        assert speed(base_model, gpu.name, chosen[0], length / 2) > 0.95 * best, (gpu.name, base_model, length)
+        best = max(speed(base_model, gpu.name, how, length / 2, training=training) for how in fitting)
+        taken = speed(base_model, gpu.name, chosen[0], length / 2, training=training)
+        assert taken > 0.95 * best, (gpu.name, base_model, length, batch)
         seen += 1
     assert seen > 50
+
+
+@pytest.mark.parametrize("base_model", [SMALLEST, LLAMA_7B, LLAMA_8B])
+def test_after_memory_ran_out_graphs_are_only_given_up_where_nothing_else_needs_less(base_model: str) -> None:
+    base, job = shape(base_model), spec(base_model, training={"max_length": 256})
+    every = plans(base, job)
+    expected = {how: estimate(base, job, how).expected_bytes for how in every}
+    for how in every:
+        found = cheaper_plan(base, job, how)
+        if found is None or found[0].cuda_graphs:
+            continue
+        assert found[0].microbatch_tokens == 256
+        assert not any(other.cuda_graphs and expected[other] <= CHEAPER * expected[how] for other in every)
 
 
 def of_class(gpu: GpuClass, job: JobSpec, how: TrainingPlan, *, rows: int, row_bytes: float) -> Forecast | None:

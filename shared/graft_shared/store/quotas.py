@@ -156,9 +156,7 @@ def count_run(connection: Connection, job_id: str, epoch: int) -> None:
 
 def own_quotas() -> list[Label[Any]]:
     """Columns for whoever writes a row of `jobs`: what `require_place` asks of its tenant, to spare a question."""
-    written: ColumnElement[str] = literal_column(
-        "jobs.tenant"
-    )  # as a column it would be that of any job: INSERT correlates nothing
+    written: ColumnElement[str] = literal_column("jobs.tenant")  # the column itself would be that of any row here
     return [
         select(tenants.c[quota.value]).where(tenants.c.name == written).scalar_subquery().label(f"own_{quota}")
         for quota in (Quota.QUEUED_JOBS, Quota.GPU_HOURS)
