@@ -47,7 +47,7 @@ from graft_shared.specs import JobSpec
 from graft_worker.protocol import TrainRequest
 from graft_worker.training.guard import Guard
 from tests.bench.golden import Dims, forget_peaks, make_base
-from tests.bench.together import Task, run_together, script
+from tests.bench.together import Task, require_card, run_together, script
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 GUIDE = {
@@ -155,6 +155,7 @@ def main() -> int:
         with TemporaryDirectory(dir=arguments.out_dir) as folder:  # checkpoints of all cases would fill a disk
             print(json.dumps(work(Case(**json.loads(arguments.case)), Path(folder), arguments.until)))
         return 0
+    require_card(smoke=arguments.smoke)
     arguments.out_dir.mkdir(parents=True, exist_ok=True)
     found = list(run_cases(list(cases_of(arguments)), arguments))
     print(plans_table(found) if arguments.plans else cases_table(found))

@@ -42,7 +42,7 @@ from graft_shared.memory import (
 from graft_shared.specs import JobSpec, Optim
 from graft_worker.protocol import TrainRequest
 from graft_worker.training.guard import Guard
-from tests.bench.together import Task, run_together, script
+from tests.bench.together import Task, require_card, run_together, script
 
 UPDATES = 3
 SEQUENCES = 16
@@ -146,6 +146,7 @@ def main() -> None:
     if arguments.report is not None:
         report(json.loads(arguments.report.read_text()), arguments.plot)
         return
+    require_card(smoke=arguments.smoke)
     arguments.out_dir.mkdir(parents=True, exist_ok=True)
     waiting = [
         case

@@ -86,6 +86,12 @@ def run_together(
             run.process.communicate()
 
 
+def require_card(*, smoke: bool) -> None:
+    """End here where no GPU would hold what is to be made; smoke tests run anywhere."""
+    if not smoke and shutil.which("nvidia-smi") is None:
+        raise SystemExit("These runs need a GPU, and nvidia-smi tells of none here; --smoke goes the same way without.")
+
+
 def card_bytes() -> int:
     """What is free on the GPU that runs will see first; enough for tiny runs where there is none."""
     if shutil.which("nvidia-smi") is None:
