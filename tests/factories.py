@@ -10,14 +10,14 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from graft_shared.catalogue import ModelShape
-from graft_shared.memory import TrainingPlan, runs_as_graphs, size_for
+from graft_shared.memory import TrainingPlan, runs_as_graphs
 
 EMPTY_WEIGHTS = (2).to_bytes(8, "little") + b"{}"  # a safetensors file of no tensor
 
 
 def plan_that_ran(plan: dict[str, Any], shape: ModelShape) -> TrainingPlan:
     """A plan of a published run: the earlier ones do not say that small microbatches were captured."""
-    captured = runs_as_graphs(size_for(plan["microbatch_tokens"]), shape.linear_parameters)
+    captured = runs_as_graphs(shape, plan["microbatch_tokens"])
     return TrainingPlan.from_dict({"cuda_graphs": captured, **plan})
 
 

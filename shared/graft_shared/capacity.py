@@ -12,7 +12,7 @@ from typing import Any
 
 from graft_shared.catalogue import Catalogue, ModelShape
 from graft_shared.errors import GraftError, InvalidParameter, VramCapacityExceeded
-from graft_shared.memory import GIB, HALF, MemoryEstimate, TrainingPlan
+from graft_shared.memory import GIB, HALF, MemoryEstimate, TrainingPlan, estimate
 from graft_shared.planner import cheaper_plan, fastest_plan, fits, leanest_plan, plan_for_smaller_host
 from graft_shared.specs import DEFAULT_REVISION, JobSpec
 from graft_shared.speed import Rates
@@ -153,10 +153,13 @@ class CapacityTable:
     def _placement(
         gpu: GpuClass, plan: TrainingPlan, needed: MemoryEstimate, shape: ModelShape, spec: JobSpec
     ) -> Placement:
+        if gpu.is_cpu:
+            plan = replace(plan, cuda_graphs=False)
+            needed = replace(estimate(shape, spec, plan), host={})
         return Placement(
             gpu_class=gpu,
             plan=plan,
-            estimate=replace(needed, host={}) if gpu.is_cpu else needed,
+            estimate=needed,
             target_modules=shape.resolve_targets(spec.lora.target_modules),
             warnings=_warnings(shape, spec),
         )

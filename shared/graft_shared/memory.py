@@ -293,19 +293,13 @@ def pinned_bytes(wanted: int) -> int:
     return 1 << (wanted - 1).bit_length() if wanted else 0
 
 
-def runs_as_graphs(microbatch_tokens: int, weights_per_layer: int) -> bool:
+def runs_as_graphs(shape: ModelShape, microbatch_tokens: int) -> bool:
     """Whether launching a layer would take longer than computing it, so that microbatches are captured and replayed.
 
     Graphs have memory of their own: what runs between or beside them (the loss, an evaluation) shares none with them.
     """
-    return microbatch_tokens <= most_graph_tokens(weights_per_layer)
-
-
-def most_graph_tokens(weights_per_layer: int) -> int:
-    """The largest size of microbatch that is captured."""
-    most = min(MOST_GRAPH_TOKENS, int((HOST_BOUND - 1) // max(1, weights_per_layer)))
-    step = _size_step(most)
-    return most // step * step
+    tokens = size_for(microbatch_tokens)
+    return tokens <= MOST_GRAPH_TOKENS and tokens * shape.linear_parameters < HOST_BOUND
 
 
 def embeddings_on_host(shape: ModelShape, plan: TrainingPlan) -> int:

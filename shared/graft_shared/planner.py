@@ -13,7 +13,6 @@ from graft_shared.memory import (
     estimate,
     least_bytes,
     runs_as_graphs,
-    size_for,
 )
 from graft_shared.specs import JobSpec
 from graft_shared.speed import Rates, likely_length, tokens_per_second
@@ -52,7 +51,7 @@ def plans(shape: ModelShape, spec: JobSpec) -> tuple[TrainingPlan, ...]:
 def _plans(shape: ModelShape, spec: JobSpec, budgets: list[int]) -> Iterator[TrainingPlan]:
     """Small microbatches are captured; the smallest are launched after all, where graphs of them are too large."""
     wanted = spec.training.gradient_checkpointing
-    rungs = [(budget, _is_captured(shape, budget)) for budget in budgets]
+    rungs = [(budget, runs_as_graphs(shape, budget)) for budget in budgets]
     rungs += [(budget, False) for budget, is_captured in rungs[-1:] if is_captured]
     ladder: list[tuple[Recompute, int, tuple[int, bool]]] = []
     if wanted is not True:
@@ -105,14 +104,10 @@ def _is_as_fast_as_any(shape: ModelShape, spec: JobSpec, plan: TrainingPlan, car
     )
 
 
-def _is_captured(shape: ModelShape, microbatch_tokens: int) -> bool:
-    return runs_as_graphs(size_for(microbatch_tokens), shape.linear_parameters)
-
-
 def _fastest_first(shape: ModelShape, spec: JobSpec) -> list[TrainingPlan]:
     """All plans, where no card is known: those last that do without the graphs which others of their size have."""
     return sorted(
-        plans(shape, spec), key=lambda plan: not plan.cuda_graphs and _is_captured(shape, plan.microbatch_tokens)
+        plans(shape, spec), key=lambda plan: not plan.cuda_graphs and runs_as_graphs(shape, plan.microbatch_tokens)
     )
 
 

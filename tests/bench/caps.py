@@ -41,7 +41,7 @@ from safetensors.numpy import save_file
 from graft_shared.capacity import LENGTH_STEP, CapacityTable, GpuClass, Placement
 from graft_shared.catalogue import Catalogue, ModelShape
 from graft_shared.errors import InvalidParameter, VramCapacityExceeded
-from graft_shared.memory import CONTEXT_BYTES, GIB, Recompute, TrainingPlan, estimate, runs_as_graphs, size_for
+from graft_shared.memory import CONTEXT_BYTES, GIB, Recompute, TrainingPlan, estimate, runs_as_graphs
 from graft_shared.planner import leanest_plan, plans
 from graft_shared.specs import JobSpec
 from graft_worker.protocol import TrainRequest
@@ -322,10 +322,9 @@ def plans_to_try(case: Case, placed: Placement) -> list[TrainingPlan]:
     def fits(plan: TrainingPlan) -> bool:
         return estimate(shape, spec, plan).high_bytes <= case.gpu.usable_bytes
 
-    def captures(plan: TrainingPlan) -> bool:
-        return runs_as_graphs(size_for(plan.microbatch_tokens), shape.linear_parameters)
-
-    worth = [plan for plan in plans(shape, spec) if plan.cuda_graphs is captures(plan)]  # none is faster launched
+    worth = [  # none of these is faster launched
+        plan for plan in plans(shape, spec) if plan.cuda_graphs is runs_as_graphs(shape, plan.microbatch_tokens)
+    ]
     listed = [plan for plan in worth if fits(plan)]
     first_of_each = {plan.recompute: plan for plan in reversed(listed)}
     others = [first_of_each[recompute] for recompute in Recompute if recompute in first_of_each]

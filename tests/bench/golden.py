@@ -37,7 +37,6 @@ from graft_shared.memory import (
     TrainingPlan,
     estimate,
     runs_as_graphs,
-    size_for,
 )
 from graft_shared.specs import JobSpec, Optim
 from graft_worker.protocol import TrainRequest
@@ -383,7 +382,7 @@ def make_request(case: Case, data: Path) -> tuple[TrainRequest, ModelShape]:
         microbatch_tokens=case.tokens,
         packing=True,
         optim=Optim(case.optim),
-        cuda_graphs=runs_as_graphs(size_for(case.tokens), shape.linear_parameters),
+        cuda_graphs=runs_as_graphs(shape, case.tokens),
     )
     request = TrainRequest(
         job_id="ftjob-golden",

@@ -25,7 +25,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from graft_shared.catalogue import ModelShape
-from graft_shared.memory import Recompute, TrainingPlan, estimate, runs_as_graphs, size_for
+from graft_shared.memory import Recompute, TrainingPlan, estimate, runs_as_graphs
 from graft_shared.planner import fastest_plan, plans
 from graft_shared.specs import JobSpec, Optim
 from graft_worker.protocol import (
@@ -166,8 +166,7 @@ def plan_of(spec: JobSpec, base: Path, arguments: argparse.Namespace) -> Trainin
         microbatch_tokens=arguments.microbatch_tokens,
         packing=True,
         optim=Optim(arguments.optim),
-        cuda_graphs=not arguments.launched
-        and runs_as_graphs(size_for(arguments.microbatch_tokens), shape.linear_parameters),
+        cuda_graphs=not arguments.launched and runs_as_graphs(shape, arguments.microbatch_tokens),
     )
 
 

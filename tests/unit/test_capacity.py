@@ -674,3 +674,11 @@ def test_a_length_that_nobody_chose_fits_the_base() -> None:
 def test_a_base_too_large_for_its_class_by_count_is_told_the_count() -> None:
     refused = refusal(LLAMA_7B, TABLE, gpu={"class": "cpu"})
     assert "the class you asked for, cpu, takes bases of up to 0.4B" in refused.message
+
+
+def test_on_a_cpu_nothing_is_captured() -> None:
+    base = "HuggingFaceTB/SmolLM2-135M"
+    for gpu_class, is_captured in (("cpu", False), ("16gb", True)):
+        placed = TABLE.place(shape(base), spec(base, gpu={"class": gpu_class}), CATALOGUE)
+        assert placed.plan.cuda_graphs is is_captured
+        assert placed.estimate.components == estimate(shape(base), spec(base), placed.plan).components

@@ -42,7 +42,7 @@ def expectation_of(
     def expected(how: TrainingPlan) -> int:
         return estimate(shape, spec, how, evaluation_tokens=evaluation_tokens).expected_bytes
 
-    captured = replace(as_it_runs, cuda_graphs=runs_as_graphs(tokens, shape.linear_parameters))
+    captured = replace(as_it_runs, cuda_graphs=runs_as_graphs(shape, tokens))
     may_capture = plan.cuda_graphs or expected(captured) <= estimate(shape, spec, plan).expected_bytes
     chosen = captured if may_capture else as_it_runs
     return Expectation(plan=chosen, peak_bytes=expected(chosen))
