@@ -95,9 +95,11 @@ def play(folder: Path, wanted: Wanted) -> dict[str, Any]:
     """Start everything in this folder, load it, and judge; returns the report."""
     with _service(folder, wanted) as service:
         held = [_submit(service.urls[0], number) for number in range(wanted.workers)]
-        with _fleet(service, held) as fleet, _reconciler(service):
+        with _reconciler(service), _fleet(service, held) as fleet:
             busy_before, cpu_before = os.getloadavg()[0], sum(map(_cpu_seconds, service.apis))
+            stolen_before = _stolen_seconds()
             clients, seconds = _load(service, wanted, held)
+            stolen = _stolen_seconds() - stolen_before
             cpu = sum(map(_cpu_seconds, service.apis)) - cpu_before
             beats = _end(fleet)
         posts, gets = _together(clients, "posts"), _together(clients, "gets")
@@ -108,6 +110,7 @@ def play(folder: Path, wanted: Wanted) -> dict[str, Any]:
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": f"{os.cpu_count()} cores, {platform.platform()}",
             "load_average_before": round(busy_before, 2),
+            "stolen_share": round(stolen / seconds / (os.cpu_count() or 1), 3),
             "wanted": asdict(wanted),
             "durability": _durability(service.database),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
@@ -172,6 +175,11 @@ def _cpu_seconds(pid: int) -> float:
     """What a process has used of the processors so far: says more than a rate, on a machine that does other things."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _stolen_seconds() -> float:
+    """What other virtual machines took of these processors so far: rates and waits are theirs too where it grows."""
+    return int(Path("/proc/stat").read_text().split(maxsplit=9)[8]) / os.sysconf("SC_CLK_TCK")
 
 
 def _is_ready(url: str) -> bool:

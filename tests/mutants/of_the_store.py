@@ -390,8 +390,8 @@ QUEUES = [
         _WORKERS,
         "busy-workers-are-idle",
         "bells are rung for workers that cannot answer",
-        "if worker.name not in busy]",
-        "]",
+        ".where(workers.c.name.not_in(_HOLDERS))",
+        "",
     ),
 ]
 

@@ -188,3 +188,21 @@ def test_every_process_was_struck_at_every_point_as_the_page_says(kind: str, dat
     assert (run["database"], run["void"], run["violations"]) == (kind, 0, [])
     assert f"on {database} {run['trials']:,} trials ({least} × {len(cells)})" in PAGE
     assert f"`reliability-failpoints-{kind}.json`" in PAGE
+
+
+@pytest.mark.parametrize(("name", "database", "posts"), [("postgres", "PostgreSQL", 150), ("sqlite", "SQLite", 40)])
+def test_the_load_is_as_the_page_says(name: str, database: str, posts: int) -> None:
+    run = report(f"load-{name}")
+    rate, looks = run["posts"]["per_second"], run["gets"]
+    assert run["violations"] == [] and run["posts"]["errors"] == {} and looks["errors"] == {}
+    assert run["fleet"]["violations"] == [] and run["wanted"]["workers"] == 200
+    assert rate >= posts and looks["p99_ms"] < 100
+    assert f"on {database}" in PAGE and f"{rate} jobs a second" in PAGE and f"{looks['p99_ms']} ms" in PAGE
+    assert f"{100 * run['stolen_share']:.1f} %" in PAGE and f"`reliability-load-{name}.json`" in PAGE
+    if database == "SQLite":
+        assert f"at most {run['fleet']['longest_delay_seconds']:.1f} s" in PAGE
+        assert f"more than {run['posts']['p99_ms'] / 1000:.1f} s" in PAGE
+        assert 0.09 < run["fleet"]["late"]["renew"] / run["fleet"]["sent"]["renew"] < 0.11
+    else:
+        assert not any(run["fleet"]["late"].values())
+        assert run["durability"]["fsync"] == "on" and f"{looks['p50_ms']} ms in the median" in PAGE

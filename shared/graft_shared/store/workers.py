@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
-from sqlalchemy import Text, and_, case, cast, delete, func, insert, or_, select, update
+from sqlalchemy import Select, Text, and_, case, cast, delete, func, insert, or_, select, update
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import GenericFunction
 
 from graft_shared.errors import WorkerNameTaken
 from graft_shared.jobs import JobState, Stage
@@ -116,7 +119,7 @@ class Workers:
     def alive(self) -> list[LiveWorker]:
         """Return the workers seen within `ALIVE_FOR`, by name."""
         with self._database.reading() as connection:
-            return _alive(connection)
+            return _those(connection, _ALIVE)
 
     def crews(self) -> list[Crew]:
         """Count the live workers by what they do: all that a waiting job's user is told of them."""
@@ -130,9 +133,7 @@ class Workers:
     def idle(self) -> list[LiveWorker]:
         """Return the live workers that hold no job; each has one slot."""
         with self._database.reading() as connection:
-            holders = connection.execute(select(jobs.c.worker).where(jobs.c.state == JobState.RUNNING.value)).scalars()
-            busy = {name_of(holder) for holder in holders}
-            return [worker for worker in _alive(connection) if worker.name not in busy]
+            return _those(connection, _IDLE)
 
     def busy(self) -> list[Busy]:
         """Return who trains, and for how long still."""
@@ -151,13 +152,34 @@ def name_of(holder: str) -> str:
     return holder.partition("/")[0]
 
 
+class name_in(GenericFunction[str]):  # noqa: N801
+    """What `name_of` tells, in a statement."""
+
+    type = Text()
+    inherit_cache = True
+    name = "graft_name_in"
+
+
+@compiles(name_in, "sqlite")
+def _name_in_sqlite(element: GenericFunction[str], compiler: Any, **kw: Any) -> str:
+    holder = compiler.process(element.clauses, **kw)
+    return f"substr({holder}, 1, instr({holder} || '/', '/') - 1)"
+
+
+@compiles(name_in, "postgresql")
+def _name_in_postgresql(element: GenericFunction[str], compiler: Any, **kw: Any) -> str:
+    return f"split_part({compiler.process(element.clauses, **kw)}, '/', 1)"
+
+
 _SEEN_LATELY = workers.c.seen_at > now_once() - ALIVE_FOR.total_seconds()
 _STAGES = cast(workers.c.stages, Text)  # PostgreSQL groups by no JSON
 _CREWS = select(workers.c.gpu_class, _STAGES, func.count()).where(_SEEN_LATELY).group_by(workers.c.gpu_class, _STAGES)
+_ALIVE = select(workers).where(_SEEN_LATELY).order_by(workers.c.name)
+_HOLDERS = select(name_in(jobs.c.worker)).where(jobs.c.state == JobState.RUNNING.value, jobs.c.worker.is_not(None))
+_IDLE = _ALIVE.where(workers.c.name.not_in(_HOLDERS))  # there: a busy fleet is looked at ten times a second
 
 
-def _alive(connection: Connection) -> list[LiveWorker]:
-    query = select(workers).where(_SEEN_LATELY).order_by(workers.c.name)
+def _those(connection: Connection, query: Select[Any]) -> list[LiveWorker]:
     return [
         LiveWorker(
             name=row["name"],
