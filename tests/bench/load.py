@@ -95,11 +95,11 @@ def play(folder: Path, wanted: Wanted) -> dict[str, Any]:
     """Start everything in this folder, load it, and judge; returns the report."""
     with _service(folder, wanted) as service:
         held = [_submit(service.urls[0], number) for number in range(wanted.workers)]
-        with _reconciler(service), _fleet(service, held) as fleet:
+        with _fleet(service, held) as fleet, _reconciler(service):
             busy_before, cpu_before = os.getloadavg()[0], sum(map(_cpu_seconds, service.apis))
-            stolen_before = _stolen_seconds()
+            began, stolen_before = time.monotonic(), _stolen_seconds()
             clients, seconds = _load(service, wanted, held)
-            stolen = _stolen_seconds() - stolen_before
+            stolen_share = (_stolen_seconds() - stolen_before) / (time.monotonic() - began) / (os.cpu_count() or 1)
             cpu = sum(map(_cpu_seconds, service.apis)) - cpu_before
             beats = _end(fleet)
         posts, gets = _together(clients, "posts"), _together(clients, "gets")
@@ -110,7 +110,7 @@ def play(folder: Path, wanted: Wanted) -> dict[str, Any]:
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": f"{os.cpu_count()} cores, {platform.platform()}",
             "load_average_before": round(busy_before, 2),
-            "stolen_share": round(stolen / seconds / (os.cpu_count() or 1), 3),
+            "stolen_share": round(stolen_share, 3),
             "wanted": asdict(wanted),
             "durability": _durability(service.database),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
@@ -197,8 +197,14 @@ def _submit(url: str, number: int) -> str:
     return str(answer.json()["id"])
 
 
-def _reconciler(service: Service) -> contextlib.AbstractContextManager[int]:
-    return _process(service.folder / "reconciler.log", service.environment, "graft_shared.reconciler")
+@contextlib.contextmanager
+def _reconciler(service: Service) -> Iterator[None]:
+    """A reconciler, once it has made a pass: to start one takes seconds of a core."""
+    passed = service.folder / "passed"
+    environment = {**service.environment, "GRAFT_RECONCILER_PASSED_PATH": str(passed)}
+    with _process(service.folder / "reconciler.log", environment, "graft_shared.reconciler"):
+        wait_until(passed.exists, seconds=START_SECONDS, what="the reconciler's first pass")
+        yield
 
 
 @contextlib.contextmanager

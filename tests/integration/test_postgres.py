@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 
+import psycopg
 import pytest
 from sqlalchemy import make_url, text, update
 
@@ -124,6 +125,23 @@ def test_a_connection_that_goes_on_answering_is_not_asked_whether_it_is_there(
     with database.reading() as connection:
         connection.execute(text("select 1"))
     assert asked
+
+
+def test_a_server_that_hangs_up_on_new_connections_too_is_away_and_no_fault_of_ours(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hung_up(_connection: object) -> None:
+        raise psycopg.OperationalError("server closed the connection unexpectedly")
+
+    database.now()
+    with monkeypatch.context() as context:
+        context.setattr(postgres.Connection, "is_surely_there", lambda _connection: False)
+        context.setattr(database.engine.dialect, "do_ping", hung_up)
+        with pytest.raises(StoreUnavailable):
+            database.now()
+        with pytest.raises(StoreUnavailable), database.writing():
+            pytest.fail("nobody answers")
+    database.now()
 
 
 def test_a_server_that_has_vanished_is_given_up_by_the_kernel_whatever_a_statement_may_take(postgres_url: str) -> None:

@@ -9,11 +9,13 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from sqlalchemy import select, update
 
+from graft_api.jobs.bells import MAX_WAITING
 from graft_shared.errors import StoreUnavailable
 from graft_shared.jobs import Failure, FailureReason, Stage
 from graft_shared.memory import TrainingPlan
@@ -126,6 +128,19 @@ def test_a_broker_that_is_slow_at_the_end_holds_it_up_for_one_bell(api: ApiServi
     released.set()
     bells._ringer.shutdown(wait=True)
     assert len(rung) == 1
+
+
+def test_a_broker_that_hangs_is_left_no_more_bells_for_reports_than_for_jobs(api: ApiService) -> None:
+    rung, released = list[str](), threading.Event()
+    api.doorbell.ring = lambda report_id, queue: not rung.append(report_id) and released.wait(60)  # type: ignore[method-assign]
+    bells = api.http.app.state.neighbours.bells
+    bells.ring_for_report(SimpleNamespace(id="0"))
+    wait_until(lambda: rung, what="the first bell")
+    for number in range(1, 3 * MAX_WAITING):
+        bells.ring_for_report(SimpleNamespace(id=str(number)))
+    released.set()
+    api.let_bells_ring()
+    assert rung == [str(number) for number in range(1 + MAX_WAITING)]
 
 
 def test_where_the_store_does_not_tell_who_is_idle_all_are_rung_for(

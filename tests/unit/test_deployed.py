@@ -135,7 +135,9 @@ def listened(processes: list[Process], monkeypatch: pytest.MonkeyPatch) -> dict[
             context.setattr(uvicorn, "run", lambda app, *, host, port, heard=heard, **_: heard.append((host, port)))
             for slow in ("build_app", "configure_logging", "serve_metrics", "figures_of"):
                 context.setattr(f"graft_api.__main__.{slow}", MagicMock())
+            context.setattr("graft_api.__main__.gc", garbage := MagicMock())
             main_of("graft_api")()
+            assert [name for name, *_ in garbage.method_calls] == ["collect", "freeze"]
         (bound[process.where],) = heard
     return bound
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -54,6 +55,25 @@ def test_all_that_waited_for_a_read_that_failed_fail_with_it_and_who_comes_later
         list(threads.map(ask, range(THREADS)))
     assert reads == 1
     assert held.get(None) == "back"
+
+
+def test_an_error_keeps_nothing_of_those_that_it_was_told() -> None:
+    def read(_key: None) -> str:
+        time.sleep(0.2)
+        raise RuntimeError("away")
+
+    held = Held[None, str](read, 1)
+
+    def ask(_number: int) -> RuntimeError:
+        with pytest.raises(RuntimeError, match="away") as raised:
+            held.get(None)
+        return raised.value
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        errors = list(threads.map(ask, range(THREADS)))
+    assert len(set(map(id, errors))) == 1
+    frames = traceback.extract_tb(errors[0].__traceback__)
+    assert len(frames) < THREADS
 
 
 def test_one_slow_read_is_not_held_for_minutes(monkeypatch: pytest.MonkeyPatch) -> None:

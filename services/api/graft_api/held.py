@@ -40,7 +40,7 @@ class Held(Generic[Key, Value]):
                 return self._found[key][1]
             failed_at, error = self._failed.get(key, (-math.inf, None))
             if error is not None and asked < failed_at:
-                raise error
+                raise error.with_traceback(None)  # each that raises it would add to what it holds
             began = monotonic()
             try:
                 value = self.read(key)

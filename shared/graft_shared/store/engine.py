@@ -13,7 +13,14 @@ from typing import Any
 
 from sqlalchemy import Double, ScalarSelect, create_engine, event, func, make_url, select, text
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import InterfaceError, InternalError, OperationalError, ProgrammingError, TimeoutError
+from sqlalchemy.exc import (
+    InterfaceError,
+    InternalError,
+    InvalidRequestError,
+    OperationalError,
+    ProgrammingError,
+    TimeoutError,
+)
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import GenericFunction
 
@@ -102,7 +109,7 @@ class Database:
         Raises:
             StoreUnavailable: Nothing is kept; with the fact `in_commit` nobody can tell.
         """
-        with _translated(), self.passage(), self.engine.connect() as connection:
+        with _translated(), self.passage(), self._connect() as connection:
             connection.begin()
             yield connection
             try:
@@ -116,8 +123,14 @@ class Database:
     def reading(self) -> Iterator[Connection]:
         """A look: on SQLite at one moment and not in a writer's way, on PostgreSQL each statement at its own."""
         look = _LOOKS[self.engine.name]
-        with _translated(), self.passage(), self.engine.connect().execution_options(**look) as connection:
+        with _translated(), self.passage(), self._connect().execution_options(**look) as connection:
             yield connection
+
+    def _connect(self) -> Connection:
+        try:
+            return self.engine.connect()
+        except InvalidRequestError as error:  # the pool's word where one that it made anew is gone at once, too
+            raise StoreUnavailable(reason=str(error)) from error
 
     def ping(self) -> None:
         """Raise StoreUnavailable unless the database answers and holds our tables."""

@@ -44,6 +44,7 @@ class Bells:
         self._ringer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="bells")
         self._marker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="bells-rung")
         self._waiting: deque[Job] = deque()
+        self._reports: deque[str] = deque()
         self._rung: deque[str] = deque()  # and not marked
         self._closed = threading.Event()
 
@@ -57,13 +58,15 @@ class Bells:
 
     def ring_for_report(self, report: Report) -> None:
         """Wake a worker that prepares data; a bell that is lost costs the time until one looks for work by itself."""
-        if len(self._waiting) < MAX_WAITING:
-            _hand_to(self._ringer, self._doorbell.ring, report.id, queue_for(Stage.PREPARE, ""))
+        if len(self._reports) < MAX_WAITING:
+            self._reports.append(report.id)
+            _hand_to(self._ringer, self._ring_for_a_report)
 
     def close(self) -> None:
         """Drop what has not been rung, and leave what has unmarked."""
         self._closed.set()
         self._waiting.clear()
+        self._reports.clear()
         for thread in (self._ringer, self._marker):
             thread.shutdown(wait=False, cancel_futures=True)
 
@@ -99,6 +102,10 @@ class Bells:
         if self._doorbell.ring(job.id, queue_for(job.stage, job.gpu_class)):
             self._rung.append(job.id)
             _hand_to(self._marker, self._mark_all)
+
+    def _ring_for_a_report(self) -> None:
+        with contextlib.suppress(IndexError):  # closed meanwhile
+            self._doorbell.ring(self._reports.popleft(), queue_for(Stage.PREPARE, ""))
 
     def _mark_all(self) -> None:
         """Mark all that were rung, a moment later; whoever comes after that finds nothing to do."""
