@@ -74,7 +74,7 @@ class Fleet:
     held: dict[int, Job] = field(default_factory=dict)
     sent: Counter[str] = field(default_factory=Counter)
     late: Counter[str] = field(default_factory=Counter)
-    longest: dict[str, float] = field(default_factory=dict)
+    longest: float = 0.0
     violations: list[str] = field(default_factory=list)
     _end: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -109,7 +109,7 @@ class Fleet:
             "heartbeats_per_second": round((self.sent["renew"] + self.sent["beat"]) / seconds, 1),
             "sent": dict(self.sent),
             "late": dict(self.late),
-            "longest_delay_seconds": {kind: round(delay, 3) for kind, delay in self.longest.items()},
+            "longest_delay_seconds": round(self.longest, 3),
             "violations": self.violations,
         }
 
@@ -163,7 +163,7 @@ class Fleet:
         with self._lock:
             self.sent[kind] += 1
             self.late[kind] += delay > LATE_SECONDS
-            self.longest[kind] = max(self.longest.get(kind, 0.0), delay)
+            self.longest = max(self.longest, delay)
 
 
 def main() -> None:

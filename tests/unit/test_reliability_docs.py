@@ -187,22 +187,48 @@ def test_every_process_was_struck_at_every_point_as_the_page_says(kind: str, dat
     assert all(cell["struck"] >= least and not cell["violations"] for cell in cells.values())
     assert (run["database"], run["void"], run["violations"]) == (kind, 0, [])
     assert f"on {database} {run['trials']:,} trials ({least} × {len(cells)})" in PAGE
+    assert f"{run['steps_late']} on {database}" in PAGE
     assert f"`reliability-failpoints-{kind}.json`" in PAGE
 
 
-@pytest.mark.parametrize(("name", "database", "posts"), [("postgres", "PostgreSQL", 150), ("sqlite", "SQLite", 40)])
-def test_the_load_is_as_the_page_says(name: str, database: str, posts: int) -> None:
+def load(name: str) -> dict[str, Any]:
+    """A run with everything as it should be, and 200 workers, all of them at work."""
     run = report(f"load-{name}")
-    rate, looks = run["posts"]["per_second"], run["gets"]
-    assert run["violations"] == [] and run["posts"]["errors"] == {} and looks["errors"] == {}
-    assert run["fleet"]["violations"] == [] and run["wanted"]["workers"] == 200
-    assert rate >= posts and looks["p99_ms"] < 100
-    assert f"on {database}" in PAGE and f"{rate} jobs a second" in PAGE and f"{looks['p99_ms']} ms" in PAGE
-    assert f"{100 * run['stolen_share']:.1f} %" in PAGE and f"`reliability-load-{name}.json`" in PAGE
-    if database == "SQLite":
-        assert f"at most {run['fleet']['longest_delay_seconds']:.1f} s" in PAGE
-        assert f"more than {run['posts']['p99_ms'] / 1000:.1f} s" in PAGE
-        assert 0.09 < run["fleet"]["late"]["renew"] / run["fleet"]["sent"]["renew"] < 0.11
-    else:
-        assert not any(run["fleet"]["late"].values())
-        assert run["durability"]["fsync"] == "on" and f"{looks['p50_ms']} ms in the median" in PAGE
+    assert run["violations"] == run["fleet"]["violations"] == []
+    assert run["posts"]["errors"] == run["gets"]["errors"] == {}
+    assert run["wanted"]["workers"] == 200 and run["bells_in_redis"] == 0
+    return run
+
+
+def test_the_load_on_postgresql_is_as_the_page_says() -> None:
+    run, busier = load("postgres"), load("postgres-stolen")
+    assert run["durability"]["fsync"] == run["durability"]["synchronous_commit"] == "on"
+    assert not any(run["fleet"]["late"].values())
+    assert run["posts"]["per_second"] >= 150 and run["gets"]["p99_ms"] < 100
+    assert busier["command"] == run["command"]
+    told = (
+        f"{run['wanted']['apis']} API processes took {run['posts']['per_second']} jobs a second on PostgreSQL beside "
+        f"{run['wanted']['workers']} workers, all at work, so that no bell was rung, and a look at a job took "
+        f"{run['gets']['p50_ms']} ms in the median and {run['gets']['p99_ms']} ms in the 99th percentile "
+        "(`reliability-load-postgres.json`)."
+    )
+    assert told in PAGE
+    told = (
+        f"of those cores other virtual machines took {100 * run['stolen_share']:.1f} % (`stolen_share`), and where "
+        f"they took {100 * busier['stolen_share']:.1f} % it was {busier['posts']['per_second']} jobs a second and "
+        f"{busier['gets']['p99_ms']} ms (`reliability-load-postgres-stolen.json`)."
+    )
+    assert told in PAGE
+
+
+def test_the_load_on_sqlite_is_as_the_page_says() -> None:
+    run = load("sqlite")
+    fleet = run["fleet"]
+    assert run["posts"]["per_second"] >= 40
+    told = (
+        f"On SQLite it was {run['posts']['per_second']} jobs a second and {run['gets']['p99_ms']} ms; writers wait for "
+        f"each other there: one post in a hundred took more than {run['posts']['p99_ms'] / 1000:.1f} s, and "
+        f"{fleet['late']['renew']} of {fleet['sent']['renew']} renewals of leases of 60 s came more than a second "
+        f"late, nothing of theirs more than {fleet['longest_delay_seconds']:.1f} s (`reliability-load-sqlite.json`)."
+    )
+    assert told in PAGE
