@@ -515,6 +515,7 @@ def test_nobody_rings_for_a_paused_job_and_it_waits_for_no_worker(
 ) -> None:
     job, _ = jobs.submit(a_new_job())
     Workers(database).beat(**a_beat("p", stages=(Stage.PREPARE,)))
+    leases.mark_rung(job.id)
     jobs.pause("default", job.id)
     idle, totals = Workers(database).idle(), Totals(database)
     assert leases.take_lost_bells(timedelta(0), idle) == []

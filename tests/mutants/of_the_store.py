@@ -166,6 +166,7 @@ CHECKPOINTS = [
         "a run that resumed from nothing throws away what was saved",
         "if last is not None and checkpoint.step < last.step:",
         "if last is not None and checkpoint.step < 0:",
+        f"{_STORE}::test_a_checkpoint_never_falls_behind_the_committed_one[sqlite]",
     ),
     _of(
         _LEASES,
@@ -274,6 +275,7 @@ FAILURES = [
         "a job that was resumed waits for its bell to be old though workers are idle",
         "pause_requested=False, bell_rung_at=None)",
         "pause_requested=False)",
+        f"{_STORE}::test_nobody_rings_for_a_paused_job_and_it_waits_for_no_worker[sqlite]",
     ),
     _of(
         _JOBS,
@@ -281,6 +283,7 @@ FAILURES = [
         "an answer says that a job pauses, and it is cancelled",
         '    if row["cancel_requested"]:\n        raise JobCancelling(job_id=row["id"])\n',
         "",
+        f"{_STORE}::test_a_paused_job_is_cancelled_at_once_and_a_pausing_one_is_cancelled_rather_than_paused[sqlite]",
     ),
     _of(
         _LEASES,
